@@ -1,0 +1,173 @@
+"""The command `nnUNetv2_dycon VERB`: each verb parses its arguments, calls one importable function, prints.
+
+Names of arguments are nnU-Net's. A verb's module is imported when the verb runs, so that `--help` is quick.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from nnunetv2_dycon.errors import UserError
+from nnunetv2_dycon.options import Settings, describe
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+
+class Verb(NamedTuple):
+    """One verb: `arguments` name parameters of the function `target`; `show` prints its result.
+
+    `show` returns the exit code.
+    """
+
+    help: str
+    target: str  # "module:function"
+    arguments: Sequence[Argument]
+    show: Callable[[Any], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0 well, 1 a finding of `doctor`, 2 an error of the user."""
+    verb, arguments = parse(argv)
+    module, function = verb.target.split(":")
+    try:
+        return verb.show(getattr(importlib.import_module(module), function)(**arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Verb, dict[str, Any]]:
+    """Return the verb and the arguments of its function; leaves the program as argparse does."""
+    parser = argparse.ArgumentParser("nnUNetv2_dycon", description="Semi-supervised training inside nnU-Net.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        of_verb = verbs.add_parser(name, help=verb.help, description=verb.help, formatter_class=_Formatter)
+        for flags, keywords in verb.arguments:
+            of_verb.add_argument(*flags, **keywords)
+    arguments = vars(parser.parse_args(argv))
+    return VERBS[arguments.pop("verb")], arguments
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Prints a default only where there is one to print."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return (
+            action.help
+            if action.default is None or action.default is False
+            else super()._get_help_string(action)
+        )
+
+
+def _argument(*flags: str, **keywords: Any) -> Argument:
+    return flags, keywords
+
+
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _show_path(path: Any) -> int:
+    print(path)
+    return 0
+
+
+def _show_paths(paths: Sequence[Any]) -> int:
+    for path in paths:
+        print(path)
+    return 0
+
+
+def _show_checks(checks: Sequence[Any]) -> int:
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}}  {check.text}")
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _show_trainers(trainers: Sequence[Any]) -> int:
+    print("A name is a trainer and any options, for example nnUNetTrainerDyCON_epochs100_lr0p005_nomirror")
+    print("(p is the decimal point; AtoB goes from A to B during training; a switch has no value).\n")
+    common = describe(Settings)
+    _show_rows("options of every trainer", common)
+    for trainer in trainers:
+        _show_rows(
+            f"{trainer.name}: {trainer.summary}", [row for row in trainer.options if row not in common]
+        )
+    return 0
+
+
+def _show_rows(title: str, rows: Sequence[Any]) -> None:
+    print(title)
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
+        print(f"  {'  '.join(cells)}  {row.help}")
+    print()
+
+
+def _dataset(parameter: str) -> Argument:
+    return _argument("-d", dest=parameter, required=True, type=_number_or_word, help="dataset id or name")
+
+
+_PLANS = _argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+_OVERWRITE = _argument("--overwrite", action="store_true", help="replace what is there")
+
+VERBS: dict[str, Verb] = {
+    "doctor": Verb(
+        "Check the installation and say what to mend.", "nnunetv2_dycon.doctor:doctor", (), _show_checks
+    ),
+    "trainers": Verb(
+        "List the trainers for -tr, their options, defaults and ranges.",
+        "nnunetv2_dycon.trainers.names:list_trainers",
+        (),
+        _show_trainers,
+    ),
+    "preprocess_unlabeled": Verb(
+        "Preprocess the images of imagesUn; no label is opened, and a stopped run goes on where it was.",
+        "nnunetv2_dycon.data.unlabeled:preprocess_unlabeled",
+        (
+            _dataset("dataset"),
+            _argument("-c", dest="configurations", nargs="+", default=("3d_fullres",), help="configurations"),
+            _PLANS,
+            _argument("-np", dest="processes", type=int, default=8, help="worker processes"),
+            _OVERWRITE,
+        ),
+        _show_paths,
+    ),
+    "phantom": Verb(
+        "Write a generated data set (labelled, unlabelled, test) as nnU-Net raw data.",
+        "nnunetv2_dycon.phantom:write_phantom",
+        (
+            _argument("-d", dest="dataset_id", required=True, type=int, help="dataset id"),
+            _argument("-n", "--cases", type=int, default=60, help="training cases, labelled and unlabelled"),
+            _argument("--labeled", type=int, default=4, help="labelled cases"),
+            _argument("--labeled_scanner", type=_number_or_word, default=0, help="their scanner, or all"),
+            _argument("--test", type=int, default=20, help="test cases"),
+            _argument("--seed", type=int, default=1000, help="seed"),
+            _argument("--channels", type=int, default=1, help="image channels"),
+            _argument("--hard", action="store_true", help="the harder kind"),
+            _argument("-np", dest="processes", type=int, default=2, help="worker processes"),
+            _OVERWRITE,
+        ),
+        _show_path,
+    ),
+    "export": Verb(
+        "Write a model folder that predicts with stock nnU-Net, on a machine without this package.",
+        "nnunetv2_dycon.export:export_model",
+        (
+            _dataset("dataset_id"),
+            _argument("-tr", dest="trainer", required=True, help="trainer name, options included"),
+            _argument("-c", dest="configuration", default="3d_fullres", help="configuration"),
+            _argument(
+                "-f", dest="folds", nargs="+", type=_number_or_word, required=True, help="folds, or all"
+            ),
+            _PLANS,
+            _argument("--weights", choices=("teacher", "student"), default="teacher", help="whose weights"),
+            _argument("-o", dest="output", required=True, help="folder to write"),
+        ),
+        _show_path,
+    ),
+}

@@ -1,0 +1,1 @@
+"""Data of a semi-supervised training: roles of cases, prepared unlabelled images, the mixed batch."""

@@ -1,0 +1,64 @@
+"""The unlabelled cases of one training, prepared and up to date before the first step."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nnunetv2_dycon.data.roles import read_splits
+from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled, unlabeled_status
+from nnunetv2_dycon.errors import DataError
+
+
+class UnlabeledCases(NamedTuple):
+    """Folder of the prepared cases, as nnU-Net's data set class reads it, and the names that a fold may use."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+
+def ready_cases(
+    plans: Mapping[str, Any],
+    configuration: str,
+    fold: int | str,
+    preprocessed: Path,
+    *,
+    prepare: bool,
+    processes: int,
+    log: Callable[[str], None],
+) -> UnlabeledCases:
+    """Return the unlabelled cases of a fold.
+
+    Parameters
+    ----------
+    plans : mapping
+        nnU-Net's plans, as the trainer holds them.
+    preprocessed : Path
+        Preprocessed folder of the data set.
+    prepare : bool
+        Prepare what is missing or stale here; otherwise (several processes would do it at once) stop with the command.
+    processes : int
+        Worker processes of the preparation.
+    log : callable
+        Where warnings and progress are told.
+
+    Raises
+    ------
+    DataError
+        If there is no unlabelled image, or one cannot be used, or something is to prepare and `prepare` is False.
+    SplitError, ConfigError
+        If roles clash, or the fold would train on hidden labels.
+    """
+    dataset = plans["dataset_name"]
+    status = unlabeled_status(dataset, configuration, plans)
+    if status.state != "ok":
+        if not prepare:
+            raise DataError(f"unlabelled images of {dataset} are {status.state}: {status.reason}; type: {status.command}")
+        log(f"Unlabelled images are {status.state}: {status.reason}. Preparing them now, as by: {status.command}")
+        preprocess_unlabeled(dataset, (configuration,), plans, processes)
+        status = unlabeled_status(dataset, configuration, plans)
+    for note in status.notes:
+        log(f"WARNING: {note}")
+    names = status.cases(read_splits(preprocessed), fold)
+    if not names:
+        raise DataError(f"fold {fold} of {dataset} has no unlabelled case: put images into imagesUn, or train another fold")
+    return UnlabeledCases(status.folder, names)

@@ -1,0 +1,186 @@
+"""Look at an installation the way nnU-Net will, and say in one line each what is found and what to type."""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import site
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import nnunetv2_dycon
+from nnunetv2_dycon import _register
+
+START_UP_FILE = "nnunetv2_dycon_ext.pth"
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+NNUNET_FROM, NNUNET_BELOW = (2, 8, 1), (2, 9)
+REINSTALL = "reinstall both in one command: pip install --force-reinstall torch torchvision"
+
+
+class Check(NamedTuple):
+    """One finding: what was looked at, whether it is as it must be, and one line for the user."""
+
+    name: str
+    ok: bool
+    text: str
+
+
+def doctor() -> list[Check]:
+    """Return all findings; nothing is changed and no user data is read."""
+    with warnings.catch_warnings():  # deprecations inside torch and nnU-Net are no findings
+        warnings.simplefilter("ignore")
+        return [
+            *_versions(),
+            *(_folder(name) for name in FOLDERS),
+            *_registration(),
+            _torchvision(),
+            *_trainers(),
+            *_machine(),
+        ]
+
+
+def export_line() -> str:
+    """Return the shell command that does by hand what the start-up file does."""
+    variable = _register.VARIABLE
+    return f'export {variable}="${{{variable}:+${variable}{os.pathsep}}}{_register.FOLDER}"'
+
+
+def _versions() -> Iterator[Check]:
+    here = Path(nnunetv2_dycon.__file__).parent
+    installed = _version("nnunetv2-dycon")
+    note = "" if installed else "; runs from its folder but is not installed: pip install ."
+    yield Check("nnunetv2_dycon", installed is not None, f"{nnunetv2_dycon.__version__} in {here}{note}")
+    version = _version("nnunetv2")
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version or "")[:3])
+    good = NNUNET_FROM <= numbers < NNUNET_BELOW
+    yield Check(
+        "nnunetv2",
+        good,
+        (version or "missing") + ("" if good else "; type: pip install 'nnunetv2>=2.8.1,<2.9'"),
+    )
+    for name in ("torch", "torchvision"):
+        version = _version(name)
+        yield Check(name, version is not None, version or f"missing; {REINSTALL}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _folder(name: str) -> Check:
+    path = os.environ.get(name)
+    if not path:
+        return Check(name, False, f"not set; type: export {name}=/path/to/{name}")
+    if not os.path.isdir(path):
+        return Check(name, False, f"{path} does not exist; type: mkdir -p '{path}'")
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        # Raw data are often shared and read-only, and training does not write there.
+        return Check(name, name == "nnUNet_raw", f"{path} is not writable ({error.strerror})")
+    return Check(name, True, path)
+
+
+def _registration() -> Iterator[Check]:
+    variable, folder = _register.VARIABLE, _register.FOLDER
+    listed = [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
+    active = folder in listed
+    shown = [entry if os.path.isdir(entry) else f"{entry} (does not exist)" for entry in listed]
+    yield Check(
+        variable, active, f"{os.pathsep.join(shown) or 'empty'}{'' if active else '; ours is not in it'}"
+    )
+    found = [
+        str(Path(root, START_UP_FILE)) for root in _site_folders() if Path(root, START_UP_FILE).is_file()
+    ]
+    where = found[0] if found else f"no {START_UP_FILE} in {', '.join(_site_folders())}"
+    if os.environ.get(_register.SWITCH_OFF) == "1":
+        where += f"; switched off by {_register.SWITCH_OFF}=1"
+    elif found and not active:
+        where += "; there but did not run (python -S?)"
+    yield Check("start-up file", active, where if active else f"{where}; type the next line")
+    yield Check("the same by hand", True, export_line())
+
+
+def _site_folders() -> list[str]:
+    """Return the folders whose start-up files Python reads."""
+    return [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+
+
+def _torchvision() -> Check:
+    """Import what nnU-Net's search imports on its way to any trainer that is not its default one."""
+    try:
+        importlib.import_module("timm")
+    except Exception as error:  # a torchvision of another torch fails in many ways, RuntimeError among them
+        why = f"cannot be imported ({_one_line(error)}), so only nnU-Net's default trainer is found"
+        return Check("timm and torchvision", False, f"{why}; {REINSTALL}")
+    return Check("timm and torchvision", True, "can be imported")
+
+
+def _trainers() -> Iterator[Check]:
+    """Ask nnU-Net's own search for every trainer of ours."""
+    try:
+        from nnunetv2_dycon.trainers.names import TRAINERS
+    except Exception as error:  # whatever is broken, the other findings are wanted too
+        yield Check("trainers", False, f"cannot be imported: {_one_line(error)}")
+        return
+    for name in TRAINERS:
+        try:
+            yield _found_by_nnunet(name)
+        except Exception as error:
+            yield Check(name, False, f"nnU-Net's search fails: {_one_line(error)}")
+
+
+def _found_by_nnunet(name: str) -> Check:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from nnunetv2_dycon.trainers.names import trainer_class
+
+    chatter = io.StringIO()
+    with contextlib.redirect_stdout(chatter):
+        found = recursive_find_trainer_class_by_name(name)
+    folder = re.search(r"^Using trainer .* from: (.*)$", chatter.getvalue(), re.MULTILINE)
+    origin = folder[1] if folder else getattr(sys.modules.get(found.__module__), "__file__", found.__module__)
+    if found is trainer_class(name):
+        return Check(name, True, f"found by nnU-Net in {origin}")
+    return Check(
+        name, False, f"shadowed: nnU-Net takes the class of that name in {origin}; rename or remove it"
+    )
+
+
+def _machine() -> Iterator[Check]:
+    try:
+        import torch
+    except Exception as error:
+        yield Check("devices", False, f"torch cannot be imported: {_one_line(error)}; {REINSTALL}")
+        return
+    cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    yield Check(
+        "devices",
+        True,
+        ", ".join(cards) if cards else f"no CUDA device; CPU, {torch.get_num_threads()} threads",
+    )
+    yield Check("bf16 on this CPU", True, _cpu_bf16())
+
+
+def _cpu_bf16() -> str:
+    """Return in words whether the processor computes in bfloat16; torch has no public question for it."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "not known on this system; with option bf16 compare the time of an epoch"
+    fast = sorted(flags & {"avx512_bf16", "amx_bf16"})
+    return f"fast ({', '.join(fast)}): option bf16 pays" if fast else "slow: leave option bf16 off"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,1 @@
+"""Losses as functions of tensors; they know neither networks nor nnU-Net."""

@@ -1,0 +1,1 @@
+"""Semi-supervised methods: functions of tensors that know nothing of nnU-Net."""

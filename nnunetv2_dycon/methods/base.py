@@ -1,0 +1,145 @@
+"""What a method is: its batch, its terms, its teacher. A method is one small file over this one.
+
+Shapes: `(B, C, *S)` is batch, channel or class, space (2D or 3D).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_dycon.networks import Teacher
+from nnunetv2_dycon.options import Settings, option
+from nnunetv2_dycon.schedules import ema_decay
+
+Outputs = Tensor | Sequence[Tensor]
+
+
+class Term(NamedTuple):
+    """One summand of the loss: `weight * value` enters the total, both are logged."""
+
+    weight: float
+    value: Tensor
+
+
+class Group(NamedTuple):
+    """What one student pass yields: the terms to add up, and figures that are only logged."""
+
+    terms: Mapping[str, Term]
+    stats: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method may know of the data set.
+
+    Attributes
+    ----------
+    classes : int
+        Number of network outputs, background included.
+    ignore_label : int or None
+        Label value of voxels that count for nothing.
+    seed : int
+        Start of every random draw that belongs to the method.
+    """
+
+    classes: int
+    ignore_label: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's patches on the device. There is no field for labels of unlabelled patches.
+
+    Attributes
+    ----------
+    x_l : Tensor, shape (B_l, C, *S)
+        Labelled patches.
+    y_l : Tensor, shape (B_l, 1, *S), integer
+        Their labels at full resolution.
+    x_u : Tensor, shape (B_u, C, *S), or None
+        Unlabelled patches; None for a method that uses none.
+    supervised : callable
+        nnU-Net's own loss of the student's output for `x_l` (with deep supervision if it is on).
+    t : float
+        Fraction of the training done, in [0, 1].
+    generator : torch.Generator
+        Source of every random draw of a step, on the device of the patches.
+    """
+
+    x_l: Tensor
+    y_l: Tensor
+    x_u: Tensor | None
+    supervised: Callable[[Outputs], Tensor]
+    t: float
+    generator: torch.Generator = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TeacherSettings(Settings):
+    """Options of every method, since each keeps an averaged copy of the student."""
+
+    ema: float = option(0.999, low=0.0, high=1.0, help="EMA decay of the teacher, approached as 1 - 1/(step + 1)")
+
+
+def full_resolution(outputs: Outputs) -> Tensor:
+    """Return the output at the patch's own resolution, shape (B, C, *S), with or without deep supervision."""
+    return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+
+
+class Method(nn.Module):
+    """Base of all methods: the EMA teacher and the supervised term; a subclass adds its unlabelled terms.
+
+    The engine calls `build` once (before the student is compiled or wrapped for the first pass), `start` when
+    training begins, and in each step every callable of `groups`, one after the other, each followed by its own
+    backward pass so that only one graph is alive. The group that uses every head of the student comes last
+    (distributed training needs that). Parameters of the method that require a gradient are optimised like the
+    student's.
+    """
+
+    settings_type: ClassVar[type[Settings]] = TeacherSettings
+    uses_unlabeled: ClassVar[bool] = True
+
+    def __init__(self, settings: Settings, task: Task) -> None:
+        super().__init__()
+        self.settings = settings
+        self.task = task
+
+    def build(self, student: nn.Module) -> None:
+        """Make the teacher and other modules for a plain (not compiled, not distributed) student network."""
+        self.teacher = Teacher(student)
+
+    def start(self, student: nn.Module) -> None:
+        """Begin training: the teacher equals the student, also after pretrained weights were loaded."""
+        self.teacher.sync(student)
+
+    def groups(self, student: nn.Module, batch: Batch) -> tuple[Callable[[], Group], ...]:
+        """Return the student passes of one step, in order."""
+        labeled = partial(self.labeled, student, batch)
+        return (partial(self.unlabeled, student, batch), labeled) if self.uses_unlabeled else (labeled,)
+
+    def unlabeled(self, student: nn.Module, batch: Batch) -> Group:
+        """Return the terms of the unlabelled patches."""
+        raise TypeError(f"{type(self).__name__} uses unlabelled patches but defines no terms for them")
+
+    def labeled(self, student: nn.Module, batch: Batch) -> Group:
+        """Return the terms of the labelled patches; the base has nnU-Net's own loss alone."""
+        return Group({"supervised": Term(1.0, batch.supervised(student(batch.x_l)))})
+
+    def figures(self, t: float) -> dict[str, float]:
+        """Return the scheduled numbers (ramp, beta) at fraction `t` of the training, for the log."""
+        return {}
+
+    def after_step(self, student: nn.Module, step: int) -> None:
+        """Move the teacher towards the plain student after optimiser step `step` (counted from 0)."""
+        self.teacher.update(student, ema_decay(step, self.settings.ema))
+
+
+@torch.no_grad()
+def agreement(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return the share of voxels, in [0, 1], where both networks choose the same class."""
+    return (student_logits.argmax(1) == teacher_logits.argmax(1)).float().mean()

@@ -1,0 +1,187 @@
+"""DyCON: uncertainty-aware consistency (UnCL) and focal entropy-aware contrast (FeCL) with an EMA teacher.
+
+Assefa et al., CVPR 2025, after its supplement; where we depart from the released code docs/method.md says why.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.losses.fecl import fecl
+from nnunetv2_dycon.losses.patches import (
+    labels_from_probabilities,
+    labels_from_target,
+    patch_weight,
+    sample_anchors,
+)
+from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded, uncl_literal
+from nnunetv2_dycon.methods.base import Batch, Group, Term, agreement, full_resolution
+from nnunetv2_dycon.methods.mean_teacher import ConsistencySettings, MeanTeacher
+from nnunetv2_dycon.networks import FeatureTap, ProjectionHead, Teacher, choose_stage, has_encoder_stages
+from nnunetv2_dycon.options import Schedule, Settings, option
+from nnunetv2_dycon.schedules import ema_decay, exponential
+from nnunetv2_dycon.views import make_view
+
+
+@dataclass(frozen=True)
+class DyCONSettings(ConsistencySettings):
+    """Options of nnUNetTrainerDyCON; the reasons for the starting values are in docs/method.md."""
+
+    uncl: str = option("literal", choices=("literal", "guarded"), help="UnCL as in Eq. 1, or its guarded form")
+    beta: Schedule = option(Schedule(0.5, 0.05), schedule=True, low=0.001, high=20.0, help="entropy scale of UnCL")
+    entropy: str = option("dual", choices=("dual", "teacher", "student"), help="whose entropy weighs UnCL")
+    lambdah: float = option(0.0, low=0.0, high=10.0, help="weight of the entropy term of guarded UnCL")
+    on: str = option("unlabeled", choices=("unlabeled", "all"), help="patches that UnCL is taken on")
+    wuncl: float = option(1.0, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
+    wfecl: float = option(0.1, low=0.0, high=1000.0, help="weight of FeCL after the ramp; 0 builds no head")
+    tau: float = option(0.6, low=0.01, high=10.0, help="temperature of FeCL")
+    gamma: float = option(0.8, low=0.0, high=10.0, help="focal exponent of FeCL")
+    topk: int = option(16, low=0, high=4096, help="hardest teacher negatives of FeCL; 0 = none")
+    anchors: int = option(512, low=0, high=100000, help="patches of an image in FeCL; 0 = all")
+    rule: str = option("majority", choices=("majority", "any_foreground"), help="how a patch gets its class")
+    gate: float = option(0.8, low=0.0, high=1.0, help="teacher confidence from which an unlabelled patch counts")
+    stage: int | None = option(None, low=0, high=20, none_text="stride nearest 8", help="encoder stage of FeCL")
+
+
+PAPER = DyCONSettings(
+    ema=0.99, ramp=0.0, delay=0.0, beta=Schedule(5.0, 0.5), on="all", wuncl=0.5, wfecl=0.5, gamma=2.0
+)
+
+
+class DyCON(MeanTeacher):
+    """UnCL on the full-resolution output, FeCL on the patches of one encoder stage."""
+
+    settings_type: ClassVar[type[Settings]] = DyCONSettings
+
+    def build(self, student: nn.Module) -> None:
+        """Make teacher, projection head, its EMA copy and the tap on the student's encoder.
+
+        Raises
+        ------
+        ConfigError
+            If FeCL is on and the network has no `encoder.stages`, or the stage does not exist.
+        """
+        super().build(student)
+        self.tap: FeatureTap | None = None
+        if self.settings.wfecl == 0:
+            return
+        if not has_encoder_stages(student):
+            raise ConfigError(
+                f"{type(student).__name__} has no encoder.stages for FeCL; add _wfecl0 to the trainer name."
+            )
+        stages = len(student.encoder.stages)
+        self.stage = choose_stage(student.encoder.strides) if self.settings.stage is None else self.settings.stage
+        if self.stage >= stages:
+            raise ConfigError(f"option stage{self.stage}: the network has encoder stages 0 to {stages - 1}.")
+        self.head = ProjectionHead(student.encoder.output_channels[self.stage], seed=self.task.seed)
+        self.teacher_head = Teacher(self.head)
+        self.tap = FeatureTap(student, self.stage)
+
+    def unlabeled(self, student: nn.Module, batch: Batch) -> Group:
+        """Return UnCL and FeCL of the unlabelled patches."""
+        view = self.view(batch)
+        features, taught = self._teach(view.teacher)
+        target = view.mix(taught)
+        if view.mixes and self.tap is not None:
+            features = self.teacher.encode(view.student)[self.stage]
+        logits = full_resolution(student(view.student))
+        share = self._unlabeled_share(batch)
+        terms = self._uncl(logits, target, batch, share if self.settings.on == "all" else 1.0)
+        stats = {"agreement": agreement(logits, target)}
+        if self.tap is not None:
+            with torch.no_grad():
+                labels = labels_from_probabilities(
+                    torch.softmax(target.float(), 1),
+                    features.shape[2:],
+                    gate=self.settings.gate,
+                    rule=self.settings.rule,
+                )
+            terms["fecl_unlabeled"] = self._fecl(logits, labels, features, batch, share)
+            stats["patches_kept"] = (labels >= 0).float().mean()
+        return Group(terms, stats)
+
+    def labeled(self, student: nn.Module, batch: Batch) -> Group:
+        """Return nnU-Net's own loss, FeCL with the true labels, and UnCL too with option `onall`."""
+        share = 1.0 - self._unlabeled_share(batch)
+        features = target = None
+        if self.settings.on == "all":
+            view = make_view("noise" if self.settings.view == "noise" else "weak", batch.x_l, generator=batch.generator)
+            features, target = self._teach(view.teacher)
+        elif self.tap is not None:
+            features = self.teacher.encode(batch.x_l)[self.stage]
+        outputs = student(batch.x_l)
+        logits = full_resolution(outputs)
+        terms = {"supervised": Term(1.0, batch.supervised(outputs))}
+        if target is not None:
+            terms.update({f"{name}_labeled": term for name, term in self._uncl(logits, target, batch, share).items()})
+        if self.tap is not None:
+            labels = labels_from_target(
+                batch.y_l,
+                features.shape[2:],
+                num_classes=self.task.classes,
+                ignore_label=self.task.ignore_label,
+                rule=self.settings.rule,
+            )
+            terms["fecl_labeled"] = self._fecl(logits, labels, features, batch, share)
+        return Group(terms)
+
+    def after_step(self, student: nn.Module, step: int) -> None:
+        """Move teacher and teacher head towards student and head."""
+        super().after_step(student, step)
+        if self.tap is not None:
+            self.teacher_head.update(self.head, ema_decay(step, self.settings.ema))
+
+    def figures(self, t: float) -> dict[str, float]:
+        """Return the scheduled numbers at fraction `t` of the training, for the log."""
+        return {**super().figures(t), "beta": exponential(t, self.settings.beta.start, self.settings.beta.end)}
+
+    def _teach(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the teacher's features (None without FeCL) and logits for input (B, C, *S), in one pass."""
+        if self.tap is None:
+            return None, self.teacher(x)
+        return self.teacher.features_and_logits(x, self.stage)
+
+    def _unlabeled_share(self, batch: Batch) -> float:
+        """Return the unlabelled share of the patches, so that means over both halves are means over all patches."""
+        return len(batch.x_u) / (len(batch.x_u) + len(batch.x_l))
+
+    def _uncl(self, logits: Tensor, target: Tensor, batch: Batch, share: float) -> dict[str, Term]:
+        """Return both parts of UnCL for student and teacher logits (B, C, *S)."""
+        s = self.settings
+        beta = exponential(batch.t, s.beta.start, s.beta.end)
+        weight = s.wuncl * self.ramp(batch) * share
+        if s.target == "ce_dice":
+            voxels = entropy_weight(logits, target, beta=beta, entropy=s.entropy)
+            return {"uncl": Term(weight, self.consistency(logits, target, voxels))}
+        if s.uncl == "literal":
+            parts = uncl_literal(logits, target, beta=beta, entropy=s.entropy)
+            return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(weight, parts.entropy)}
+        parts = uncl_guarded(logits, target, beta=beta, entropy=s.entropy)
+        return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(weight * s.lambdah, parts.entropy)}
+
+    def _fecl(self, logits: Tensor, labels: Tensor, taught: Tensor, batch: Batch, share: float) -> Term:
+        """Return FeCL of the tapped patches with labels (B, n) and the teacher's features (B, C, *G)."""
+        s = self.settings
+        z = self.head(self.tap.take())
+        with torch.no_grad():
+            teacher = self.teacher_head(taught) if s.topk > 0 else None
+            weight = patch_weight(logits, taught.shape[2:])
+            chosen, labels = sample_anchors(labels, s.anchors, batch.generator)
+        value = fecl(
+            _at(z, chosen),
+            labels,
+            teacher=None if teacher is None else _at(teacher, chosen),
+            weight=_at(weight[..., None], chosen)[..., 0],
+            tau=s.tau,
+            gamma=s.gamma,
+            topk=s.topk,
+        )
+        return Term(s.wfecl * self.ramp(batch) * share, value)
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Return rows `index` (B, m) of values (B, n, d) as (B, m, d)."""
+    return torch.gather(values, 1, index[..., None].expand(-1, -1, values.shape[-1]))

@@ -1,0 +1,289 @@
+"""Everything beside the student network: its averaged teacher, the projection head, the tap on its encoder.
+
+Shapes: `(B, C, *S)` is batch, channel, space (two or three axes). None of these parts changes the student's
+class or its state dict, so that stock nnU-Net can load what was trained.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_dycon.errors import ConfigError
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """Return the plain network below any nesting of DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(network, DistributedDataParallel):
+            network = network.module
+        elif hasattr(network, "_orig_mod"):
+            network = network._orig_mod
+        else:
+            return network
+
+
+def has_encoder_stages(network: nn.Module) -> bool:
+    """Return whether the network is an encoder with stages and known strides, followed by a decoder."""
+    plain = unwrap(network)
+    encoder = getattr(plain, "encoder", None)
+    return hasattr(plain, "decoder") and hasattr(encoder, "stages") and hasattr(encoder, "strides")
+
+
+def choose_stage(strides: Sequence[Sequence[int]], target: float = 8) -> int:
+    """Return the encoder stage whose cumulative stride is nearest `target` on the high-resolution axes.
+
+    The high-resolution axes are those with the largest cumulative stride at the bottleneck: nnU-Net halves an
+    axis of coarse spacing later or less often. A stage's stride is the geometric mean over them, distances
+    are taken between logarithms, and of equally near stages the finest is chosen.
+
+    Parameters
+    ----------
+    strides : sequence of sequences of int
+        Stride of each stage relative to the one before, per axis, as in `network.encoder.strides`.
+    target : float
+        Wanted stride in voxels, above 0.
+
+    Raises
+    ------
+    ValueError
+        If there is no stage.
+
+    Examples
+    --------
+    >>> choose_stage([[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2], [2, 2, 2]])
+    3
+    """
+    if not strides:
+        raise ValueError("No encoder stage to choose from.")
+    cumulative = [
+        [math.prod(axis) for axis in zip(*strides[: i + 1], strict=True)] for i in range(len(strides))
+    ]
+    finest = [a for a, total in enumerate(cumulative[-1]) if total == max(cumulative[-1])]
+    # Rounded, so that a tie stays a tie in floating point; min returns the first of equals.
+    distances = [
+        round(abs(sum(math.log2(total[a]) for a in finest) / len(finest) - math.log2(target)), 9)
+        for total in cumulative
+    ]
+    return distances.index(min(distances))
+
+
+class Teacher(nn.Module):
+    """The exponential moving average of a student: always in eval mode, never with a gradient.
+
+    `teacher.network.state_dict()` has the keys of the plain student.
+
+    Parameters
+    ----------
+    student : nn.Module
+        The network to copy, wrapped or not, with the weights to start from. Its forward hooks are not copied.
+
+    References
+    ----------
+    Tarvainen and Valpola, NeurIPS 2017. Buffers are copied, not averaged.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        plain = unwrap(student)
+        # A hook belongs to the student alone, and may hold a tensor with a graph, which deepcopy refuses:
+        # hand deepcopy an empty container for each of the student's.
+        hooks = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+        memo = {id(getattr(m, name)): type(getattr(m, name))() for m in plain.modules() for name in hooks}
+        self.network = deepcopy(plain, memo).requires_grad_(False)
+        decoder = getattr(self.network, "decoder", None)
+        if hasattr(decoder, "deep_supervision"):
+            decoder.deep_supervision = False
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in eval mode, whatever is asked: the module that owns a teacher is switched to and fro."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def sync(self, student: nn.Module) -> None:
+        """Copy all weights and buffers of the student, wrapped or not.
+
+        Raises
+        ------
+        ValueError
+            If the student's shapes differ.
+        """
+        for mine, its in (*self._weights(student), *self._buffers_of(student)):
+            mine.copy_(its)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, decay: float) -> None:
+        """Move each weight to `decay * teacher + (1 - decay) * student`, and copy the buffers.
+
+        Parameters
+        ----------
+        student : nn.Module
+            The network that was copied, wrapped or not.
+        decay : float
+            In [0, 1]; 0 makes an exact copy.
+
+        Raises
+        ------
+        ValueError
+            If the decay is out of range or the student's shapes differ.
+        """
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {decay}.")
+        if decay == 0:  # also heals a teacher weight that is not finite, which averaging would keep
+            self.sync(student)
+            return
+        averaged, target = zip(*self._weights(student), strict=True)
+        torch._foreach_lerp_(averaged, target, 1 - decay)
+        for mine, its in self._buffers_of(student):
+            mine.copy_(its)
+
+    def _weights(self, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        return _paired(self.network.parameters(), unwrap(student).parameters())
+
+    def _buffers_of(self, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        return _paired(self.network.buffers(), unwrap(student).buffers())
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits `(B, K, *S)` at full resolution of images `(B, C, *S)`."""
+        return self.network(x)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Return the output of every encoder stage, finest first, without running the decoder."""
+        return self.network.encoder(x)
+
+    @torch.no_grad()
+    def features_and_logits(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+        """Return the output `(B, F, *G)` of one encoder stage and the logits `(B, K, *S)`, from one pass."""
+        skips = self.network.encoder(x)
+        return skips[stage], self.network.decoder(skips)
+
+
+def _paired(mine: Iterable[Tensor], its: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of tensors; copying alone would let shapes broadcast."""
+    pairs = list(zip(mine, its, strict=True))
+    for left, right in pairs:
+        if left.shape != right.shape:
+            raise ValueError(f"Teacher and student differ: {tuple(left.shape)} against {tuple(right.shape)}.")
+    return pairs
+
+
+class ProjectionHead(nn.Module):
+    """Two pointwise layers that turn each cell of a feature map into an embedding of length one.
+
+    A 1x1x1 convolution is a linear layer on the channels of each cell, and written as one it serves 2D and
+    3D. The norm in between is over the channels of a cell: it works for one image and for a map of one cell
+    (where instance norm raises), and a cell's embedding does not depend on what else is in the patch, which
+    mixing views change.
+
+    Parameters
+    ----------
+    channels : int
+        Channels of the feature map.
+    hidden, embedding : int
+        Width of the hidden layer and of the embedding.
+    seed : int
+        Seed of the initial weights. They have a generator of their own, so that a run with a head draws the
+        same global random numbers as a run without.
+
+    References
+    ----------
+    DyCON (CVPR 2025) has 256 to 512 to 256 with batch norm; a batch of two patches is too small for that.
+    """
+
+    def __init__(self, channels: int, *, hidden: int = 256, embedding: int = 128, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.expand = _linear(channels, hidden, generator)
+        self.norm = nn.LayerNorm(hidden)
+        self.project = _linear(hidden, embedding, generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return embeddings of unit norm, in float32 also under autocast.
+
+        Parameters
+        ----------
+        features : Tensor, shape (B, C, *G)
+            Output of an encoder stage, n = prod(G) cells.
+
+        Returns
+        -------
+        Tensor, shape (B, n, embedding)
+            Cells in the order of `features.flatten(2)`. A vector shorter than 1e-6 is not stretched to length
+            one, which keeps its gradient finite.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            cells = features.float().flatten(2).transpose(1, 2)
+            hidden = leaky_relu(self.norm(self.expand(cells)), 0.01)
+            return normalize(self.project(hidden), dim=-1, eps=1e-6)
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """Return a linear layer with torch's usual bounds, drawn from a given generator.
+
+    The bias is drawn too: with zeros, a patch of constant intensity would have embeddings of length zero.
+    """
+    layer = torch.nn.utils.skip_init(nn.Linear, inputs, outputs)
+    bound = inputs**-0.5
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-bound, bound, generator=generator)
+    return layer
+
+
+class FeatureTap:
+    """Keeps the output of one encoder stage each time the student runs with gradients.
+
+    Make it before the first call of a compiled student (a later hook is silently ignored), once per student.
+    Passes without gradients (validation) are not kept, so that nothing stale can be taken.
+
+    Parameters
+    ----------
+    student : nn.Module
+        A network with `encoder.stages`, wrapped or not.
+    stage : int
+        Index of the stage, 0 is the finest.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such stage.
+    """
+
+    def __init__(self, student: nn.Module, stage: int) -> None:
+        stages = unwrap(student).encoder.stages
+        if not 0 <= stage < len(stages):
+            raise ConfigError(f"Option stage: the encoder has stages 0 to {len(stages) - 1}, not {stage}.")
+        self._features: Tensor | None = None
+        self._handle = stages[stage].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self._features = output
+
+    def take(self) -> Tensor:
+        """Return the features `(B, F, *G)` of the student's last pass, and forget them.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no pass with gradients since the last call.
+        """
+        if self._features is None:
+            raise RuntimeError(
+                "FeatureTap has nothing to give: no student pass with gradients since the last take(), "
+                "or the tap was made after the first call of a compiled student."
+            )
+        features, self._features = self._features, None
+        return features
+
+    def close(self) -> None:
+        """Take the hook off the student and forget what it kept."""
+        self._handle.remove()
+        self._features = None

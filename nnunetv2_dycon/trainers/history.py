@@ -1,0 +1,89 @@
+"""The series of a training: one row per epoch, kept in the checkpoint, written as CSV and as a picture."""
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")  # as nnU-Net's logger does: no window, whatever the machine
+import matplotlib.pyplot as plt
+
+Row = dict[str, float]
+
+
+def epoch_means(steps: Sequence[Mapping[str, float]]) -> Row:
+    """Return the mean over steps of every figure; a figure that is missing or not finite in a step is left out."""
+    names = dict.fromkeys(name for step in steps for name in step)
+    row: Row = {}
+    for name in names:
+        values = [step[name] for step in steps if name in step and math.isfinite(step[name])]
+        row[name] = sum(values) / len(values) if values else math.nan
+    return row
+
+
+class History:
+    """Rows of numbers by epoch, from epoch 0 on."""
+
+    def __init__(self, rows: Sequence[Row] = ()) -> None:
+        self.rows: list[Row] = [dict(row) for row in rows]
+
+    def add(self, epoch: int, row: Row) -> None:
+        """Append the row of `epoch`, dropping rows of a run that went further and was taken up again earlier."""
+        self.rows = [*self.rows[:epoch], {"epoch": float(epoch), **row}]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all figures, in order of first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def series(self, name: str) -> list[float]:
+        """Return one figure over the epochs; nan where it was not measured."""
+        return [row.get(name, math.nan) for row in self.rows]
+
+    def write_csv(self, path: Path) -> None:
+        """Write all rows, whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(part, path)
+
+    def plot(self, path: Path) -> None:
+        """Write the picture: terms as they enter the loss, schedules and shares, pseudo Dice per class."""
+        panels = (
+            ("loss terms as weighted", [n for n in self.columns if n.endswith("_weighted") or n == "supervised"]),
+            ("schedules and shares", [n for n in self.columns if n in SHARES]),
+            ("pseudo Dice per class", [n for n in self.columns if n.startswith("dice_")]),
+        )
+        figure, axes = plt.subplots(len(panels), 1, figsize=(9, 12), constrained_layout=True)
+        for axis, (title, names) in zip(axes, panels, strict=True):
+            for name in names:
+                style = "--" if name.startswith("dice_teacher") else "-"
+                axis.plot(self.series("epoch"), self.series(name), style, label=name)
+            axis.set(title=title, xlabel="epoch")
+            if names:
+                axis.legend(fontsize="small", ncols=2)
+        part = path.with_name(path.stem + ".part.png")
+        figure.savefig(part, dpi=100)
+        plt.close(figure)
+        os.replace(part, path)
+
+
+SHARES = ("ramp", "beta", "agreement", "patches_kept", "skipped_steps")
+
+
+def lost_classes(history: History, classes: Sequence[str], *, learned: float = 0.1, lost: float = 0.01) -> list[str]:
+    """Return the classes whose teacher pseudo Dice fell below `lost` in the last epoch after it had passed `learned`.
+
+    A class that drops to zero is the alarm of semi-supervised training: the teacher no longer shows it to the student.
+    """
+    return [
+        name
+        for name in classes
+        if history.rows[-1].get(f"dice_teacher_{name}", math.nan) < lost
+        and any(value > learned for value in history.series(f"dice_teacher_{name}"))
+    ]

@@ -1,0 +1,83 @@
+"""Trainer classes by name: `nnUNetTrainerDyCON_epochs100_beta0p5` is made when it is asked for.
+
+nnU-Net takes no options for a trainer, names the results folder after the class and finds a trainer of a
+checkpoint by that name again; so the name carries the options. A class is made once, and this module returns
+it as an attribute, which is what pickling by name needs.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+from nnunetv2_dycon import options
+from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.methods.base import Method
+from nnunetv2_dycon.methods.dycon import PAPER, DyCON, DyCONSettings
+from nnunetv2_dycon.methods.labeled_only import LabeledOnly
+from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+
+# Base name (without underscore: options begin at the first), method, settings that options depart from.
+TRAINERS: dict[str, tuple[type[Method], options.Settings]] = {
+    "nnUNetTrainerLabeledOnly": (LabeledOnly, LabeledOnly.settings_type()),
+    "nnUNetTrainerMeanTeacher": (MeanTeacher, MeanTeacherSettings()),
+    "nnUNetTrainerDyCON": (DyCON, DyCONSettings()),
+    "nnUNetTrainerDyCONPaper": (DyCON, PAPER),
+}
+
+
+class TrainerInfo(NamedTuple):
+    """What the list of trainers says of one: name, summary, options with defaults and ranges.
+
+    `preset_of` is the trainer of the same method from which only defaults differ.
+    """
+
+    name: str
+    summary: str
+    options: list[options.Row]
+    preset_of: str | None
+
+
+@cache
+def trainer_class(name: str) -> type:
+    """Return the trainer class of a name, always the same object for the same name.
+
+    Parameters
+    ----------
+    name : str
+        A key of `TRAINERS`, alone or followed by `_` and options.
+
+    Raises
+    ------
+    AttributeError
+        If the name is not one of ours.
+    ConfigError
+        If it is ours but its options cannot be read.
+    """
+    base_name = name.split("_", 1)[0]
+    if base_name not in TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    method, base = TRAINERS[base_name]
+    try:
+        settings = options.parse(name[len(base_name) :], base)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    # Late, since it takes seconds: the engine imports nnU-Net, which is not needed to list the names.
+    from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
+
+    members = {"method_type": method, "settings": settings, "__module__": __name__, "__doc__": method.__doc__}
+    return type(name, (nnUNetTrainerSSL,), members)
+
+
+def list_trainers() -> list[TrainerInfo]:
+    """Return every trainer name with its summary and its options, in the canonical order of a name."""
+    first = {}  # of each method
+    found = []
+    for name, (method, base) in TRAINERS.items():
+        summary = (method.__doc__ or "").strip().split("\n")[0]
+        found.append(TrainerInfo(name, summary, options.describe(base), first.get(method)))
+        first.setdefault(method, name)
+    return found
+
+
+def __getattr__(name: str) -> type:
+    """Return the trainer class of that name as an attribute of this module, for pickle."""
+    return trainer_class(name)

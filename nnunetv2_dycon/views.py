@@ -1,0 +1,293 @@
+"""What the student and the teacher see of one unlabelled batch, made on the tensors' device.
+
+Shapes: `(B, C, *S)` is batch, input channel, space (two or three axes); `K` counts the classes. The teacher
+sees the loader's patch, the student a view of it; both keep the loader's geometry, except where a view moves
+voxels between patches. Such a view hands back the map that moves the teacher's targets alike, so that a loss
+on a mixed view is the same loss. Nothing here waits for the device: all draws are tensors, all choices are
+masks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import pad
+
+from nnunetv2_dycon.errors import ConfigError
+
+# Side of a mixing box as a fraction of the patch, per axis. In 3D the mean volume share is 0.54^3 = 0.16
+# and never above 0.42; in 2D it is 0.29 and never above 0.56. At least a third, so that a whole structure with
+# its surroundings moves and the box spans several FeCL patches; at most three quarters, so that on each axis
+# the receiving patch keeps context beside the box and, on average, most of its own voxels.
+BOX_SIDE = (1 / 3, 3 / 4)
+# Logit of a known label: softmax gives 1 and exp(-80), so its entropy is 0 in float32 and every value stays
+# finite, in float16 and bfloat16 too.
+HARD_LOGIT = 40.0
+# Each change of `intensity` is made with this chance. The ranges below are nnU-Net's, its chances are 0.1 to
+# 0.3: they would leave every third view unchanged; with five changes at 0.5 it is every thirty-second.
+INTENSITY_CHANCE = 0.5
+NOISE_SD = (0.0, 0.1)  # in standard deviations of the image, which is z-scored
+BLUR_SIGMA = (0.5, 1.0)  # voxels
+BLUR_RADIUS = 3  # voxels; three standard deviations of the widest kernel
+BRIGHTNESS = (0.75, 1.25)
+CONTRAST = (0.75, 1.25)
+GAMMA = (0.7, 1.5)
+
+
+class View(NamedTuple):
+    """One unlabelled batch as both networks see it.
+
+    Attributes
+    ----------
+    student, teacher : Tensor, shape (B, C, *S)
+        The inputs of the two networks.
+    mix : Callable
+        Turns the teacher's logits `(B, K, *S)` for `teacher` into targets, as logits, for `student`.
+    mixes : bool
+        Whether voxels moved between patches; if not, `mix` is the identity.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    mix: Callable[[Tensor], Tensor]
+    mixes: bool
+
+
+class Labeled(NamedTuple):
+    """The labelled half of a batch, as far as a view may use it.
+
+    Attributes
+    ----------
+    x : Tensor, shape (B_l, C, *S)
+        Images.
+    target : Tensor, shape (B_l, 1, *S), integer
+        Labels at full resolution.
+    ignore_label : int or None
+        The label that means "not annotated".
+    """
+
+    x: Tensor
+    target: Tensor
+    ignore_label: int | None
+
+
+def make_view(
+    name: str,
+    x_unlabeled: Tensor,
+    *,
+    x_labeled: Tensor | None = None,
+    target: Tensor | None = None,
+    ignore_label: int | None = None,
+    generator: Generator,
+) -> View:
+    """Return one of `VIEWS` of an unlabelled batch.
+
+    Parameters
+    ----------
+    name : str
+        A key of `VIEWS`.
+    x_unlabeled : Tensor, shape (B, C, *S), floating
+        Unlabelled patches from the loader, z-scored.
+    x_labeled : Tensor, shape (B_l, C, *S), optional
+        Labelled patches; needed by `copy_paste` only.
+    target : Tensor, shape (B_l, 1, *S), integer, optional
+        Their labels at full resolution, below K; needed by `copy_paste` only.
+    ignore_label : int, optional
+        The label that means "not annotated".
+    generator : Generator
+        Source of every draw, on the device of `x_unlabeled`.
+
+    Raises
+    ------
+    ConfigError
+        If the name is unknown, or `cutmix` has one patch only.
+    ValueError
+        If a shape does not fit, or `copy_paste` lacks the labelled half.
+    """
+    if name not in VIEWS:
+        raise ConfigError(f"Unknown view {name!r}; choose one of {', '.join(VIEWS)}.")
+    if x_unlabeled.ndim not in (4, 5):
+        raise ValueError(f"x_unlabeled must be (B, C, *S) with 2 or 3 axes, got {tuple(x_unlabeled.shape)}.")
+    if x_labeled is None or target is None:
+        return VIEWS[name](x_unlabeled, None, generator)
+    if x_labeled.shape[1:] != x_unlabeled.shape[1:] or target.shape != (
+        len(x_labeled),
+        1,
+        *x_labeled.shape[2:],
+    ):
+        raise ValueError(
+            f"Labelled images {tuple(x_labeled.shape)} and labels {tuple(target.shape)} do not fit "
+            f"unlabelled images {tuple(x_unlabeled.shape)}: expected (B_l, C, *S) and (B_l, 1, *S)."
+        )
+    return VIEWS[name](x_unlabeled, Labeled(x_labeled, target, ignore_label), generator)
+
+
+def _weak(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+    """Return the same patch for both: all difference between them is in the weights."""
+    return View(x, x, _identity, mixes=False)
+
+
+def _noise(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+    """Return a view whose teacher sees clipped Gaussian noise, as in DyCON's released code."""
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return View(x, x + noise.mul_(0.1).clamp_(-0.2, 0.2), _identity, mixes=False)
+
+
+def _intensity(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+    """Return a view whose student sees other intensities, drawn per sample, in nnU-Net's order."""
+    y = x.float()
+    for change in (_add_noise, _blur, _scale_brightness, _scale_contrast, _apply_gamma):
+        chosen = (
+            torch.rand((len(x),) + (1,) * (x.ndim - 1), generator=generator, device=x.device)
+            < INTENSITY_CHANCE
+        )
+        y = torch.where(chosen, change(y, generator), y)
+    return View(y.to(x.dtype), x, _identity, mixes=False)
+
+
+def _cutmix(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+    """Return a view in which a box of patch i comes from the same place of patch (i + 1) mod B.
+
+    References
+    ----------
+    CutMix-Seg (French et al., BMVC 2020); there one box is shared by a pair, here each patch has its own.
+    """
+    if len(x) < 2:
+        raise ConfigError(
+            "View 'cutmix' exchanges boxes between unlabelled patches, but a process has only one of them: "
+            "use a trainer name with unlabeledbatch2 or more per process, or the view copy_paste."
+        )
+    box = _random_box(x.shape, x.device, generator)
+
+    def mix(logits: Tensor) -> Tensor:
+        _check_same_grid(logits, x)
+        return torch.where(box, logits.roll(-1, 0), logits)
+
+    return View(mix(x), x, mix, mixes=True)
+
+
+def _copy_paste(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+    """Return a view in which a box of each patch comes from a labelled patch, with its true labels.
+
+    Voxels without a true label (the ignore label, or below 0) are left out of the box, image and target
+    alike.
+
+    References
+    ----------
+    BCP (Bai et al., CVPR 2023), one of its two directions; box at random instead of a fixed size.
+    """
+    if labeled is None:
+        raise ValueError("View 'copy_paste' needs x_labeled and target.")
+    # Partners are drawn, since nnU-Net puts its forced-foreground patches last in the batch.
+    order = torch.randperm(len(labeled.x), generator=generator, device=x.device)
+    partner = order[torch.arange(len(x), device=x.device) % len(order)]
+    truth = labeled.target[partner]
+    box = _random_box(x.shape, x.device, generator) & (truth >= 0)
+    if labeled.ignore_label is not None:
+        box &= truth != labeled.ignore_label
+
+    def mix(logits: Tensor) -> Tensor:
+        _check_same_grid(logits, x)
+        classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+        hard = torch.full_like(logits, -HARD_LOGIT).masked_fill_(truth == classes, HARD_LOGIT)
+        return torch.where(box, hard, logits)
+
+    return View(torch.where(box, labeled.x[partner].to(x.dtype), x), x, mix, mixes=True)
+
+
+VIEWS: dict[str, Callable[[Tensor, Labeled | None, Generator], View]] = {
+    "weak": _weak,
+    "noise": _noise,
+    "intensity": _intensity,
+    "cutmix": _cutmix,
+    "copy_paste": _copy_paste,
+}
+
+
+def _identity(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _check_same_grid(logits: Tensor, x: Tensor) -> None:
+    if len(logits) != len(x) or logits.shape[2:] != x.shape[2:]:
+        raise ValueError(f"Teacher logits {tuple(logits.shape)} do not lie on the grid of {tuple(x.shape)}.")
+
+
+def _random_box(shape: torch.Size, device: torch.device, generator: Generator) -> Tensor:
+    """Return masks `(B, 1, *S)`, True in one box per sample: side by `BOX_SIDE`, any position inside."""
+    batch, space = shape[0], shape[2:]
+    draws = torch.rand((2, len(space), batch, 1), generator=generator, device=device)
+    box = torch.ones((batch, 1) + (1,) * len(space), dtype=torch.bool, device=device)
+    for axis, size in enumerate(space):
+        side = draws[0, axis].mul(BOX_SIDE[1] - BOX_SIDE[0]).add(BOX_SIDE[0]).mul(size).round().clamp_(min=1)
+        # The minimum is for a product that float32 rounds up to the next whole number.
+        start = torch.minimum((draws[1, axis] * (size - side + 1)).floor(), size - side)
+        grid = torch.arange(size, device=device)
+        inside = (grid >= start) & (grid < start + side)
+        box = box & inside.view(batch, 1, *[size if a == axis else 1 for a in range(len(space))])
+    return box
+
+
+def _uniform(x: Tensor, bounds: tuple[float, float], generator: Generator) -> Tensor:
+    """Return one draw per sample and channel, shape (B, C, 1, ...)."""
+    return torch.empty(_per_channel(x), device=x.device).uniform_(*bounds, generator=generator)
+
+
+def _factor(x: Tensor, bounds: tuple[float, float], generator: Generator) -> Tensor:
+    """Return one factor per sample and channel, as often below 1 as above, as nnU-Net draws them."""
+    draw = _uniform(x, (-1.0, 1.0), generator)
+    return 1 + torch.where(draw < 0, draw * (1 - bounds[0]), draw * (bounds[1] - 1))
+
+
+def _per_channel(x: Tensor) -> tuple[int, ...]:
+    return (*x.shape[:2], *[1] * (x.ndim - 2))
+
+
+def _space(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(2, x.ndim))
+
+
+def _add_noise(x: Tensor, generator: Generator) -> Tensor:
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    return x + noise * _uniform(x, NOISE_SD, generator)
+
+
+def _blur(x: Tensor, generator: Generator) -> Tensor:
+    """Return x convolved with a Gaussian, one width per sample, channel and axis, edges repeated.
+
+    Written as shifted sums: widths differ by sample, and autocast leaves sums alone.
+    """
+    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=x.device)
+    for axis in _space(x):
+        sigma = _uniform(x, BLUR_SIGMA, generator)
+        kernel = torch.exp(-0.5 * (offsets.view(-1, *[1] * x.ndim) / sigma) ** 2)
+        kernel = kernel / kernel.sum(0)
+        margin = [0, 0] * (x.ndim - 1 - axis) + [BLUR_RADIUS] * 2 + [0, 0] * (axis - 2)
+        padded = pad(x, margin, mode="replicate")
+        blurred = torch.zeros_like(x)
+        for k in range(len(kernel)):
+            blurred.addcmul_(padded.narrow(axis, k, x.shape[axis]), kernel[k])
+        x = blurred
+    return x
+
+
+def _scale_brightness(x: Tensor, generator: Generator) -> Tensor:
+    return x * _factor(x, BRIGHTNESS, generator)
+
+
+def _scale_contrast(x: Tensor, generator: Generator) -> Tensor:
+    """Return x stretched about its mean and cut to its range."""
+    mean = x.mean(_space(x), keepdim=True)
+    stretched = (x - mean) * _factor(x, CONTRAST, generator) + mean
+    return torch.clamp(stretched, x.amin(_space(x), keepdim=True), x.amax(_space(x), keepdim=True))
+
+
+def _apply_gamma(x: Tensor, generator: Generator) -> Tensor:
+    """Return x with a gamma curve over its own range, brought back to its mean and standard deviation."""
+    low, high = x.amin(_space(x), keepdim=True), x.amax(_space(x), keepdim=True)
+    # The smallest divisor is for a constant channel, which stays as it is.
+    curved = ((x - low) / (high - low).clamp_min(1e-7)) ** _factor(x, GAMMA, generator)
+    spread, centre = torch.std_mean(curved, _space(x), correction=0, keepdim=True)
+    wanted_spread, wanted_centre = torch.std_mean(x, _space(x), correction=0, keepdim=True)
+    return (curved - centre) / spread.clamp_min(1e-7) * wanted_spread + wanted_centre

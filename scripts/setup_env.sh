@@ -1,0 +1,47 @@
+# Sourced by demo.sh and test.sh. Costs minutes and up to 7 GB the first time, nothing afterwards.
+#
+# setup_env REPOSITORY [VENV] leaves in $PYTHON an interpreter with this package, editable, and its test tools.
+# It takes VENV if given, else the active virtual environment, else REPOSITORY/.venv, made when it is not there.
+# A finished installation is marked in the environment and used again until pyproject.toml or setup.py change.
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.10 or newer found: install one, for example your system's package python3." >&2
+    return 1
+}
+
+setup_env() {
+    local repository=$1 venv=${2:-${VIRTUAL_ENV:-$1/.venv}} base stamp wanted
+    PYTHON=$venv/bin/python
+    if [ ! -x "$PYTHON" ]; then
+        base=$(find_python) || return 1
+        echo "Virtual environment: $venv ($("$base" --version))"
+        if ! "$base" -m venv "$venv"; then
+            echo "error: $base cannot make virtual environments: install your system's package python3-venv." >&2
+            return 1
+        fi
+    fi
+    stamp=$venv/.nnunetv2_dycon
+    wanted="$repository $(cat "$repository/pyproject.toml" "$repository/setup.py" | cksum)"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return 0
+    fi
+    rm -f "$stamp"
+    echo "Installing nnU-Net and this package into $venv. This is the long part the first time."
+    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
+        echo "No NVIDIA GPU here. The wheels that pip takes by default may bring CUDA libraries all the same (4 GB);"
+        echo "to avoid them, install a CPU build of torch and torchvision into an environment, activate it, start anew."
+    fi
+    # torch and torchvision are resolved in one command, so that they fit each other
+    if ! "$PYTHON" -m pip install --editable "$repository[test]"; then
+        echo "error: the installation failed; pip says why above. Start this command again to go on." >&2
+        return 1
+    fi
+    echo "$wanted" >"$stamp"
+}

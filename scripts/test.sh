@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Sets up an environment and runs every check: style, fast tests, slow tests. About half an hour on two cores,
+# installation included; leaves .venv behind. Exit code 0 only if everything passed.
+#
+# usage: scripts/test.sh [--venv DIR] [--fast]
+#   --venv DIR  environment to use or to make (otherwise the active one, otherwise .venv)
+#   --fast      without the slow tests
+set -euo pipefail
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$repository/scripts/setup_env.sh"
+
+venv= slow=yes
+while [ $# -gt 0 ]; do
+    case $1 in
+        --venv) venv=${2:?"--venv needs a folder"} && shift 2 ;;
+        --fast) slow=no && shift ;;
+        *) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 2 ;;
+    esac
+done
+setup_env "$repository" "$venv"
+cd "$repository"
+
+# Two cores spin against each other when every process takes both; pools of tests need no display.
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MPLBACKEND=agg
+# Tests make their own folders; those of the user are not for them.
+unset nnUNet_raw nnUNet_preprocessed nnUNet_results
+
+failed=()
+check() {
+    echo "== $*"
+    "$PYTHON" -m "$@" || failed+=("$*")
+}
+check ruff check .
+check ruff format --check .
+check pytest
+# Tests marked data want real scans and tests marked gpu a GPU: run them by name where these are.
+[ $slow = no ] || check pytest -m "slow and not data and not gpu"
+
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'FAILED: %s\n' "${failed[@]}"
+    exit 1
+fi
+echo "All checks passed."

@@ -1,0 +1,208 @@
+"""Slow reference values, written from the equations in float64 before and apart from the code they judge."""
+
+import math
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses. Loops over voxels, patches and pairs; autograd gives the reference gradients, `detach` says what is constant.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Largest deviation as a share of the largest reference number (0 where both are 0 throughout)."""
+    deviation = (value.double() - reference.double()).abs().max().item()
+    size = reference.double().abs().max().item()
+    return 0.0 if deviation == 0 else deviation / size if size else math.inf
+
+
+def voxels(x: Tensor) -> list[tuple]:
+    """All indices (b, :, *voxel) of a map (B, C, *S)."""
+    return [(b, slice(None), *v) for b in range(x.shape[0]) for v in product(*(range(s) for s in x.shape[2:]))]
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """Entropy in nats of one voxel's log probabilities (C,)."""
+    return -sum(lp.exp() * lp for lp in log_p)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log probabilities (C,) of one voxel in float64."""
+    logits = logits.double()
+    return logits - torch.logsumexp(logits, 0)
+
+
+def uncl(student: Tensor, teacher: Tensor, *, beta: float, entropy: str, guarded: bool) -> tuple[Tensor, Tensor]:
+    """Consistency and entropy part of UnCL (supplement Eq. 1, or the guarded form)."""
+    consistency, entropies, n = 0.0, 0.0, 0
+    unit = math.log(student.shape[1]) if guarded else 1.0
+    for at in voxels(student):
+        log_p, log_q = log_probabilities(student[at]), log_probabilities(teacher[at].detach())
+        h_s, h_t = entropy_of(log_p) / unit, entropy_of(log_q) / unit
+        first, second = {"dual": (h_s, h_t), "teacher": (h_t, h_t), "student": (h_s, h_s)}[entropy]
+        square = sum((p - q) ** 2 for p, q in zip(log_p.exp(), log_q.exp(), strict=True))
+        denominator = torch.exp(beta * first) + torch.exp(beta * second)
+        if guarded:
+            consistency = consistency + 2 / denominator.detach() * square
+            entropies = entropies + h_s * float(student[at].argmax() == teacher[at].argmax())
+        else:
+            consistency = consistency + square / denominator
+            entropies = entropies + beta * (first + second)
+        n += 1
+    return consistency / n, entropies / n
+
+
+def uncl_gradient_eq10(student: Tensor, teacher: Tensor, *, beta: float) -> Tensor:
+    """Supplement Eq. 10 with the squared norm, multiplied out to the student logits through the softmax Jacobian."""
+    out = torch.zeros_like(student, dtype=torch.float64)
+    places = voxels(student)
+    for at in places:
+        log_p, log_q = log_probabilities(student[at]), log_probabilities(teacher[at])
+        p, q = log_p.exp(), log_q.exp()
+        e_s, e_t = torch.exp(beta * entropy_of(log_p)), torch.exp(beta * entropy_of(log_q))
+        d_entropy = -(log_p + 1)
+        slope = 2 * (p - q) / (e_s + e_t)
+        slope = slope - beta * ((p - q) ** 2).sum() * e_s * d_entropy / (e_s + e_t) ** 2
+        slope = slope + beta * d_entropy
+        jacobian = torch.diag(p) - torch.outer(p, p)
+        out[at] = jacobian @ slope / len(places)
+    return out
+
+
+def mse(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean over voxels of the weighted squared norm of the probability difference."""
+    total, places = 0.0, voxels(student)
+    for at in places:
+        p, q = log_probabilities(student[at]).exp(), log_probabilities(teacher[at]).exp()
+        w = 1.0 if weight is None else weight[(at[0], *at[2:])].double()
+        total = total + w * sum((a - b) ** 2 for a, b in zip(p, q, strict=True))
+    return total / len(places)
+
+
+def soft_ce_dice(student: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
+    """Weighted soft cross-entropy plus one minus soft Dice (squares below, one voxel of smoothing), by image, class."""
+    cross, places = 0.0, voxels(student)
+    top, bottom = {}, {}
+    for at in places:
+        log_p, t = log_probabilities(student[at]), q[at].double()
+        w = 1.0 if weight is None else weight[(at[0], *at[2:])].double()
+        for c, (lp, qc) in enumerate(zip(log_p, t, strict=True)):
+            cross = cross - w * qc * lp
+            if c > 0:
+                top[at[0], c] = top.get((at[0], c), 0.0) + 2 * w * lp.exp() * qc
+                bottom[at[0], c] = bottom.get((at[0], c), 0.0) + w * (lp.exp() ** 2 + qc**2)
+    dice = [(top[key] + 1) / (bottom[key] + 1) for key in top]
+    return cross / len(places) + 1 - sum(dice) / len(dice)
+
+
+def fecl_image(
+    z: Tensor, labels: Tensor, teacher: Tensor | None, weight: Tensor | None, *, tau: float, gamma: float, topk: int
+) -> Tensor | None:
+    """FeCL of one image by loops over pairs; None without an anchor. z (n, d), labels (n,)."""
+    z, used = z.double(), [i for i, y in enumerate(labels.tolist()) if y >= 0]
+
+    def cosine(i: int, k: int) -> Tensor:
+        return (z[i] * z[k]).sum()
+
+    def closeness(i: int, k: int) -> Tensor:
+        return ((1 + cosine(i, k).detach()) / 2).clamp(0, 1)
+
+    total, weights = 0.0, 0.0
+    for i in used:
+        positives = [k for k in used if k != i and labels[k] == labels[i]]
+        negatives = [k for k in used if labels[k] != labels[i]]
+        if not positives or not negatives:
+            continue
+        d = sum(closeness(i, q) ** gamma * torch.exp(cosine(i, q) / tau) for q in negatives)
+        if teacher is not None and topk > 0:
+            hard = sorted(((z[i] * teacher[q].double().detach()).sum() / tau for q in negatives), reverse=True)[:topk]
+            d = d + sum(closeness(i, q) ** gamma for q in negatives) * sum(map(torch.exp, hard)) / len(hard)
+        loss = 0.0
+        for k in positives:
+            s = torch.exp(cosine(i, k) / tau)
+            loss = loss + (1 - closeness(i, k)) ** gamma * -torch.log(s / (s + d))
+        u = 1.0 if weight is None else weight[i].double().detach()
+        total, weights = total + u * loss / len(positives), weights + u
+    return None if isinstance(weights, float) and weights == 0.0 else total / weights
+
+
+def fecl(z: Tensor, labels: Tensor, teacher: Tensor | None, weight: Tensor | None, **settings: float) -> Tensor:
+    """Mean of `fecl_image` over the images that have an anchor."""
+    values = [
+        fecl_image(
+            z[b],
+            labels[b],
+            None if teacher is None else teacher[b],
+            None if weight is None else weight[b],
+            **settings,
+        )
+        for b in range(z.shape[0])
+    ]
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values)
+
+
+def cells(space: tuple[int, ...], grid: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """Voxels of each patch, in the order of the flattened grid: floor(i S / G) to ceil((i + 1) S / G)."""
+    axes = [
+        [slice(i * s // g, -(-(i + 1) * s // g)) for i in range(g)] for s, g in zip(space, grid, strict=True)
+    ]
+    return list(product(*axes))
+
+
+def patch_class(shares: list[float], rule: str) -> int:
+    """Class of a patch with the given class shares, -1 for none."""
+    if rule == "majority":
+        best = max(range(len(shares)), key=lambda c: shares[c])
+        return best if shares[best] >= 0.5 else -1
+    foreground = max(range(1, len(shares)), key=lambda c: shares[c])
+    if shares[foreground] > 0.1:
+        return foreground
+    return 0 if sum(shares[1:]) == 0 else -1
+
+
+def target_labels(target: np.ndarray, grid: tuple[int, ...], classes: int, ignore: int | None, rule: str) -> list:
+    """Patch labels of class numbers (B, 1, *S) as nested lists (B, n)."""
+    out = []
+    for image in target[:, 0]:
+        row = []
+        for cell in cells(image.shape, grid):
+            inside = image[cell].ravel().tolist()
+            if any(v < 0 or v == ignore for v in inside):
+                row.append(-1)
+            else:
+                row.append(patch_class([inside.count(c) / len(inside) for c in range(classes)], rule))
+        out.append(row)
+    return out
+
+
+def probability_labels(p: np.ndarray, grid: tuple[int, ...], gate: float, rule: str) -> list:
+    """Patch labels of probabilities (B, C, *S) as nested lists (B, n)."""
+    out = []
+    for image in p.astype(np.float64):
+        row = []
+        for cell in cells(image.shape[1:], grid):
+            inside = image[(slice(None), *cell)].reshape(image.shape[0], -1)
+            winner = inside.argmax(0).tolist()
+            hard = [winner.count(c) / len(winner) for c in range(len(inside))]
+            soft = inside.mean(1).tolist()
+            label = patch_class(soft if rule == "majority" else hard, rule)
+            row.append(label if inside.max(0).mean() >= gate else -1)
+        out.append(row)
+    return out
+
+
+def patch_weights(logits: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """exp(mean entropy / ln C) of each patch, (B, n)."""
+    rows = []
+    for image in logits:
+        row = []
+        for cell in cells(tuple(image.shape[1:]), grid):
+            inside = image[(slice(None), *cell)].flatten(1)
+            h = [entropy_of(log_probabilities(inside[:, v])) for v in range(inside.shape[1])]
+            row.append(math.exp(sum(h) / len(h) / math.log(image.shape[0])))
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)

@@ -1,0 +1,118 @@
+"""Imports go one way: read from the source text, against the table of layers."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "nnunetv2_dycon"
+
+BASE = {"", "errors", "schedules", "options"}  # "" is the package itself, for its version
+TENSORS = {"losses", "networks", "views"}
+# Part of the package -> the other parts that it may import.
+MAY_IMPORT = {
+    "": set(),
+    "_register": set(),
+    "errors": set(),
+    "schedules": {"errors"},
+    "options": {"errors"},
+    "losses": BASE,
+    "networks": BASE,
+    "views": BASE,
+    "methods": BASE | TENSORS,
+    "data": BASE | TENSORS,
+    "trainers": BASE | TENSORS | {"methods", "data"},
+    "_nnunet_ext": {"trainers"},
+    "export": BASE | TENSORS | {"methods", "data", "trainers"},
+    "phantom": BASE | {"data"},
+    "doctor": BASE | {"_register", "trainers"},
+    "dataset_conversion": BASE | {"data"},
+    "commands": BASE | {"data", "trainers", "export", "phantom", "doctor", "dataset_conversion"},
+}
+STANDARD_LIBRARY_ONLY = {"", "_register", "errors", "schedules", "options", "commands"}
+WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"methods", "_nnunet_ext"}
+
+
+def sources() -> list[Path]:
+    return sorted([*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "dataset_conversion").rglob("*.py")])
+
+
+def part_of(module: str) -> str:
+    """Return the part of a dotted module name that starts with the package."""
+    return [*module.split("."), ""][1]
+
+
+def part_of_file(path: Path) -> str:
+    if ROOT / "dataset_conversion" in path.parents:
+        return "dataset_conversion"
+    first = path.relative_to(ROOT / PACKAGE).parts[0]
+    return "" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and dotted name of every import, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            # "from package import part" names a module as much as "import package.part" does
+            inside = node.module == PACKAGE
+            names = [f"{PACKAGE}.{alias.name}" for alias in node.names] if inside else [node.module]
+            yield from ((node.lineno, "" if name == f"{PACKAGE}.__version__" else name) for name in names)
+
+
+def cases() -> list:
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in sources()]
+
+
+@pytest.mark.parametrize("path", cases())
+def test_a_module_imports_only_parts_below_it(path):
+    part = part_of_file(path)
+    assert part in MAY_IMPORT, f"{path}: give its part a row in the table"
+    for line, name in imported(path):
+        if name.split(".")[0] == PACKAGE and part_of(name) != part:
+            assert part_of(name) in MAY_IMPORT[part], f"{path}:{line}: {part} must not import {name}"
+
+
+@pytest.mark.parametrize("path", cases())
+def test_a_module_needs_no_more_than_its_layer_has(path):
+    part = part_of_file(path)
+    for line, name in imported(path):
+        top = name.split(".")[0]
+        if part in WITHOUT_NNUNET:
+            assert not top.startswith(("nnunetv2", "batchgenerators")) or top == PACKAGE, (
+                f"{path}:{line}: {name}"
+            )
+        if part in STANDARD_LIBRARY_ONLY:
+            assert top in {PACKAGE, "", *sys.stdlib_module_names}, f"{path}:{line}: {name}"
+
+
+def test_what_runs_at_every_start_imports_os_alone():
+    assert list(imported(ROOT / PACKAGE / "__init__.py")) == []
+    assert [name for _, name in imported(ROOT / PACKAGE / "_register.py")] == ["os"]
+
+
+def test_the_shim_imports_the_names_alone():
+    (shim,) = (ROOT / PACKAGE / "_nnunet_ext").glob("*.py")
+    assert [name for _, name in imported(shim)] == [f"{PACKAGE}.trainers.names"]
+
+
+def test_commands_imports_nothing_heavy_before_a_verb_runs():
+    """`--help` is quick: at the top of commands.py there is the base alone."""
+    tree = ast.parse((ROOT / PACKAGE / "commands.py").read_text())
+    names = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert {part_of(name) for name in names if name.startswith(PACKAGE)} <= BASE
+
+
+def test_every_package_that_is_imported_is_declared_and_none_besides():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
+    tops = {name.split(".")[0] for path in sources() for _, name in imported(path)}
+    third_party = {top.lower() for top in tops - {PACKAGE, ""} if top not in sys.stdlib_module_names}
+    assert third_party == declared

@@ -1,0 +1,137 @@
+import importlib
+import inspect
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_dycon import commands
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.options import Settings, describe
+
+# The least that each verb must be given.
+REQUIRED = {
+    "doctor": [],
+    "trainers": [],
+    "preprocess_unlabeled": ["-d", "501"],
+    "phantom": ["-d", "501"],
+    "export": ["-d", "501", "-tr", "nnUNetTrainerDyCON", "-f", "0", "-o", "out"],
+}
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Put stand-ins in the place of all target functions; return what they are called with."""
+    calls = []
+
+    def stand_in(name, result):
+        def function(**arguments):
+            calls.append((name, arguments))
+            return result
+
+        return function
+
+    for name, verb in commands.VERBS.items():
+        module, function = verb.target.split(":")
+        result = [types.SimpleNamespace(name="a", ok=True, text="b")] if name == "doctor" else []
+        fake = types.ModuleType(module)
+        setattr(fake, function, stand_in(name, result))
+        monkeypatch.setitem(sys.modules, module, fake)
+    return calls
+
+
+def run(*arguments):
+    script = f"""
+import sys
+from nnunetv2_dycon.commands import main
+try:
+    main({list(arguments)!r})
+finally:
+    print("heavy:", sorted({{"torch", "numpy", "nnunetv2"}} & set(sys.modules)), file=sys.stderr)
+"""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["phantom", "--help"], ["doctor", "--no_such"]])
+def test_help_and_refusals_import_nothing_heavy(arguments):
+    done = run(*arguments)
+    assert "usage: nnUNetv2_dycon" in done.stdout + done.stderr
+    assert "heavy: []" in done.stderr
+
+
+@pytest.mark.parametrize("verb", commands.VERBS)
+def test_every_verb_has_parameters_of_its_function_and_their_defaults(verb):
+    _, arguments = commands.parse([verb, *REQUIRED[verb]])
+    module, function = commands.VERBS[verb].target.split(":")
+    parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    assert set(arguments) <= set(parameters)
+    given = REQUIRED[verb][::2]
+    for flags, keywords in commands.VERBS[verb].arguments:
+        parameter = keywords.get("dest", flags[-1].lstrip("-"))
+        if not set(flags) & set(given):
+            assert arguments[parameter] == parameters[parameter].default, parameter
+    needed = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    assert needed <= set(arguments)
+
+
+def test_arguments_arrive_as_nnunet_would_read_them(called):
+    commands.main(["preprocess_unlabeled", "-d", "Dataset501_X", "-c", "2d", "3d_fullres", "-np", "3"])
+    commands.main(["phantom", "-d", "501", "-n", "9", "--labeled_scanner", "all", "--hard"])
+    commands.main(["export", "-d", "501", "-tr", "T", "-f", "0", "all", "-o", "out", "--weights", "student"])
+    preprocess, phantom, export = (arguments for _, arguments in called)
+    assert preprocess["dataset"] == "Dataset501_X"
+    assert preprocess["configurations"] == ["2d", "3d_fullres"]
+    assert preprocess["processes"] == 3
+    assert not preprocess["overwrite"]
+    assert (phantom["dataset_id"], phantom["cases"], phantom["labeled_scanner"]) == (501, 9, "all")
+    assert phantom["hard"]
+    assert (export["dataset_id"], export["folds"], export["weights"]) == (501, [0, "all"], "student")
+
+
+def test_an_error_of_the_user_is_one_line_on_stderr_and_exit_code_2(called, monkeypatch, capsys):
+    def fail(**_):
+        raise DataError("no imagesUn in Dataset501_X: put the images there")
+
+    monkeypatch.setattr(sys.modules["nnunetv2_dycon.data.unlabeled"], "preprocess_unlabeled", fail)
+    assert commands.main(["preprocess_unlabeled", "-d", "501"]) == 2
+    assert capsys.readouterr() == ("", "error: no imagesUn in Dataset501_X: put the images there\n")
+
+
+def test_an_error_of_ours_keeps_its_traceback(called, monkeypatch):
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys.modules["nnunetv2_dycon.doctor"], "doctor", fail)
+    with pytest.raises(ZeroDivisionError):
+        commands.main(["doctor"])
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_doctor_exits_with_1_where_something_is_wrong(called, monkeypatch, capsys, ok, code):
+    checks = [
+        types.SimpleNamespace(name="torch", ok=True, text="2"),
+        types.SimpleNamespace(name="x", ok=ok, text="y"),
+    ]
+    monkeypatch.setattr(sys.modules["nnunetv2_dycon.doctor"], "doctor", lambda: checks)
+    assert commands.main(["doctor"]) == code
+    assert capsys.readouterr().out.splitlines()[1] == f"{'ok  ' if ok else 'FAIL'}  x      y"
+
+
+def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
+    assert commands.main(["trainers"]) == 0
+    printed = capsys.readouterr().out
+    for row in describe(Settings):
+        assert sum(line.split()[:1] == [row.option] for line in printed.splitlines()) == 1
+    from nnunetv2_dycon.trainers.names import TRAINERS
+
+    for name in TRAINERS:
+        assert f"\n{name}: " in printed
+    assert printed.count("0p5to0p05") == 1  # beta of DyCON
+    assert printed.count("5to0p5 ") == 1  # beta of the preset
+
+
+def test_the_console_script_is_this_main():
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert 'nnUNetv2_dycon = "nnunetv2_dycon.commands:main"' in project
