@@ -54,11 +54,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Prints a default only where there is one to print."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (
-            action.help
-            if action.default is None or action.default is False
-            else super()._get_help_string(action)
-        )
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def _argument(*flags: str, **keywords: Any) -> Argument:
@@ -92,10 +88,12 @@ def _show_trainers(trainers: Sequence[Any]) -> int:
     print("(p is the decimal point; AtoB goes from A to B during training; a switch has no value).\n")
     common = describe(Settings)
     _show_rows("options of every trainer", common)
+    rows = {trainer.name: trainer.options for trainer in trainers}
     for trainer in trainers:
-        _show_rows(
-            f"{trainer.name}: {trainer.summary}", [row for row in trainer.options if row not in common]
-        )
+        known = rows.get(trainer.preset_of, common)
+        title = f"{trainer.preset_of} with other defaults" if trainer.preset_of else trainer.summary
+        _show_rows(f"{trainer.name}: {title}", [row for row in trainer.options if row not in known])
+
     return 0
 
 
@@ -116,9 +114,7 @@ _PLANS = _argument("-p", dest="plans", default="nnUNetPlans", help="plans identi
 _OVERWRITE = _argument("--overwrite", action="store_true", help="replace what is there")
 
 VERBS: dict[str, Verb] = {
-    "doctor": Verb(
-        "Check the installation and say what to mend.", "nnunetv2_dycon.doctor:doctor", (), _show_checks
-    ),
+    "doctor": Verb("Check the installation and say what to mend.", "nnunetv2_dycon.doctor:doctor", (), _show_checks),
     "trainers": Verb(
         "List the trainers for -tr, their options, defaults and ranges.",
         "nnunetv2_dycon.trainers.names:list_trainers",
@@ -161,11 +157,10 @@ VERBS: dict[str, Verb] = {
             _dataset("dataset_id"),
             _argument("-tr", dest="trainer", required=True, help="trainer name, options included"),
             _argument("-c", dest="configuration", default="3d_fullres", help="configuration"),
-            _argument(
-                "-f", dest="folds", nargs="+", type=_number_or_word, required=True, help="folds, or all"
-            ),
+            _argument("-f", dest="folds", nargs="+", type=_number_or_word, default=(0,), help="folds, or all"),
             _PLANS,
             _argument("--weights", choices=("teacher", "student"), default="teacher", help="whose weights"),
+            _argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint file"),
             _argument("-o", dest="output", required=True, help="folder to write"),
         ),
         _show_path,

@@ -96,12 +96,8 @@ def _registration() -> Iterator[Check]:
     listed = [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
     active = folder in listed
     shown = [entry if os.path.isdir(entry) else f"{entry} (does not exist)" for entry in listed]
-    yield Check(
-        variable, active, f"{os.pathsep.join(shown) or 'empty'}{'' if active else '; ours is not in it'}"
-    )
-    found = [
-        str(Path(root, START_UP_FILE)) for root in _site_folders() if Path(root, START_UP_FILE).is_file()
-    ]
+    yield Check(variable, active, f"{os.pathsep.join(shown) or 'empty'}{'' if active else '; ours is not in it'}")
+    found = [str(Path(root, START_UP_FILE)) for root in _site_folders() if Path(root, START_UP_FILE).is_file()]
     where = found[0] if found else f"no {START_UP_FILE} in {', '.join(_site_folders())}"
     if os.environ.get(_register.SWITCH_OFF) == "1":
         where += f"; switched off by {_register.SWITCH_OFF}=1"
@@ -152,14 +148,14 @@ def _found_by_nnunet(name: str) -> Check:
     origin = folder[1] if folder else getattr(sys.modules.get(found.__module__), "__file__", found.__module__)
     if found is trainer_class(name):
         return Check(name, True, f"found by nnU-Net in {origin}")
-    return Check(
-        name, False, f"shadowed: nnU-Net takes the class of that name in {origin}; rename or remove it"
-    )
+    return Check(name, False, f"shadowed: nnU-Net takes the class of that name in {origin}; rename or remove it")
 
 
 def _machine() -> Iterator[Check]:
     try:
         import torch
+
+        from nnunetv2_dycon.precision import cpu_has_bf16
     except Exception as error:
         yield Check("devices", False, f"torch cannot be imported: {_one_line(error)}; {REINSTALL}")
         return
@@ -169,17 +165,8 @@ def _machine() -> Iterator[Check]:
         True,
         ", ".join(cards) if cards else f"no CUDA device; CPU, {torch.get_num_threads()} threads",
     )
-    yield Check("bf16 on this CPU", True, _cpu_bf16())
-
-
-def _cpu_bf16() -> str:
-    """Return in words whether the processor computes in bfloat16; torch has no public question for it."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return "not known on this system; with option bf16 compare the time of an epoch"
-    fast = sorted(flags & {"avx512_bf16", "amx_bf16"})
-    return f"fast ({', '.join(fast)}): option bf16 pays" if fast else "slow: leave option bf16 off"
+    text = "fast: option bf16 pays" if cpu_has_bf16() else "not in hardware: leave option bf16 out"
+    yield Check("bf16 on this CPU", True, text)
 
 
 def _one_line(error: Exception) -> str:

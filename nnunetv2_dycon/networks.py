@@ -60,9 +60,7 @@ def choose_stage(strides: Sequence[Sequence[int]], target: float = 8) -> int:
     """
     if not strides:
         raise ValueError("No encoder stage to choose from.")
-    cumulative = [
-        [math.prod(axis) for axis in zip(*strides[: i + 1], strict=True)] for i in range(len(strides))
-    ]
+    cumulative = [[math.prod(axis) for axis in zip(*strides[: i + 1], strict=True)] for i in range(len(strides))]
     finest = [a for a, total in enumerate(cumulative[-1]) if total == max(cumulative[-1])]
     # Rounded, so that a tie stays a tie in floating point; min returns the first of equals.
     distances = [

@@ -165,9 +165,7 @@ class Settings:
     lr: float = option(0.01, low=0.000001, high=10.0, help="learning rate at the start")
     batch: int = option(0, low=0, help="labelled patches per step; 0 = as planned")
     unlabeledbatch: int = option(0, low=0, help="unlabelled patches per step; 0 = as many as labelled")
-    seed: int | None = option(
-        None, low=0, high=2**32 - 1, none_text="not set", help="seed of everything random"
-    )
+    seed: int | None = option(None, low=0, high=2**32 - 1, none_text="not set", help="seed of everything random")
     bf16: bool = option(False, flag=True, help="bfloat16 autocast on a CPU")
     nomirror: bool = option(False, flag=True, help="no mirroring, in training and in prediction")
 

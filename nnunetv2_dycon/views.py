@@ -16,10 +16,10 @@ from torch.nn.functional import pad
 
 from nnunetv2_dycon.errors import ConfigError
 
-# Side of a mixing box as a fraction of the patch, per axis. In 3D the mean volume share is 0.54^3 = 0.16
-# and never above 0.42; in 2D it is 0.29 and never above 0.56. At least a third, so that a whole structure with
-# its surroundings moves and the box spans several FeCL patches; at most three quarters, so that on each axis
-# the receiving patch keeps context beside the box and, on average, most of its own voxels.
+# Side of a mixing box as a fraction of the patch, per axis. In 3D the mean volume share is 0.54^3 = 0.16 and
+# never above 0.42; in 2D it is 0.29 and never above 0.56. At least a third, so that a whole structure with its
+# surroundings moves and the box spans several FeCL patches; at most three quarters, so that on each axis the
+# receiving patch keeps context beside the box and, on average, most of its own voxels.
 BOX_SIDE = (1 / 3, 3 / 4)
 # Logit of a known label: softmax gives 1 and exp(-80), so its entropy is 0 in float32 and every value stays
 # finite, in float16 and bfloat16 too.
@@ -138,10 +138,7 @@ def _intensity(x: Tensor, labeled: Labeled | None, generator: Generator) -> View
     """Return a view whose student sees other intensities, drawn per sample, in nnU-Net's order."""
     y = x.float()
     for change in (_add_noise, _blur, _scale_brightness, _scale_contrast, _apply_gamma):
-        chosen = (
-            torch.rand((len(x),) + (1,) * (x.ndim - 1), generator=generator, device=x.device)
-            < INTENSITY_CHANCE
-        )
+        chosen = torch.rand((len(x),) + (1,) * (x.ndim - 1), generator=generator, device=x.device) < INTENSITY_CHANCE
         y = torch.where(chosen, change(y, generator), y)
     return View(y.to(x.dtype), x, _identity, mixes=False)
 

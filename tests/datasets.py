@@ -239,3 +239,9 @@ def _no_pools() -> Iterator[None]:
         mock.patch.object(utils, "Pool", _Here),
     ):
         yield
+
+
+def write_splits(root: Path, dataset: str, **fold: Sequence[str]) -> None:
+    """Write a one-fold splits_final.json into the raw folder, where nnU-Net's planner finds it."""
+    path = root / "nnUNet_raw" / dataset / "splits_final.json"
+    path.write_text(json.dumps([{name: list(cases) for name, cases in fold.items()}]))

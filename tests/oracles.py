@@ -147,9 +147,7 @@ def fecl(z: Tensor, labels: Tensor, teacher: Tensor | None, weight: Tensor | Non
 
 def cells(space: tuple[int, ...], grid: tuple[int, ...]) -> list[tuple[slice, ...]]:
     """Voxels of each patch, in the order of the flattened grid: floor(i S / G) to ceil((i + 1) S / G)."""
-    axes = [
-        [slice(i * s // g, -(-(i + 1) * s // g)) for i in range(g)] for s, g in zip(space, grid, strict=True)
-    ]
+    axes = [[slice(i * s // g, -(-(i + 1) * s // g)) for i in range(g)] for s, g in zip(space, grid, strict=True)]
     return list(product(*axes))
 
 

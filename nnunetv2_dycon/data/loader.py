@@ -5,80 +5,18 @@ did the same would shift the labelled patches; each further source therefore has
 """
 
 import os
-import random
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunetv2_dycon.randomness import RandomStream, part_from_other_workers, seed_from_here
 
 Augmenter = SingleThreadedAugmenter | NonDetMultiThreadedAugmenter
-
-
-def global_states() -> dict[str, Any]:
-    """Return the random states of Python, numpy and torch on the CPU, as plain numbers and tensors.
-
-    CUDA is left out: a forked loader process must not touch it, and loaders draw nothing there.
-    """
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
-        "torch": torch.get_rng_state(),
-    }
-
-
-def set_global_states(states: dict[str, Any]) -> None:
-    """Restore what `global_states` returned."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"].cpu())
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - nnU-Net's loader draws from the global numpy state
-    torch.manual_seed(seed)
-
-
-def seed_from_here(salt: str) -> int:
-    """Return a seed that follows from the global random states and `salt` without drawing from them."""
-    digest = zlib.crc32(salt.encode())
-    digest = zlib.crc32(np.random.get_state()[1].tobytes(), digest)
-    digest = zlib.crc32(str(np.random.get_state()[2]).encode(), digest)
-    return zlib.crc32(torch.get_rng_state().numpy().tobytes(), digest)
-
-
-class RandomStream:
-    """Random states apart from the global ones, swapped in by `with stream.active():`."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.states: dict[str, Any] | None = None
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Make every global draw inside come from this stream."""
-        outside = global_states()
-        try:
-            if self.states is None:
-                seed_everything(self.seed)
-            else:
-                set_global_states(self.states)
-            yield
-            self.states = global_states()
-        finally:
-            set_global_states(outside)
 
 
 class IsolatedLoader(DataLoader):
@@ -121,11 +59,8 @@ class MixedLoader(DataLoader):
     def generate_train_batch(self) -> dict[str, Any]:
         """Return `data`, `target`, `keys` of the labelled half and `unlabeled`, `unlabeled_keys`."""
         if os.getpid() != self.home:
-            # Forked workers share one torch state, numpy's is already their own: make torch's follow from it.
             self.home = os.getpid()
-            seed = seed_from_here("worker")
-            torch.manual_seed(seed)
-            random.seed(seed)
+            part_from_other_workers()
         batch = self.labeled.generate_train_batch()
         if self.unlabeled is not None:
             extra = self.unlabeled.generate_train_batch()
@@ -134,7 +69,11 @@ class MixedLoader(DataLoader):
 
 
 def unlabeled_loader(
-    labeled: nnUNetDataLoader, dataset: nnUNetBaseDataset, batch_size: int, seed: int, label_manager: Any
+    labeled: nnUNetDataLoader,
+    dataset: nnUNetBaseDataset,
+    batch_size: int,
+    seed: int,
+    label_manager: LabelManager,
 ) -> IsolatedLoader:
     """Return a loader of `batch_size` unlabelled patches at uniform positions, with the labelled half's transforms."""
     leading = int(labeled.patch_size_was_2d)  # a 2d loader holds its sizes with a leading 1

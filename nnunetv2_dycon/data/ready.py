@@ -52,7 +52,9 @@ def ready_cases(
     status = unlabeled_status(dataset, configuration, plans)
     if status.state != "ok":
         if not prepare:
-            raise DataError(f"unlabelled images of {dataset} are {status.state}: {status.reason}; type: {status.command}")
+            raise DataError(
+                f"unlabelled images of {dataset} are {status.state}: {status.reason}; type: {status.command}"
+            )
         log(f"Unlabelled images are {status.state}: {status.reason}. Preparing them now, as by: {status.command}")
         preprocess_unlabeled(dataset, (configuration,), plans, processes)
         status = unlabeled_status(dataset, configuration, plans)
@@ -60,5 +62,7 @@ def ready_cases(
         log(f"WARNING: {note}")
     names = status.cases(read_splits(preprocessed), fold)
     if not names:
-        raise DataError(f"fold {fold} of {dataset} has no unlabelled case: put images into imagesUn, or train another fold")
+        raise DataError(
+            f"fold {fold} of {dataset} has no unlabelled case: put images into imagesUn, or train another fold"
+        )
     return UnlabeledCases(status.folder, names)

@@ -175,7 +175,7 @@ def _rows(image: _Image, rows: Tensor, share: Tensor, settings: _Settings, slope
     if image.teacher is not None:
         hard = (z[rows] @ image.teacher.T).div_(tau).masked_fill_(~other, -math.inf)
         hard, hard_at = hard.topk(min(settings.topk, hard.shape[1]), 1)
-        kept = image.negatives[rows].clamp(max=settings.topk)
+        kept = image.negatives[rows].clamp(max=settings.topk).to(z.dtype)
         mass = log_focal.masked_fill_(~other, -math.inf).logsumexp(1)
         log_taught = mass + hard.logsumexp(1) - kept.log()
         log_d = torch.logaddexp(log_d, log_taught)
@@ -199,7 +199,9 @@ def _rows(image: _Image, rows: Tensor, share: Tensor, settings: _Settings, slope
 def _check(z: Tensor, labels: Tensor, teacher: Tensor | None, weight: Tensor | None, settings: _Settings) -> None:
     """Raise ValueError for shapes that do not fit and numbers out of range."""
     if z.ndim != 3 or labels.shape != z.shape[:2]:
-        raise ValueError(f"embeddings {tuple(z.shape)} and labels {tuple(labels.shape)}: expected (B, n, d) and (B, n).")
+        raise ValueError(
+            f"embeddings {tuple(z.shape)} and labels {tuple(labels.shape)}: expected (B, n, d) and (B, n)."
+        )
     if teacher is not None and teacher.shape != z.shape:
         raise ValueError(f"student {tuple(z.shape)} and teacher {tuple(teacher.shape)} differ in shape.")
     if weight is not None and weight.shape != labels.shape:

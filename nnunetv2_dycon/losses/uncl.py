@@ -126,9 +126,7 @@ def uncl_guarded(student_logits: Tensor, teacher_logits: Tensor, *, beta: float,
 
 
 @torch.no_grad()
-def entropy_weight(
-    student_logits: Tensor, teacher_logits: Tensor, *, beta: float, entropy: Entropy = "dual"
-) -> Tensor:
+def entropy_weight(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, entropy: Entropy = "dual") -> Tensor:
     """Weight w of the guarded form for each voxel, detached, in (0, 1].
 
     Parameters

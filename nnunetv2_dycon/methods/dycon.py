@@ -46,9 +46,7 @@ class DyCONSettings(ConsistencySettings):
     stage: int | None = option(None, low=0, high=20, none_text="stride nearest 8", help="encoder stage of FeCL")
 
 
-PAPER = DyCONSettings(
-    ema=0.99, ramp=0.0, delay=0.0, beta=Schedule(5.0, 0.5), on="all", wuncl=0.5, wfecl=0.5, gamma=2.0
-)
+PAPER = DyCONSettings(ema=0.99, ramp=0.0, delay=0.0, beta=Schedule(5.0, 0.5), on="all", wuncl=0.5, wfecl=0.5, gamma=2.0)
 
 
 class DyCON(MeanTeacher):
@@ -136,7 +134,10 @@ class DyCON(MeanTeacher):
 
     def figures(self, t: float) -> dict[str, float]:
         """Return the scheduled numbers at fraction `t` of the training, for the log."""
-        return {**super().figures(t), "beta": exponential(t, self.settings.beta.start, self.settings.beta.end)}
+        return {
+            **super().figures(t),
+            "beta": exponential(t, self.settings.beta.start, self.settings.beta.end),
+        }
 
     def _teach(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the teacher's features (None without FeCL) and logits for input (B, C, *S), in one pass."""
@@ -160,7 +161,10 @@ class DyCON(MeanTeacher):
             parts = uncl_literal(logits, target, beta=beta, entropy=s.entropy)
             return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(weight, parts.entropy)}
         parts = uncl_guarded(logits, target, beta=beta, entropy=s.entropy)
-        return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(weight * s.lambdah, parts.entropy)}
+        return {
+            "uncl": Term(weight, parts.consistency),
+            "uncl_entropy": Term(weight * s.lambdah, parts.entropy),
+        }
 
     def _fecl(self, logits: Tensor, labels: Tensor, taught: Tensor, batch: Batch, share: float) -> Term:
         """Return FeCL of the tapped patches with labels (B, n) and the teacher's features (B, C, *G)."""

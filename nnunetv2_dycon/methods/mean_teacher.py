@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_dycon.losses.consistency import mse, soft_ce_dice
-from nnunetv2_dycon.methods.base import Batch, Group, Method, TeacherSettings, Term, agreement, full_resolution
+from nnunetv2_dycon.methods.base import (
+    Batch,
+    Group,
+    Method,
+    TeacherSettings,
+    Term,
+    agreement,
+    full_resolution,
+)
 from nnunetv2_dycon.options import Settings, option
 from nnunetv2_dycon.schedules import gaussian_ramp
 from nnunetv2_dycon.views import VIEWS, View, make_view

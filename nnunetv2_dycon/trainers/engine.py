@@ -21,16 +21,12 @@ from nnunetv2.utilities.collate_outputs import collate_outputs
 from torch import Tensor, nn
 
 import nnunetv2_dycon
+from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
 from nnunetv2_dycon.data.loader import (
     IsolatedLoader,
     MixedLoader,
-    RandomStream,
-    global_states,
     inner_loader,
     replace_loader,
-    seed_everything,
-    seed_from_here,
-    set_global_states,
     unlabeled_loader,
 )
 from nnunetv2_dycon.data.ready import UnlabeledCases, ready_cases
@@ -39,8 +35,10 @@ from nnunetv2_dycon.errors import ConfigError, DivergedError
 from nnunetv2_dycon.methods.base import Batch, Group, Method, Outputs, Task
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.options import Settings
-from nnunetv2_dycon.trainers.checkpoint import KEY, read_checkpoint, write_checkpoint
+from nnunetv2_dycon.precision import require_bf16
+from nnunetv2_dycon.randomness import global_states, seed_everything, seed_from_here, set_global_states
 from nnunetv2_dycon.trainers.history import History, epoch_means, lost_classes
+from nnunetv2_dycon.trainers.state import compare_settings, restore, restore_random_states, state_of
 
 CLIP_NORM = 12.0  # as stock
 SKIPS_TO_STOP = 5
@@ -62,7 +60,11 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         s = self.settings
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = s.epochs, s.iters, s.valiters
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (
+            s.epochs,
+            s.iters,
+            s.valiters,
+        )
         self.save_every, self.initial_lr = s.save, s.lr
         self.method: Method | None = None
         self.method_optimizer: torch.optim.Optimizer | None = None
@@ -104,7 +106,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
 
     def _refuse_unsupported(self) -> None:
         if self.settings.bf16:
-            _require_bf16(self.device)
+            require_bf16(self.device)
         if not self.method_type.uses_unlabeled:
             return
         if self.label_manager.has_regions:
@@ -188,8 +190,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
         super().on_train_start()
         if self.restored is None:
             self.method.start(unwrap(self.network))
-        else:
-            self._restore_random_states(self.restored["random"])
+        elif self.restored:
+            restore_random_states(self, self.restored["random"])
         self._describe()
 
     def _describe(self) -> None:
@@ -413,79 +415,26 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
         super().save_checkpoint(buffer)
         buffer.seek(0)
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # written a line above
-        checkpoint[KEY] = self._state()
+        checkpoint[KEY] = state_of(self)
         write_checkpoint(checkpoint, Path(filename))
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "version": nnunetv2_dycon.__version__,
-            "settings": asdict(self.settings),
-            "step": self.step,
-            "teacher": self.method.teacher.network.state_dict(),
-            "method": {k: v for k, v in self.method.state_dict().items() if not k.startswith("teacher.")},
-            "optimizer": None if self.method_optimizer is None else self.method_optimizer.state_dict(),
-            "history": self.history.rows,
-            "random": {
-                "global": global_states(),
-                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                "step": self.generator.get_state(),
-                "streams": {name: stream.states for name, stream in self._streams().items()},
-            },
-        }
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As stock, then our key; a checkpoint without it starts the teacher from the student."""
         checkpoint, _ = read_checkpoint(Path(filename_or_checkpoint))
         state = checkpoint.get(KEY)
         if state is not None:
-            self._compare_settings(state["settings"])
+            compare_settings(state["settings"], asdict(self.settings), self.output_folder)
         super().load_checkpoint(filename_or_checkpoint)
-        self.step = self.current_epoch * self.num_iterations_per_epoch
         if state is None:
             self.print_to_log_file(
                 f"WARNING: {filename_or_checkpoint} has no '{KEY}' entry (another trainer wrote it): the teacher "
                 "starts from the student."
             )
+            self.step = self.current_epoch * self.num_iterations_per_epoch
             self.method.start(unwrap(self.network))
-            return
-        self.step = state["step"]
-        self.method.teacher.network.load_state_dict(state["teacher"])
-        missing, unexpected = self.method.load_state_dict(state["method"], strict=False)
-        wrong = [*unexpected, *(name for name in missing if not name.startswith("teacher."))]
-        if wrong:
-            raise ConfigError(f"{filename_or_checkpoint} does not fit this method: {', '.join(wrong[:5])}.")
-        if self.method_optimizer is not None:
-            self.method_optimizer.load_state_dict(state["optimizer"])
-        self.history = History(state["history"])
-        self.restored = state
-
-    def _compare_settings(self, stored: dict[str, Any]) -> None:
-        here = asdict(self.settings)
-        changed = [
-            f"{name} {stored.get(name)} there, {here.get(name)} here"
-            for name in dict.fromkeys([*stored, *here])
-            if stored.get(name) != here.get(name)
-        ]
-        if changed:
-            raise ConfigError(
-                f"cannot continue in {self.output_folder} with other settings: {'; '.join(changed)}. Train with the "
-                "settings of the checkpoint, or start anew under another trainer name."
-            )
-
-    def _streams(self) -> dict[str, RandomStream]:
-        """Random streams that live in this process (without loader workers); workers keep their own."""
-        loaders = {"train": self.dataloader_train, "validation": self.dataloader_val}
-        inner = {name: loader.data_loader for name, loader in loaders.items() if hasattr(loader, "data_loader")}
-        found = {"unlabeled": getattr(inner.get("train"), "unlabeled", None), "validation": inner.get("validation")}
-        return {name: loader.stream for name, loader in found.items() if isinstance(loader, IsolatedLoader)}
-
-    def _restore_random_states(self, states: dict[str, Any]) -> None:
-        set_global_states(states["global"])
-        if self.device.type == "cuda" and len(states["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-        self.generator.set_state(states["step"].cpu())
-        for name, stream in self._streams().items():
-            stream.states = states["streams"].get(name)
+        else:
+            restore(self, state)
+        self.restored = state or {}
 
     # ------------------------------------------------------------------------------------------------- helpers
     def _method_parameters(self) -> list[nn.Parameter]:
@@ -506,17 +455,3 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _require_bf16(device: torch.device) -> None:
-    """Raise ConfigError if the device has no bf16 arithmetic."""
-    fits = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
-    if device.type not in ("cpu", "cuda") or not fits:
-        raise ConfigError(f"this {device.type} has no bf16 arithmetic: leave _bf16 out of the trainer name.")
-
-
-def cpu_has_bf16() -> bool:
-    """Return whether the processor multiplies bf16 matrices (avx512_bf16 or amx_bf16 in /proc/cpuinfo)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags

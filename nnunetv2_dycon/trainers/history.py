@@ -55,18 +55,22 @@ class History:
     def plot(self, path: Path) -> None:
         """Write the picture: terms as they enter the loss, schedules and shares, pseudo Dice per class."""
         panels = (
-            ("loss terms as weighted", [n for n in self.columns if n.endswith("_weighted") or n == "supervised"]),
+            (
+                "loss terms as weighted",
+                [n for n in self.columns if n.endswith("_weighted") or n == "supervised"],
+            ),
             ("schedules and shares", [n for n in self.columns if n in SHARES]),
             ("pseudo Dice per class", [n for n in self.columns if n.startswith("dice_")]),
         )
-        figure, axes = plt.subplots(len(panels), 1, figsize=(9, 12), constrained_layout=True)
+        figure, axes = plt.subplots(len(panels), 1, figsize=(11, 12))
+        figure.subplots_adjust(left=0.07, right=0.72, top=0.96, bottom=0.06, hspace=0.3)  # legends on the right
         for axis, (title, names) in zip(axes, panels, strict=True):
             for name in names:
                 style = "--" if name.startswith("dice_teacher") else "-"
                 axis.plot(self.series("epoch"), self.series(name), style, label=name)
             axis.set(title=title, xlabel="epoch")
             if names:
-                axis.legend(fontsize="small", ncols=2)
+                axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0))
         part = path.with_name(path.stem + ".part.png")
         figure.savefig(part, dpi=100)
         plt.close(figure)

@@ -40,9 +40,9 @@ if __name__ == "__main__":
     said = {"file": nnunetv2_dycon.__file__, "names": {}}
     for name in sys.argv[1:]:
         found = find(name)
-        said["names"][name] = [
-            found.__name__, found is find(name), pickle.loads(pickle.dumps(found)) is found, found.settings.epochs
-        ]
+        unpickled = pickle.loads(pickle.dumps(found))
+        said["names"][name] = [found.__name__, found is find(name), unpickled is found, found.settings.epochs]
+
     for method in ("fork", "spawn"):
         context = multiprocessing.get_context(method)
         queue = context.Queue()
@@ -55,13 +55,9 @@ if __name__ == "__main__":
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """Return the environment of a new shell: what the tests' own interpreter was started with is not in it."""
+    """Return the environment of a new shell, without what the tests' own interpreter was started with."""
     hidden = {"nnUNet_extTrainer", "NNUNETV2_DYCON_NO_AUTOREGISTER", "PYTHONPATH", "VIRTUAL_ENV"}
-    return (
-        {key: value for key, value in os.environ.items() if key not in hidden}
-        | {"OMP_NUM_THREADS": "1"}
-        | more
-    )
+    return {key: value for key, value in os.environ.items() if key not in hidden} | {"OMP_NUM_THREADS": "1"} | more
 
 
 def run(command: list, folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -90,7 +86,7 @@ def source(tmp_path: Path) -> Path:
 
 
 class Environment:
-    """A virtual environment that sees the packages of the tests' interpreter, but runs none of its start-up files."""
+    """A virtual environment that sees the packages of the tests' interpreter, not its start-up files."""
 
     def __init__(self, folder: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -116,11 +112,9 @@ def environment(tmp_path: Path) -> Environment:
 
 
 def check_record(wheel: zipfile.ZipFile) -> None:
-    """Every file of the wheel is in its RECORD, with its own digest and size: pip removes what is listed there."""
+    """Every file is in the wheel's RECORD, with its digest and size: pip removes what is listed there."""
     (record,) = (name for name in wheel.namelist() if name.endswith(".dist-info/RECORD"))
-    rows = {
-        name: (digest, size) for name, digest, size in csv.reader(io.StringIO(wheel.read(record).decode()))
-    }
+    rows = {name: (digest, size) for name, digest, size in csv.reader(io.StringIO(wheel.read(record).decode()))}
     assert sorted(rows) == sorted(wheel.namelist())
     for name, (digest, size) in rows.items():
         if name != record:
@@ -163,9 +157,7 @@ def test_an_editable_wheel_holds_the_start_up_files_behind_its_finder(source, tm
 
 
 @pytest.mark.parametrize("mode", [[], ["--editable"]], ids=["regular", "editable"])
-def test_nnunet_finds_our_trainers_after_an_installation_and_nothing_is_left_of_it(
-    source, environment, tmp_path, mode
-):
+def test_nnunet_finds_our_trainers_after_an_installation_and_nothing_is_left_of_it(source, environment, tmp_path, mode):
     before = environment.files()
     environment.pip("install", "--no-deps", "--no-build-isolation", *mode, source)
     home = source if mode else environment.packages
@@ -183,9 +175,7 @@ def test_nnunet_finds_our_trainers_after_an_installation_and_nothing_is_left_of_
     output = run([environment.python, script, *NAMES], tmp_path).stdout
     said = json.loads(output.split("SAID ")[1])
     assert Path(said["file"]).parent == home / "nnunetv2_dycon"
-    assert said["names"] == {
-        name: [name, True, True, epochs] for name, epochs in zip(NAMES, (1000, 3, 2), strict=True)
-    }
+    assert said["names"] == {name: [name, True, True, epochs] for name, epochs in zip(NAMES, (1000, 3, 2), strict=True)}
     assert said["fork"]
     assert said["spawn"]
     assert "phantom" in run([environment.folder / "bin" / "nnUNetv2_dycon", "--help"], tmp_path).stdout
@@ -203,13 +193,9 @@ def test_a_checkout_that_is_gone_does_not_disturb_the_start(source, environment)
     assert (done.stdout, done.stderr) == ("started\n", "")
 
 
-def test_doctor_finds_a_good_installation_good_and_names_what_shadows_a_trainer(
-    source, environment, tmp_path
-):
+def test_doctor_finds_a_good_installation_good_and_names_what_shadows_a_trainer(source, environment, tmp_path):
     environment.pip("install", "--no-deps", "--no-build-isolation", source)
-    folders = {
-        name: str(tmp_path / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "mine")
-    }
+    folders = {name: str(tmp_path / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "mine")}
     for folder in folders.values():
         Path(folder).mkdir()
     mine = folders.pop("mine")

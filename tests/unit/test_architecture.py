@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "nnunetv2_dycon"
 
 BASE = {"", "errors", "schedules", "options"}  # "" is the package itself, for its version
-TENSORS = {"losses", "networks", "views"}
+TENSORS = {"losses", "networks", "views", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
     "": set(),
@@ -20,16 +20,14 @@ MAY_IMPORT = {
     "errors": set(),
     "schedules": {"errors"},
     "options": {"errors"},
-    "losses": BASE,
-    "networks": BASE,
-    "views": BASE,
+    **dict.fromkeys(TENSORS, BASE),
     "methods": BASE | TENSORS,
     "data": BASE | TENSORS,
     "trainers": BASE | TENSORS | {"methods", "data"},
     "_nnunet_ext": {"trainers"},
     "export": BASE | TENSORS | {"methods", "data", "trainers"},
     "phantom": BASE | {"data"},
-    "doctor": BASE | {"_register", "trainers"},
+    "doctor": BASE | {"_register", "precision", "trainers"},
     "dataset_conversion": BASE | {"data"},
     "commands": BASE | {"data", "trainers", "export", "phantom", "doctor", "dataset_conversion"},
 }
@@ -85,9 +83,7 @@ def test_a_module_needs_no_more_than_its_layer_has(path):
     for line, name in imported(path):
         top = name.split(".")[0]
         if part in WITHOUT_NNUNET:
-            assert not top.startswith(("nnunetv2", "batchgenerators")) or top == PACKAGE, (
-                f"{path}:{line}: {name}"
-            )
+            assert not top.startswith(("nnunetv2", "batchgenerators")) or top == PACKAGE, f"{path}:{line}: {name}"
         if part in STANDARD_LIBRARY_ONLY:
             assert top in {PACKAGE, "", *sys.stdlib_module_names}, f"{path}:{line}: {name}"
 

@@ -17,7 +17,7 @@ REQUIRED = {
     "trainers": [],
     "preprocess_unlabeled": ["-d", "501"],
     "phantom": ["-d", "501"],
-    "export": ["-d", "501", "-tr", "nnUNetTrainerDyCON", "-f", "0", "-o", "out"],
+    "export": ["-d", "501", "-tr", "nnUNetTrainerDyCON", "-o", "out"],
 }
 
 

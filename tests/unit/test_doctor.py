@@ -19,9 +19,7 @@ def named(checks):
 
 
 @pytest.mark.parametrize("name", doctor.FOLDERS)
-def test_a_folder_that_is_not_set_or_not_there_is_a_finding_with_the_command_to_type(
-    folders, monkeypatch, name
-):
+def test_a_folder_that_is_not_set_or_not_there_is_a_finding_with_the_command_to_type(folders, monkeypatch, name):
     assert doctor._folder(name) == (name, True, str(folders / name))
     (folders / name).rmdir()
     assert doctor._folder(name) == (
@@ -42,9 +40,7 @@ def test_a_folder_without_write_permission_is_wrong_where_training_writes(folder
     assert doctor._folder(name) == (name, ok, f"{folders / name} is not writable (Permission denied)")
 
 
-@pytest.mark.parametrize(
-    ("version", "ok"), [("2.8.1", True), ("2.8.3", True), ("2.8.0", False), ("2.9", False)]
-)
+@pytest.mark.parametrize(("version", "ok"), [("2.8.1", True), ("2.8.3", True), ("2.8.0", False), ("2.9", False)])
 def test_nnunet_must_be_of_the_versions_that_this_was_verified_with(monkeypatch, version, ok):
     monkeypatch.setattr(doctor.metadata, "version", lambda _: version)
     check = named(doctor._versions())["nnunetv2"]

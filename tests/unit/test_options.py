@@ -49,9 +49,7 @@ def test_a_name_reads_back_to_the_settings_it_was_written_from(settings):
     assert not text.endswith("_")
 
 
-@given(
-    st.fixed_dictionaries({}, optional=toy_values).map(lambda values: dataclasses.replace(PRESET, **values))
-)
+@given(st.fixed_dictionaries({}, optional=toy_values).map(lambda values: dataclasses.replace(PRESET, **values)))
 def test_a_preset_is_the_base_that_a_name_departs_from(settings):
     assert parse(format(settings, PRESET), PRESET) == settings
     assert format(PRESET, PRESET) == ""

@@ -100,6 +100,4 @@ def test_the_shim_is_skipped_in_an_environment_without_the_package(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Gone(), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError) as caught:
         load_shim()
-    assert (
-        caught.value.name == "nnunetv2_dycon_trainers"
-    )  # nnU-Net's search skips a module that "is not there"
+    assert caught.value.name == "nnunetv2_dycon_trainers"  # nnU-Net's search skips a module that "is not there"

@@ -25,9 +25,7 @@ def batch(shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=seeded(seed))
 
 
-def view_of(
-    name: str, shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32
-) -> views.View:
+def view_of(name: str, shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> views.View:
     x_l = batch((2, *shape[1:]), 2).to(dtype)
     target = torch.randint(0, 3, (2, 1, *shape[2:]), generator=seeded(3), dtype=torch.int16)
     return make_view(name, batch(shape).to(dtype), x_labeled=x_l, target=target, generator=seeded(seed))
@@ -105,12 +103,8 @@ def test_noise_goes_to_the_teacher_and_is_clipped_at_two_sigma():
     assert view.student is x
     assert view.teacher.abs().max() == pytest.approx(0.2)
     # Normal with standard deviation 0.1 cut at 2 sigma: 2 * (1 - Phi(2)) sits on the limits.
-    assert (view.teacher.abs() >= 0.2).float().mean().item() == pytest.approx(
-        math.erfc(math.sqrt(2)), abs=0.01
-    )
-    assert (view.teacher.abs() < 0.1).float().mean().item() == pytest.approx(
-        math.erf(math.sqrt(0.5)), abs=0.01
-    )
+    assert (view.teacher.abs() >= 0.2).float().mean().item() == pytest.approx(math.erfc(math.sqrt(2)), abs=0.01)
+    assert (view.teacher.abs() < 0.1).float().mean().item() == pytest.approx(math.erf(math.sqrt(0.5)), abs=0.01)
 
 
 def test_intensity_changes_the_student_only_and_each_sample_on_its_own():
@@ -125,6 +119,13 @@ def test_intensity_leaves_a_sample_untouched_to_the_bit_when_no_change_is_drawn(
     monkeypatch.setattr(views, "INTENSITY_CHANCE", 0.0)
     x = batch(SHAPES[1])
     assert torch.equal(make_view("intensity", x, generator=seeded()).student, x)
+
+
+def test_intensity_chooses_its_changes_per_sample(monkeypatch):
+    monkeypatch.setattr(views, "INTENSITY_CHANCE", 0.1)
+    x = batch((16, 1, 4, 4))
+    untouched = (make_view("intensity", x, generator=seeded()).student == x).flatten(1).all(1)
+    assert 0 < untouched.sum() < 16
 
 
 def test_intensity_keeps_a_constant_image_finite(monkeypatch):
@@ -211,14 +212,14 @@ def test_cutmix_moves_targets_as_it_moves_voxels(shape):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_copy_paste_puts_labelled_voxels_and_their_labels_into_one_box(seed):
-    x, x_l = batch((3, 2, 6, 9, 12)), batch((2, 2, 6, 9, 12), 2)
+    x, x_l = batch((4, 2, 6, 9, 12)), batch((2, 2, 6, 9, 12), 2)
     target = torch.randint(0, 3, (2, 1, 6, 9, 12), generator=seeded(3), dtype=torch.int16)
-    logits = batch((3, 3, 6, 9, 12), 4)
+    logits = batch((4, 3, 6, 9, 12), 4)
     view = make_view("copy_paste", x, x_labeled=x_l, target=target, generator=seeded(seed))
     mixed = view.mix(logits)
     assert view.teacher is x
     partners = []
-    for i in range(3):
+    for i in range(4):
         pasted = view.student[i, 0] != x[i, 0]
         assert is_one_box(pasted.numpy())
         # Its partner is the one labelled patch that agrees inside, in every channel.
@@ -261,9 +262,7 @@ def test_copy_paste_leaves_out_voxels_without_a_true_label(unknown, ignore_label
     target = torch.ones(2, 1, 8, 8, 8, dtype=torch.int16)
     target[..., ::2] = unknown
     logits = batch((2, 3, 8, 8, 8))
-    view = make_view(
-        "copy_paste", x, x_labeled=x_l, target=target, ignore_label=ignore_label, generator=seeded()
-    )
+    view = make_view("copy_paste", x, x_labeled=x_l, target=target, ignore_label=ignore_label, generator=seeded())
     pasted = view.student == 1
     assert pasted[..., 1::2].any()
     assert not pasted[..., ::2].any()
@@ -296,9 +295,7 @@ def test_boxes_reach_both_ends_of_an_axis_and_never_leave_it(size):
 
 
 def test_an_unknown_view_is_an_error_that_lists_the_views():
-    with pytest.raises(
-        ConfigError, match="Unknown view 'strong'; choose one of weak, noise, intensity, cutmix"
-    ):
+    with pytest.raises(ConfigError, match="Unknown view 'strong'; choose one of weak, noise, intensity, cutmix"):
         make_view("strong", batch(SHAPES[0]), generator=seeded())
 
 

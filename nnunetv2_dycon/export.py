@@ -1,0 +1,109 @@
+"""Model folders that stock nnU-Net predicts with, on a machine without this package."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+
+from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
+from nnunetv2_dycon.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+STOCK_TRAINER = "nnUNetTrainer"
+MODEL_FILES = ("plans.json", "dataset.json")
+
+
+def export_model(
+    dataset_id: int | str,
+    trainer: str,
+    configuration: str = "3d_fullres",
+    folds: Sequence[int | str] = (0,),
+    plans: str = "nnUNetPlans",
+    weights: Literal["teacher", "student"] = "teacher",
+    output: str | Path = "",
+    checkpoint: str = "checkpoint_final.pth",
+) -> Path:
+    """Write plans, dataset.json and one checkpoint a fold for `nnUNetv2_predict_from_modelfolder -m OUTPUT`.
+
+    The network is the planned one, so the checkpoints name nnU-Net's own trainer. They hold what prediction needs and
+    nothing else: training cannot be continued from them.
+
+    Parameters
+    ----------
+    dataset_id : int or str
+        Data set number or name.
+    trainer : str
+        Trainer name, with options, as trained.
+    folds : sequence of int or 'all'
+        Trained folds.
+    weights : {"teacher", "student"}
+        Whose weights become the model.
+    output : path
+        Folder to write; it may not exist yet.
+    checkpoint : str
+        File name of the checkpoint in each fold.
+
+    Returns
+    -------
+    Path
+        The folder that was written, whole or not at all.
+
+    Raises
+    ------
+    DataError
+        If a checkpoint is missing or holds no teacher, or `output` exists or cannot be written.
+    """
+    try:
+        model = Path(get_output_folder(dataset_id, trainer, plans, configuration))
+    except (TypeError, RuntimeError) as error:
+        raise DataError(f"dataset {dataset_id}: {error} Check -d, and that nnUNet_results is exported.") from error
+    output = Path(output)
+    if output.exists():
+        raise DataError(f"{output} exists: give -o a folder that does not.")
+    missing = [
+        model / f"fold_{fold}" / checkpoint for fold in folds if not (model / f"fold_{fold}" / checkpoint).is_file()
+    ]
+    if missing:
+        raise DataError(
+            f"{missing[0]} does not exist; train it first: nnUNetv2_train {dataset_id} {configuration} "
+            f"{missing[0].parent.name.removeprefix('fold_')} -tr {trainer} -p {plans}"
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+            whole = Path(scratch, "model")
+            whole.mkdir()
+            for name in MODEL_FILES:
+                shutil.copyfile(model / name, whole / name)
+            for fold in folds:
+                target = whole / f"fold_{fold}" / "checkpoint_final.pth"
+                target.parent.mkdir()
+                write_checkpoint(_stock_checkpoint(model / f"fold_{fold}" / checkpoint, weights), target)
+            os.replace(whole, output)
+    except OSError as error:
+        raise DataError(f"cannot write {output}: {error.strerror}; give -o another folder.") from error
+    return output
+
+
+def _stock_checkpoint(path: Path, weights: str) -> dict[str, Any]:
+    checkpoint, safely = read_checkpoint(path)
+    if not safely:
+        logger.warning("%s holds objects that had to be unpickled; open only files that you trust", path)
+    network = checkpoint["network_weights"]
+    if weights == "teacher":
+        if KEY not in checkpoint:
+            raise DataError(f"{path} holds no teacher (another trainer wrote it): use --weights student.")
+        network = checkpoint[KEY]["teacher"]
+    return {
+        "network_weights": network,
+        "trainer_name": STOCK_TRAINER,
+        "init_args": {**checkpoint["init_args"], "device": torch.device("cpu")},
+        "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
+    }

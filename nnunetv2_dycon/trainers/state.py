@@ -1,0 +1,89 @@
+"""What a checkpoint holds beside stock's: everything that an exact continuation needs, under one key."""
+
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import nnunetv2_dycon
+from nnunetv2_dycon.data.loader import IsolatedLoader
+from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.randomness import RandomStream, global_states, set_global_states
+from nnunetv2_dycon.trainers.history import History
+
+if TYPE_CHECKING:
+    from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
+
+TEACHER = "teacher."  # where the teacher's weights are in the method; they get a key of their own, with stock's names
+
+
+def state_of(trainer: "nnUNetTrainerSSL") -> dict[str, Any]:
+    """Return the trainer's state as plain values and tensors, readable without unpickling objects."""
+    method, optimizer = trainer.method, trainer.method_optimizer
+    return {
+        "version": nnunetv2_dycon.__version__,
+        "nnunetv2_version": version("nnunetv2"),
+        "settings": asdict(trainer.settings),
+        "step": trainer.step,
+        "teacher": method.teacher.network.state_dict(),
+        "method": {name: value for name, value in method.state_dict().items() if not name.startswith(TEACHER)},
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "history": trainer.history.rows,
+        "random": {
+            "global": global_states(),
+            "cuda": torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else [],
+            "step": trainer.generator.get_state(),
+            "streams": {name: stream.states for name, stream in _streams(trainer).items()},
+        },
+    }
+
+
+def restore(trainer: "nnUNetTrainerSSL", state: dict[str, Any]) -> None:
+    """Put what `state_of` returned back, but for random states (the loaders are not there yet).
+
+    Raises
+    ------
+    ConfigError
+        If the state belongs to a method with other modules.
+    """
+    trainer.step = state["step"]
+    trainer.history = History(state["history"])
+    trainer.method.teacher.network.load_state_dict(state["teacher"])
+    missing, unexpected = trainer.method.load_state_dict(state["method"], strict=False)
+    wrong = [*unexpected, *(name for name in missing if not name.startswith(TEACHER))]
+    if wrong:
+        raise ConfigError(f"the checkpoint in {trainer.output_folder} is of another method: {', '.join(wrong[:3])} ...")
+    if trainer.method_optimizer is not None:
+        trainer.method_optimizer.load_state_dict(state["optimizer"])
+
+
+def restore_random_states(trainer: "nnUNetTrainerSSL", states: dict[str, Any]) -> None:
+    """Continue every random stream of this process; loader workers start new ones."""
+    set_global_states(states["global"])
+    if trainer.device.type == "cuda" and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    trainer.generator.set_state(states["step"].cpu())
+    for name, stream in _streams(trainer).items():
+        stream.states = states["streams"].get(name)
+
+
+def compare_settings(stored: dict[str, Any], here: dict[str, Any], folder: str) -> None:
+    """Raise ConfigError that lists the differences if a checkpoint was trained with other settings."""
+    changed = [
+        f"{name} is {here.get(name)}, there {stored.get(name)}"
+        for name in dict.fromkeys([*stored, *here])
+        if stored.get(name) != here.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"cannot continue {folder} with other settings: {'; '.join(changed)}. Use the trainer name it was "
+            "trained with, or start anew under another name."
+        )
+
+
+def _streams(trainer: "nnUNetTrainerSSL") -> dict[str, RandomStream]:
+    """Return the random streams of loaders that run in this process."""
+    train, validation = (getattr(a, "data_loader", None) for a in (trainer.dataloader_train, trainer.dataloader_val))
+    loaders = {"unlabeled": getattr(train, "unlabeled", None), "validation": validation}
+    return {name: loader.stream for name, loader in loaders.items() if isinstance(loader, IsolatedLoader)}

@@ -1,0 +1,72 @@
+"""Trainers of tiny data sets, in this process, and what a run leaves behind in comparable form."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+DATASET_ID = 901
+
+
+def make_trainer(
+    name: str,
+    *,
+    dataset: str = "Dataset901_Tiny",
+    configuration: str = "3d_fullres",
+    fold: int | str = 0,
+    resume: bool = False,
+    plans: dict[str, Any] | None = None,
+) -> Any:
+    """Return the trainer of a name as nnU-Net's command would make it, on the CPU."""
+    import os
+
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from nnunetv2_dycon.trainers.names import TRAINERS, trainer_class
+
+    folder = Path(os.environ["nnUNet_preprocessed"], dataset)
+    loaded = json.loads((folder / "nnUNetPlans.json").read_text()) if plans is None else plans
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    kind = trainer_class(name) if name.split("_")[0] in TRAINERS else recursive_find_trainer_class_by_name(name)
+    return kind({**loaded, "continue_training": resume}, configuration, fold, dataset_json, torch.device("cpu"))
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def begin(trainer: Any) -> Any:
+    """Do what nnU-Net does before the first step."""
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def steps(trainer: Any, number: int) -> list[dict[str, Any]]:
+    """Run steps of a trainer that has begun; returns each step's batch and loss."""
+    done = []
+    for _ in range(number):
+        batch = next(trainer.dataloader_train)
+        copy = {k: v.clone() if torch.is_tensor(v) else v for k, v in batch.items()}
+        done.append({**copy, "loss": float(trainer.train_step(batch)["loss"])})
+    return done
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two nests of tensors, numbers and texts are equal bit for bit (nan equals nan)."""
+    if torch.is_tensor(one) or isinstance(one, np.ndarray):
+        a, b = (torch.as_tensor(x) if not (isinstance(x, np.ndarray) and x.dtype.kind in "UO") else x for x in (one, other))
+        if not torch.is_tensor(a):
+            return bool((a == b).all())
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other or (one != one and other != other)

@@ -1,0 +1,342 @@
+"""The engine against stock nnU-Net and against itself; every method by parametrisation."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
+from nnunetv2_dycon.errors import ConfigError, DataError, DivergedError
+from nnunetv2_dycon.methods.base import Term
+from nnunetv2_dycon.networks import unwrap
+from nnunetv2_dycon.schedules import ema_decay
+from tests.training import begin, make_trainer, same, seed_all, steps
+
+SHORT = "epochs6_iters2_valiters1_save3"
+METHODS = (
+    "nnUNetTrainerLabeledOnly",
+    "nnUNetTrainerMeanTeacher",
+    "nnUNetTrainerDyCON",
+    "nnUNetTrainerDyCONPaper",
+    "nnUNetTrainerDyCON_viewcutmix_unclguarded_lambdah0p1",
+    "nnUNetTrainerDyCON_viewcopy_paste_targetce_dice",
+    "nnUNetTrainerMeanTeacher_viewintensity_targetce_dice",
+)
+USING_UNLABELED = METHODS[1:]
+
+
+def named(method: str, options: str = SHORT) -> str:
+    return f"{method}_{options}"
+
+
+def weights(trainer) -> dict:
+    return {k: v.clone() for k, v in unwrap(trainer.network).state_dict().items()}
+
+
+def test_control_equals_stock_bit_for_bit_over_two_epochs(trainer) -> None:
+    runs = []
+    for name in ("nnUNetTrainer", named("nnUNetTrainerLabeledOnly", "epochs1000")):
+        seed_all(7)
+        t = begin(trainer(name))
+        losses = [step["loss"] for step in steps(t, 10)]
+        with torch.no_grad():
+            t.on_validation_epoch_start()
+            t.validation_step(next(t.dataloader_val))
+            t.network.train()
+        losses += [step["loss"] for step in steps(t, 5)]
+        runs.append((losses, weights(t), t.optimizer.state_dict()["state"]))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0], runs[1])
+
+
+def test_arms_with_the_same_seed_see_the_same_labeled_patches(trainer) -> None:
+    seen = []
+    for method in METHODS:
+        t = begin(trainer(named(method, "epochs2_iters2_seed3")))
+        seen.append([{k: step[k] for k in ("data", "target", "keys")} for step in steps(t, 3)])
+    assert all(same(seen[0], other) for other in seen[1:])
+    assert seen[0][0]["keys"].tolist() != seen[0][1]["keys"].tolist() or not same(seen[0][0], seen[0][1])
+
+
+@pytest.mark.parametrize("method", USING_UNLABELED)
+def test_every_term_moves_the_student(trainer, method: str) -> None:
+    seed_all(0)
+    t = begin(trainer(named(method, "epochs1_iters1_gate0" if "DyCON" in method else "epochs1_iters1")))
+    steps(t, 1)
+    t.step = 10**6  # schedules at their end: full weight
+    steps(t, 1)
+    for parameter in t.method.teacher.network.parameters():  # a teacher that differs from the student
+        parameter.mul_(1.1)
+    t.step = 0 if t.method.ramp(t._batch(next(t.dataloader_train))) else 10**6
+    groups = t.method.groups(t.network, t._batch(next(t.dataloader_train)))
+    for group in groups:
+        for name, term in group().terms.items():
+            if term.weight == 0:  # the entropy part of guarded UnCL has weight lambda
+                continue
+            t.network.zero_grad()
+            term.value.backward(retain_graph=True)
+            norms = [p.grad.norm() for p in t.network.parameters() if p.grad is not None]
+            assert sum(norms) > 0, name
+            assert all(torch.isfinite(norm) for norm in norms)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_teacher_follows_the_closed_form_and_never_has_a_gradient(trainer, method: str) -> None:
+    seed_all(1)
+    t = begin(trainer(named(method)))
+    expected = {k: v.clone().double() for k, v in unwrap(t.network).state_dict().items()}
+    for step in range(4):
+        steps(t, 1)
+        decay = ema_decay(step, t.settings.ema)
+        for k, v in unwrap(t.network).state_dict().items():
+            expected[k] = decay * expected[k] + (1 - decay) * v.double()
+    teacher = t.method.teacher.network
+    for k, v in teacher.state_dict().items():
+        torch.testing.assert_close(v.double(), expected[k], rtol=1e-5, atol=1e-6)
+    assert all(p.grad is None and not p.requires_grad for p in t.method.teacher.parameters())
+    assert not teacher.training
+
+
+def test_zero_weights_reduce_dycon_to_the_control(trainer) -> None:
+    end = []
+    for name in ("nnUNetTrainerLabeledOnly", "nnUNetTrainerDyCON_wuncl0_wfecl0", "nnUNetTrainerMeanTeacher_w0"):
+        t = begin(trainer(named(name, "epochs2_iters2_seed5")))
+        t.step = 2
+        steps(t, 3)
+        end.append(weights(t))
+    assert same(end[0], end[1])
+    assert same(end[0], end[2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_and_three_epochs_equal_six(trainer, method: str, tmp_path: Path) -> None:
+    seed_all(2)
+    whole = trainer(named(method))
+    whole.run_training()
+    folder = Path(whole.output_folder)
+    final = read_checkpoint(folder / "checkpoint_final.pth")[0]
+    shutil.rmtree(folder)
+
+    seed_all(2)
+    first = trainer(named(method))
+    first.on_train_start()
+    run_epochs(first, 3)
+    del first
+    seed_all(99)  # a new process has other random states
+    second = trainer(named(method), resume=True)
+    second.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    second.run_training()
+    again = read_checkpoint(folder / "checkpoint_final.pth")[0]
+
+    assert same(final["network_weights"], again["network_weights"])
+    assert same(final["optimizer_state"], again["optimizer_state"])
+    for key in ("teacher", "method", "optimizer", "history", "step", "random"):
+        assert same(final[KEY][key], again[KEY][key]), key
+    assert len(again[KEY]["history"]) == 6
+    rows = (folder / "ssl_history.csv").read_text().splitlines()
+    assert len(rows) == 7
+    assert (folder / "ssl_progress.png").stat().st_size > 0
+
+
+def run_epochs(trainer, number: int) -> None:
+    """The body of nnU-Net's run_training for some epochs, as if it were killed afterwards."""
+    for _ in range(number):
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        trainer.on_train_epoch_end(
+            [trainer.train_step(next(trainer.dataloader_train)) for _ in range(trainer.num_iterations_per_epoch)]
+        )
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            trainer.on_validation_epoch_end(
+                [trainer.validation_step(next(trainer.dataloader_val)) for _ in range(1)]
+            )
+        trainer.on_epoch_end()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoint_loads_strictly_into_the_plain_network_and_without_unpickling(trainer, method: str) -> None:
+    t = begin(trainer(named(method)))
+    steps(t, 1)
+    path = Path(t.output_folder, "checkpoint_latest.pth")
+    t.save_checkpoint(str(path))
+    checkpoint, safely = read_checkpoint(path)
+    assert safely
+    stock = begin(trainer("nnUNetTrainer"))
+    for weights_of in (checkpoint["network_weights"], checkpoint[KEY]["teacher"]):
+        stock.network.load_state_dict(weights_of, strict=True)
+    stock.load_checkpoint(str(path))  # nnU-Net's own resume
+    assert same(stock.optimizer.state_dict()["state"], t.optimizer.state_dict()["state"])
+
+
+def test_checkpoint_is_whole_or_the_previous_one(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = begin(trainer(named("nnUNetTrainerDyCON")))
+    path = Path(t.output_folder, "checkpoint_latest.pth")
+    t.save_checkpoint(str(path))
+    before = path.read_bytes()
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunetv2_dycon.checkpoint.os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        t.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+
+
+def test_other_settings_are_refused_when_continuing(trainer, tmp_path: Path) -> None:
+    t = begin(trainer(named("nnUNetTrainerDyCON")))
+    path = tmp_path / "checkpoint.pth"
+    t.save_checkpoint(str(path))
+    with pytest.raises(ConfigError, match=r"gamma is 0\.5, there 0\.8"):
+        trainer(named("nnUNetTrainerDyCON_gamma0p5")).load_checkpoint(str(path))
+
+
+def test_checkpoint_of_another_trainer_starts_the_teacher_from_the_student(trainer, tmp_path: Path, capsys) -> None:
+    stock = begin(trainer("nnUNetTrainer"))
+    path = tmp_path / "checkpoint.pth"
+    stock.save_checkpoint(str(path))
+    t = trainer(named("nnUNetTrainerDyCON"))
+    t.load_checkpoint(str(path))
+    assert "teacher starts from the student" in capsys.readouterr().out
+    begin(t)
+    assert same(t.method.teacher.network.state_dict(), weights(stock))
+
+
+def test_teacher_starts_from_pretrained_weights(trainer, tmp_path: Path) -> None:
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    source = begin(trainer(named("nnUNetTrainerDyCON")))
+    steps(source, 1)
+    path = tmp_path / "checkpoint.pth"
+    source.save_checkpoint(str(path))
+    t = trainer(named("nnUNetTrainerDyCON"))
+    t.initialize()
+    load_pretrained_weights(t.network, str(path))
+    begin(t)
+    assert same(t.method.teacher.network.state_dict(), weights(t))
+    body = "encoder.stages.0.0.convs.0.conv.weight"
+    assert same(weights(t)[body], weights(source)[body])
+
+
+class _Poison:
+    """A method whose unlabelled term is not finite for some steps."""
+
+    def __init__(self, method, steps: int) -> None:
+        self.inner, self.left = method.unlabeled, steps
+
+    def __call__(self, student, batch):
+        group = self.inner(student, batch)
+        self.left -= 1
+        if self.left < 0:
+            return group
+        terms = {name: Term(1.0, term.value * float("nan")) for name, term in group.terms.items()}
+        return group._replace(terms=terms)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_is_counted(trainer, capsys) -> None:
+    t = begin(trainer(named("nnUNetTrainerDyCON")))
+    t.method.unlabeled = _Poison(t.method, 2)
+    before = weights(t), {k: v.clone() for k, v in t.method.state_dict().items()}
+    steps(t, 2)
+    assert same(before, (weights(t), dict(t.method.state_dict())))
+    assert "u_0" in capsys.readouterr().out  # the case ids
+    steps(t, 1)
+    assert not same(before[0], weights(t))
+    assert [f["skipped_steps"] for f in t.figures] == [1.0, 1.0, 0.0]
+
+
+def test_training_stops_with_the_case_ids_when_the_loss_stays_not_finite(trainer) -> None:
+    t = begin(trainer(named("nnUNetTrainerDyCON")))
+    t.method.unlabeled = _Poison(t.method, 100)
+    with pytest.raises(DivergedError, match=r"labelled l_0.*unlabelled u_0.*_lr0p001"):
+        steps(t, 10)
+
+
+def test_batch_options_set_the_numbers_of_patches(trainer) -> None:
+    t = begin(trainer(named("nnUNetTrainerDyCON_batch1_unlabeledbatch3")))
+    done = steps(t, 1)[0]
+    assert len(done["data"]) == 1
+    assert len(done["unlabeled"]) == 3
+    assert len(done["unlabeled_keys"]) == 3
+    assert t.probabilistic_oversampling
+    plans = json.loads(Path(t.output_folder_base, "plans.json").read_text())
+    assert plans["configurations"]["3d_fullres"]["batch_size"] == 2
+
+
+def test_nomirror_takes_mirroring_out_of_training_and_prediction(trainer) -> None:
+    t = begin(trainer(named("nnUNetTrainerDyCON_nomirror")))
+    assert t.inference_allowed_mirroring_axes is None
+    assert "MirrorTransform" not in str(t.dataloader_train.data_loader.transforms)
+
+
+def test_bf16_trains_and_keeps_losses_in_float32(trainer) -> None:
+    from nnunetv2_dycon.precision import cpu_has_bf16
+
+    if not cpu_has_bf16():
+        with pytest.raises(ConfigError, match="leave _bf16 out"):
+            begin(trainer(named("nnUNetTrainerDyCON_bf16")))
+        return
+    t = begin(trainer(named("nnUNetTrainerDyCON_bf16")))
+    assert np.isfinite(steps(t, 2)[-1]["loss"])
+    assert all(f.dtype == torch.float32 for f in t.figures[-1].values() if torch.is_tensor(f))
+    t.validation_step(next(t.dataloader_val))
+
+
+def test_compiled_student_gives_the_same_losses(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for compiled in (False, True):
+        seed_all(4)
+        t = trainer(named("nnUNetTrainerDyCON"))
+        if compiled:
+            compile_ = torch.compile
+            monkeypatch.setattr(type(t), "_do_i_compile", lambda self: True)
+            monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="aot_eager"))
+        begin(t)
+        runs.append([step["loss"] for step in steps(t, 2)])
+        assert hasattr(t.network, "_orig_mod") == compiled
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_training_prepares_missing_unlabeled_images_and_says_so(trainer, tiny: Path, capsys) -> None:
+    folder = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
+    for path in folder.glob("*_unlabeled*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    begin(trainer(named("nnUNetTrainerDyCON")))
+    said = capsys.readouterr().out
+    assert "Preparing them now" in said
+    assert "nnUNetv2_dycon preprocess_unlabeled -d 901 -c 3d_fullres" in said
+    assert (folder / "nnUNetPlans_3d_fullres_unlabeled" / "u_00.pkl").is_file()
+
+
+def test_distributed_training_stops_with_the_command_instead(trainer, tiny: Path, monkeypatch) -> None:
+    folder = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
+    for path in folder.glob("*_unlabeled*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    t = trainer(named("nnUNetTrainerDyCON"))
+    t.is_ddp = True
+    with pytest.raises(DataError, match="type: nnUNetv2_dycon preprocess_unlabeled -d 901 -c 3d_fullres"):
+        t.on_train_start()
+    make_ready = make_trainer(named("nnUNetTrainerDyCON"))
+    begin(make_ready)
+
+
+def test_a_class_that_the_teacher_loses_is_said_in_the_log(trainer, capsys) -> None:
+    t = trainer(named("nnUNetTrainerDyCON"))
+    t.on_train_start()
+    run_epochs(t, 1)
+    t.history.rows[0]["dice_teacher_class2"] = 0.6
+    capsys.readouterr()
+    t.on_epoch_start()
+    t.on_train_epoch_start()
+    t.on_train_epoch_end([t.train_step(next(t.dataloader_train))])
+    with torch.no_grad():
+        t.on_validation_epoch_start()
+        output = t.validation_step(next(t.dataloader_val))
+        output["teacher_tp_hard"] = np.zeros_like(output["teacher_tp_hard"])
+        t.on_validation_epoch_end([output])
+    t.on_epoch_end()
+    assert "the teacher has lost class 'class2'" in capsys.readouterr().out
