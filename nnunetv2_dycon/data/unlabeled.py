@@ -121,8 +121,7 @@ class UnlabeledStatus:
         missing = sorted(set(listed) - set(self.benchmark))
         if missing:
             raise DataError(
-                f'fold {fold} lists {missing[0]!r} as "unlabeled", which is not in {self.folder}; '
-                f"type: {self.command}"
+                f'fold {fold} lists {missing[0]!r} as "unlabeled", which is not in {self.folder}; type: {self.command}'
             )
         return (*self.unlabeled, *listed)
 
@@ -285,9 +284,7 @@ def unlabeled_status(
 # ---- what is asked for -------------------------------------------------------------------------------------
 
 
-def _target(
-    dataset: int | str, configuration: str, plans: str | Mapping[str, Any], need_raw: bool
-) -> _Target:
+def _target(dataset: int | str, configuration: str, plans: str | Mapping[str, Any], need_raw: bool) -> _Target:
     base = _environment_folder("nnUNet_preprocessed")
     raw_base = _environment_folder("nnUNet_raw") if need_raw or nnUNet_raw.get() else None
     try:
@@ -295,9 +292,7 @@ def _target(
         number = convert_dataset_name_to_id(name)
     except (RuntimeError, ValueError) as error:
         reason = str(error).split(". ")[0]
-        raise DataError(
-            f"dataset {dataset}: {reason}; check the ID, nnUNet_raw and nnUNet_preprocessed"
-        ) from error
+        raise DataError(f"dataset {dataset}: {reason}; check the ID, nnUNet_raw and nnUNet_preprocessed") from error
     raw = raw_base / name if raw_base else None
     if need_raw and raw is not None and not raw.is_dir():
         raise DataError(f"{raw} does not exist; put the data set there or correct nnUNet_raw")
@@ -405,9 +400,7 @@ def _record(source: str, files: Sequence[Path], raw: Path, ending: str) -> dict[
 def _recorded(target: _Target, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """The same from the manifest alone, for machines that have no raw data."""
     listed = benchmark_cases(read_splits(target.preprocessed))
-    cases = {
-        case: {"from": record["from"], "files": record["files"]} for case, record in manifest["cases"].items()
-    }
+    cases = {case: {"from": record["from"], "files": record["files"]} for case, record in manifest["cases"].items()}
     if not cases and not listed:
         raise DataError(
             f"{target.folder} holds no prepared case and there is no raw data set {target.dataset}; "
@@ -425,9 +418,7 @@ def _check_names(
         if path.is_dir() or path.name.startswith(".") or path.suffix == ".json":
             continue
         if not path.name.endswith(ending):
-            problems.append(
-                f"{path} does not end in {ending}, the data set's file ending; convert or remove it"
-            )
+            problems.append(f"{path} does not end in {ending}, the data set's file ending; convert or remove it")
         elif not re.fullmatch(r".+_\d{4}", path.name.removesuffix(ending)):
             problems.append(f"{path} has no channel number; rename it as in CASE_0000{ending}")
     for case in cases:
@@ -468,18 +459,14 @@ def _compare(target: _Target, manifest: Manifest, expected: Mapping[str, Mapping
     present = set(os.listdir(target.folder)) if target.folder.is_dir() else set()
     plans = manifest["plans"] or target.entries
     # compared as text, where NaN equals NaN
-    entries = tuple(
-        sorted(key for key, value in target.entries.items() if _text(plans.get(key)) != _text(value))
-    )
+    entries = tuple(sorted(key for key, value in target.entries.items() if _text(plans.get(key)) != _text(value)))
     new, changed = [], []
     for case, record in sorted(expected.items()):
         if entries or case not in recorded or not {case + suffix for suffix in _SUFFIXES} <= present:
             new.append(case)
         elif any(recorded[case][key] != record[key] for key in ("from", "files")):
             changed.append(case)
-    on_disk = {
-        re.sub(r"(_seg)?\.(b2nd|pkl)$", "", name) for name in present if name.endswith((".b2nd", ".pkl"))
-    }
+    on_disk = {re.sub(r"(_seg)?\.(b2nd|pkl)$", "", name) for name in present if name.endswith((".b2nd", ".pkl"))}
     removed = sorted((on_disk | recorded.keys()) - expected.keys())
     return _Difference(entries, tuple(new), tuple(changed), tuple(removed))
 
@@ -493,6 +480,7 @@ def _text(value: object) -> str:
 
 def _prepare(target: _Target, processes: int, overwrite: bool) -> None:
     """Bring the folder of one data identifier up to date; the caller holds the lock."""
+    shutil.rmtree(target.work, ignore_errors=True)  # what a killed run left
     expected, manifest = _expected(target), _read_manifest(target)
     difference = _compare(target, manifest, expected)
     if any(record["from"] == "imagesTr" for record in expected.values()):
@@ -510,7 +498,6 @@ def _prepare(target: _Target, processes: int, overwrite: bool) -> None:
         "cases": {case: manifest["cases"][case] for case in sorted(kept)},
     }
     with _writing(target.folder):
-        shutil.rmtree(target.work, ignore_errors=True)
         for folder in (target.folder, target.work):
             folder.mkdir(exist_ok=True)
         _write_manifest(target, manifest)  # names nothing that is about to change
@@ -525,17 +512,13 @@ def _prepare(target: _Target, processes: int, overwrite: bool) -> None:
         raise DataError(_bad_files(problems))
 
 
-def _make_all(
-    target: _Target, manifest: Manifest, records: Mapping[str, dict[str, Any]], processes: int
-) -> list[str]:
+def _make_all(target: _Target, manifest: Manifest, records: Mapping[str, dict[str, Any]], processes: int) -> list[str]:
     """Make the cases of `records` and enter them into `manifest`; returns what is wrong with the others."""
     made_with = f"nnunetv2_dycon {__version__}, nnunetv2 {version('nnunetv2')}"
     tasks = [_task(target, case, record) for case, record in records.items()]
     problems, saved = [], -_SAVE_INTERVAL
     with closing(_run(tasks, processes)) as results:
-        for case, problem in tqdm(
-            results, total=len(tasks), desc="Preparing unlabelled cases", disable=not tasks
-        ):
+        for case, problem in tqdm(results, total=len(tasks), desc="Preparing unlabelled cases", disable=not tasks):
             if problem is not None:
                 problems.append(problem)
                 continue
@@ -601,9 +584,7 @@ def _make_case(task: _Task) -> str | None:
         return str(error)
     # reading, then run_case_npy, is what nnU-Net's run_case does; apart, so that checks need not read again
     preprocessor = configuration.preprocessor_class(verbose=False)
-    data, mask, properties = preprocessor.run_case_npy(
-        image, None, properties, plans, configuration, task.dataset_json
-    )
+    data, mask, properties = preprocessor.run_case_npy(image, None, properties, plans, configuration, task.dataset_json)
     properties["class_locations"] = {}  # nnU-Net's loader asks for the key
     _save(
         task,
@@ -615,9 +596,7 @@ def _make_case(task: _Task) -> str | None:
     return None
 
 
-def _read_image(
-    files: Sequence[str], plans: PlansManager, channels: int
-) -> tuple[np.ndarray, dict[str, Any]]:
+def _read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Image (C, X, Y, Z) and properties by nnU-Net's reader, refused if no network could use it."""
     names = ", ".join(files)
     try:
@@ -628,25 +607,19 @@ def _read_image(
         reason = (str(error).strip().splitlines() or ["channels differ in shape or spacing"])[-1].strip()
         raise DataError(f"{names} cannot be read ({reason[-200:]}); replace or remove it") from error
     if len(image) > max(channels, len(files)):
-        raise DataError(
-            f"{names} is 4-D ({len(image)} volumes); write one 3-D file a channel: CASE_0000, CASE_0001"
-        )
+        raise DataError(f"{names} is 4-D ({len(image)} volumes); write one 3-D file a channel: CASE_0000, CASE_0001")
     if len(image) != channels:
         raise DataError(
             f"{names}: {len(image)} channel{'s' * (len(image) != 1)}, dataset.json names {channels}; "
             "add the missing channels or remove the case"
         )
     if not np.any(image):
-        raise DataError(
-            f"{names} is empty ({'no voxel' if image.size == 0 else 'only zeros'}); replace or remove it"
-        )
+        raise DataError(f"{names} is empty ({'no voxel' if image.size == 0 else 'only zeros'}); replace or remove it")
     for index, channel in enumerate(image):
         bad = channel.size - int(np.count_nonzero(np.isfinite(channel)))
         if bad:
             name = files[index] if len(files) == channels else names
-            raise DataError(
-                f"{name} has NaN or Inf in {bad} voxel{'s' * (bad > 1)}; replace these values or remove it"
-            )
+            raise DataError(f"{name} has NaN or Inf in {bad} voxel{'s' * (bad > 1)}; replace these values or remove it")
     return image, properties
 
 
@@ -675,9 +648,7 @@ def _save(
             _to_disk(Path(scratch, task.case + suffix))
         _remove(Path(task.folder), task.case)
         for suffix in _SUFFIXES:
-            os.replace(
-                os.path.join(scratch, task.case + suffix), os.path.join(task.folder, task.case + suffix)
-            )
+            os.replace(os.path.join(scratch, task.case + suffix), os.path.join(task.folder, task.case + suffix))
 
 
 def _remove(folder: Path, case: str) -> None:
@@ -716,9 +687,7 @@ def _locked(target: _Target) -> Iterator[None]:
                 logger.warning("%s: another process is preparing these images; waiting for it", target.folder)
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:  # some network file systems have no locks
-                logger.warning(
-                    "%s cannot be locked (%s); start no second run now", target.folder, error.strerror
-                )
+                logger.warning("%s cannot be locked (%s); start no second run now", target.folder, error.strerror)
         yield  # closing the file ends the lock
 
 

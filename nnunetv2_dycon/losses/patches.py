@@ -228,8 +228,8 @@ def _classes(shares: Tensor, rule: Rule) -> Tensor:
 
 def _check(maps: Tensor, grid: Sequence[int], rule: str) -> None:
     """Raise ValueError unless the grid fits maps (B, C, *S) and the rule exists."""
-    space = tuple(maps.shape[2:])
-    if len(grid) != len(space) or len(space) not in (2, 3) or any(not 1 <= g <= s for g, s in zip(grid, space)):
-        raise ValueError(f"grid {tuple(grid)} does not fit the voxels {space}.")
+    space, grid = tuple(maps.shape[2:]), tuple(grid)
+    if not (len(grid) == len(space) in (2, 3) and all(1 <= g <= s for g, s in zip(grid, space, strict=True))):
+        raise ValueError(f"grid {grid} does not fit the voxels {space}.")
     if rule not in ("majority", "any_foreground"):
         raise ValueError(f"rule {rule!r}: choose majority or any_foreground.")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Numbers of one channel group that a block holds: small enough that the temporaries of a loss stay in a CPU's cache
+# Numbers (classes times voxels) that a block holds: small enough that the temporaries of a loss stay in a CPU's cache
 # (and out of the memory peak), large enough that the cost of a call does not show.
-_CPU_BLOCK = 1 << 18
+_CPU_BLOCK = 1 << 17
 # Elsewhere each operation is a launch that costs microseconds whatever its size, so blocks are a share of the whole.
 _BLOCKS_PER_BATCH = 32
 

@@ -1,15 +1,15 @@
 import math
 
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import relative_error
 
 from nnunetv2_dycon.losses import voxels
 from nnunetv2_dycon.losses.consistency import entropy, mse, soft_ce_dice
 from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded
+from tests import oracles
+from tests.oracles import relative_error
 
 LOSSES = {"mse": mse, "ce_dice": soft_ce_dice}
 ORACLES = {"mse": oracles.mse, "ce_dice": oracles.soft_ce_dice}

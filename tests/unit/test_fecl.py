@@ -1,14 +1,14 @@
 import math
 
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import relative_error
 from torch.nn.functional import normalize
 
 from nnunetv2_dycon.losses.fecl import fecl
+from tests import oracles
+from tests.oracles import relative_error
 
 
 def unit(*shape, seed=0, dtype=torch.float32):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from memory import peak_bytes
 from torch.nn.functional import normalize
 
 from nnunetv2_dycon.losses.consistency import entropy, mse, soft_ce_dice
 from nnunetv2_dycon.losses.fecl import fecl
 from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded, uncl_literal
+from tests.memory import peak_bytes
 
 MIB = 2**20
 LOSSES = {

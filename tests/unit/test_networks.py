@@ -283,6 +283,12 @@ def test_teacher_never_gets_a_gradient_and_the_student_does():
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
 
+def test_teacher_builds_no_graph_even_for_an_input_with_a_gradient():
+    teacher, x = Teacher(build()), image().requires_grad_()
+    outputs = (teacher(x), *teacher.encode(x), *teacher.features_and_logits(x, 1))
+    assert not any(t.requires_grad for t in outputs)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
 def test_a_decay_out_of_range_is_an_error(decay):
     student = build()

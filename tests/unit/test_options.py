@@ -107,6 +107,16 @@ def test_a_word_with_an_underscore_does_not_swallow_the_option_behind_it():
     assert parse("_targetce_dice_hard", ToySettings) == ToySettings(target="ce_dice", hard=True)
 
 
+def test_the_longest_name_that_fits_is_meant():
+    @dataclass(frozen=True)
+    class Alike(Settings):
+        on: str = option("all", choices=("all", "ly"))
+        only: bool = option(False, flag=True)
+
+    assert parse("_only", Alike) == Alike(only=True)
+    assert parse("_onall_only", Alike) == Alike(only=True)
+
+
 def test_only_what_differs_is_printed():
     assert format(ToySettings()) == ""
     assert format(parse("_w1p0_epochs1000_beta0p50to0p05_lr0p02", ToySettings)) == "_lr0p02"

@@ -1,7 +1,6 @@
 import math
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ from nnunetv2_dycon.losses.patches import (
     patch_weight,
     sample_anchors,
 )
+from tests import oracles
 
 # Spatial size and grid: whole cells, cells of unequal size that overlap, one cell for everything, one for each voxel.
 PLACES = [

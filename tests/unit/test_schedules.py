@@ -58,12 +58,12 @@ def test_equal_ends_are_a_constant_and_may_be_zero():
 
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0), (-1.0, -1.0), (math.inf, math.inf), (math.nan, 1.0)])
 def test_beta_refuses_ends_it_cannot_join(ends):
-    with pytest.raises(ConfigError, match="start .* and end"):
+    with pytest.raises(ConfigError, match=r"start .* and end"):
         exponential(0.5, *ends)
 
 
 def test_beta_refuses_a_time_outside_the_training():
-    with pytest.raises(ConfigError, match="t 1.5"):
+    with pytest.raises(ConfigError, match=r"t 1\.5"):
         exponential(1.5, 1.0, 0.5)
 
 

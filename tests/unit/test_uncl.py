@@ -1,15 +1,15 @@
 import itertools
 import math
 
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import relative_error
 
 from nnunetv2_dycon.losses import voxels
 from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded, uncl_literal
+from tests import oracles
+from tests.oracles import relative_error
 
 FORMS = {"literal": uncl_literal, "guarded": uncl_guarded}
 CHOICES = ("dual", "teacher", "student")

@@ -1,0 +1,547 @@
+"""The demo: labelled-only against DyCON, from generated images to a table of test scores and a picture.
+
+Cost: at most 15 minutes on two CPU cores (one core and about 1.5 GB for each training), and 50 MB in the folder
+--out: the three folders of nnU-Net, logs, predictions, results.json, results.md, predictions.png. Called again it
+goes on where it stopped. scripts/demo.sh installs what it needs and then runs it.
+
+Both trainings see the same labelled patches in the same number of steps, on a network and a patch that are smaller
+than nnU-Net plans (configuration 3d_demo). One seed and a few minutes show that everything works; they do not rank
+methods.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nibabel as nib
+import numpy as np
+
+from nnunetv2_dycon.errors import DataError, UserError
+from nnunetv2_dycon.precision import cpu_has_bf16
+
+CONFIGURATION = "3d_demo"
+PATCH, FEATURES, BATCH = 32, 16, 2
+BEAT_SECONDS = 10
+ARMS = {"labelled only": "nnUNetTrainerLabeledOnly", "DyCON": "nnUNetTrainerDyCON"}
+WEIGHTS = ("student", "teacher")
+COLORS = {"tp": (0, 0.8, 0), "fn": (0.1, 0.3, 1), "fp": (1, 0, 0)}  # green, blue, red
+
+# `nnUNetv2_train -device cpu` would take every core for each of the two trainings, which is much slower, and would
+# end with a mirrored validation, here on the training cases. These are its own steps, without those two.
+TRAIN = """
+import sys, torch
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+dataset, configuration, trainer, device, threads, resume = sys.argv[1:]
+torch.set_num_threads(int(threads))
+run = get_trainer_from_args(dataset, configuration, 0, trainer, continue_training=bool(int(resume)),
+                            device=torch.device(device))
+maybe_load_checkpoint(run, bool(int(resume)), False)
+run.run_training()
+"""
+
+
+class StepError(Exception):
+    """A step that failed, with what to read."""
+
+
+# ---- running and remembering steps ---------------------------------------------------------------------------
+
+
+class Demo:
+    """One output folder: where everything lies, and which steps are done."""
+
+    def __init__(self, out: Path, dataset: str, threads: int, device: str) -> None:
+        self.out, self.dataset, self.threads, self.device = out, dataset, threads, device
+        self.id = str(int(dataset[7:10]))
+        self.raw, self.preprocessed, self.results = (
+            out / name / dataset for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        )
+        self.plans = self.preprocessed / "nnUNetPlans.json"
+        self.state = out / "steps.json"
+        self.seconds: dict[str, float] = json.loads(self.state.read_text()) if self.state.exists() else {}
+        self.running: list[subprocess.Popen] = []
+        self.lock = threading.Lock()
+        self.current = ""
+        self.start = time.monotonic()
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "logs"):
+            (out / name).mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str) -> None:
+        """Print one line with the time since the start."""
+        minutes, seconds = divmod(int(time.monotonic() - self.start), 60)
+        print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[bool]:
+        """True if the step is still to be done; what ends without an error is remembered with its time."""
+        if name in self.seconds:
+            self.say(f"{name}: done before")
+            yield False
+            return
+        began, self.current = time.monotonic(), name
+        yield True
+        with self.lock:
+            self.seconds[name] = round(time.monotonic() - began, 1)
+            part = self.state.with_suffix(".part")
+            part.write_text(json.dumps(self.seconds, indent=2) + "\n")
+            part.replace(self.state)
+        self.say(f"{name}: {self.seconds[name]:.0f} s")
+
+    def run(self, log: str, *command: str, processes: int = 1, loaders: int = 1) -> None:
+        """Run one command to its end; its output goes to logs/LOG.log."""
+        environment = os.environ | {
+            "nnUNet_raw": str(self.raw.parent),
+            "nnUNet_preprocessed": str(self.preprocessed.parent),
+            "nnUNet_results": str(self.results.parent),
+            "nnUNet_def_n_proc": str(processes),
+            "nnUNet_n_proc_DA": str(loaders),
+            "nnUNet_compile": "f",  # takes longer than it saves in so short a run
+            "OMP_NUM_THREADS": str(self.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "MPLBACKEND": "agg",
+        }
+        path = self.out / "logs" / f"{log}.log"
+        with open(path, "a") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            with self.lock:
+                self.running.append(process)
+            if process.wait():
+                tail = "".join(f"    {line}\n" for line in path.read_text(errors="replace").splitlines()[-12:])
+                raise StepError(f"{Path(command[0]).name} failed; the end of {path}:\n{tail}")
+
+    def command(self, log: str, name: str, *arguments: str | Path, processes: int = 1) -> None:
+        """Run a command of nnU-Net or of this package, shown as one would type it."""
+        program = Path(sys.executable).parent / name
+        if not program.exists():
+            raise DataError(f"{program} is missing: type scripts/demo.sh, which installs it.")
+        self.say(" ".join(["$", name, *map(str, arguments)]))
+        self.run(log, str(program), *map(str, arguments), processes=processes)
+
+    @contextmanager
+    def heartbeat(self, progress: Callable[[], str]) -> Iterator[None]:
+        """Print a line of progress every few seconds while something runs."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(BEAT_SECONDS):
+                self.say(f"  {progress()}")
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def stop(self) -> None:
+        """End what still runs of the processes started here."""
+        for process in self.running:
+            if process.poll() is None:
+                process.terminate()
+
+
+# ---- data ----------------------------------------------------------------------------------------------------
+
+
+def make_phantom(demo: Demo, labeled: int) -> None:
+    """Raw data set of generated cases: labelled, 36 or so unlabelled, 20 test cases."""
+    demo.command("phantom", "nnUNetv2_dycon", "phantom", "-d", demo.id, "--labeled", str(labeled), "--overwrite")
+
+
+@contextmanager
+def task04_files(path: Path) -> Iterator[dict[str, tuple[Path, Path]]]:
+    """Image and label of every case of the Decathlon's Task04, from its folder or archive."""
+    with TemporaryDirectory() as scratch:
+        if path.is_file():
+            try:
+                with tarfile.open(path) as archive:
+                    archive.extractall(scratch, filter="data")
+            except tarfile.TarError as error:
+                raise DataError(f"--task04 {path} is no archive ({error}): give Task04_Hippocampus.tar.") from None
+        root = Path(scratch) if path.is_file() else path
+        labels = {p.name: p for p in root.rglob("labelsTr/hippocampus_*.nii.gz")}
+        images = {p.name: p for p in root.rglob("imagesTr/hippocampus_*.nii.gz")}
+        if len(labels.keys() & images.keys()) < 20:
+            raise DataError(f"--task04 {path} has no imagesTr and labelsTr of 20 or more hippocampus_NNN.nii.gz.")
+        for name in sorted(labels.keys() ^ images.keys()):
+            print(f"left out: {name} has no {'label' if name in images else 'image'}")
+        yield {n.removesuffix(".nii.gz"): (images[n], labels[n]) for n in sorted(labels.keys() & images.keys())}
+
+
+def fits(case: str, image: Path, label: Path) -> bool:
+    """Some copies of this archive hold planted errors: whole heads in place of the cut-out."""
+    shape, other = nib.load(image).shape, nib.load(label).shape
+    good = shape == other and len(shape) == 3 and max(shape) <= 100
+    if not good:
+        print(f"left out: {case} has shapes {shape} (image) and {other} (label)")
+    return good
+
+
+def deal_pairs(cases: list[str], sizes: dict[str, int], seed: int) -> dict[str, str]:
+    """Role of each case; both sides of a subject (ids 2k-1 and 2k) get the same one, whole pairs at random."""
+    pairs = defaultdict(list)
+    for case in cases:
+        pairs[(int(case.rsplit("_", 1)[1]) + 1) // 2].append(case)
+    order = [pairs[k] for k in np.random.default_rng(seed).permutation(sorted(pairs))]
+    roles: dict[str, str] = {}
+    for role, size in sizes.items():
+        chosen: list[str] = []
+        while order and len(chosen) < size:
+            chosen += order.pop()
+        roles |= dict.fromkeys(chosen[:size], role)  # the odd one out has no role
+    return roles
+
+
+def make_hippocampus(demo: Demo, path: Path, labeled: int) -> None:
+    """Raw data set from the Decathlon's hippocampus data: labelled, 100 unlabelled, 40 test cases."""
+    part = demo.raw.with_name(f".{demo.raw.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(demo.raw, ignore_errors=True)
+    with task04_files(path) as files:
+        cases = [case for case, pair in files.items() if fits(case, *pair)]
+        roles = deal_pairs(cases, {"Ts": 40, "Tr": labeled, "Un": 100}, seed=0)
+        for name in ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs"):
+            (part / name).mkdir(parents=True)
+        for case, role in roles.items():
+            shutil.copyfile(files[case][0], part / f"images{role}" / f"{case}_0000.nii.gz")
+            if role != "Un":
+                shutil.copyfile(files[case][1], part / f"labels{role}" / f"{case}.nii.gz")
+    training = sorted(case for case, role in roles.items() if role == "Tr")
+    dataset = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "anterior": 1, "posterior": 2},
+        "numTraining": len(training),
+        "file_ending": ".nii.gz",
+        "licence": "CC-BY-SA 4.0",
+        "reference": "Medical Segmentation Decathlon, Task04_Hippocampus",
+    }
+    (part / "dataset.json").write_text(json.dumps(dataset, indent=2))
+    # as for the phantom: all labels train, the same cases are watched, only test cases measure
+    (part / "splits_final.json").write_text(json.dumps([{"train": training, "val": training}], indent=2))
+    part.rename(demo.raw)
+
+
+def add_configuration(demo: Demo) -> None:
+    """Add the small configuration; its preprocessed data are those of 3d_fullres, so nothing is made twice."""
+    plans = json.loads(demo.plans.read_text())
+    full = plans["configurations"]["3d_fullres"]
+    network = full["architecture"]
+    stages = min(4, network["arch_kwargs"]["n_stages"])
+    kwargs = {k: v[:stages] if isinstance(v, list) else v for k, v in network["arch_kwargs"].items()}
+    kwargs["n_stages"], kwargs["features_per_stage"] = stages, [FEATURES * 2**i for i in range(stages)]
+    kwargs["n_conv_per_stage_decoder"] = kwargs["n_conv_per_stage_decoder"][: stages - 1]
+    plans["configurations"][CONFIGURATION] = {
+        "inherits_from": "3d_fullres",
+        "patch_size": [PATCH] * 3,
+        "batch_size": BATCH,
+        "architecture": {**network, "arch_kwargs": kwargs},
+    }
+    demo.plans.write_text(json.dumps(plans, indent=2))
+    demo.say(
+        f"configuration {CONFIGURATION}: patch {PATCH}^3 (planned {full['patch_size']}), features "
+        f"{kwargs['features_per_stage']} (planned {network['arch_kwargs']['features_per_stage']}), batch {BATCH}"
+    )
+
+
+def prepare(demo: Demo, task04: Path | None, labeled: int) -> None:
+    """Everything before training."""
+    with demo.step("data") as todo:
+        if todo:
+            make_hippocampus(demo, task04, labeled) if task04 else make_phantom(demo, labeled)
+    with demo.step("plan and preprocess") as todo:
+        if todo:
+            shutil.rmtree(demo.preprocessed, ignore_errors=True)
+            options = ("-d", demo.id, "-c", "3d_fullres", "-npfp", "2", "-np", "2", "--verify_dataset_integrity")
+            demo.command("plan", "nnUNetv2_plan_and_preprocess", *options)
+            add_configuration(demo)
+    with demo.step("preprocess unlabelled") as todo:
+        if todo:
+            options = ("-d", demo.id, "-c", CONFIGURATION, "-np", "1")
+            demo.command("unlabeled", "nnUNetv2_dycon", "preprocess_unlabeled", *options)
+
+
+# ---- one arm -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Arm:
+    """One training and what is predicted with it."""
+
+    demo: Demo
+    title: str
+    trainer: str
+    epochs: int
+    stage: str = "waiting"
+
+    @property
+    def fold(self) -> Path:
+        """Folder of the training."""
+        return self.demo.results / f"{self.trainer}__nnUNetPlans__{CONFIGURATION}" / "fold_0"
+
+    def predictions(self, weights: str) -> Path:
+        """Folder of the predicted test cases."""
+        return self.demo.out / "predictions" / f"{self.title.replace(' ', '_')}_{weights}"
+
+    def run(self) -> None:
+        """Train, predict the test cases with student and teacher, score them."""
+        demo, log = self.demo, self.title.replace(" ", "_")
+        with demo.step(f"train {self.title}") as todo:
+            if todo:
+                self.stage = "training"
+                where = f"{demo.id} {CONFIGURATION} 0 -tr {self.trainer} -device {demo.device}"
+                demo.say(f"$ nnUNetv2_train {where}")
+                resume = str(int(any(self.fold.glob("checkpoint_*.pth"))))
+                options = (demo.id, CONFIGURATION, self.trainer, demo.device, str(demo.threads), resume)
+                demo.run(f"{log}_train", sys.executable, "-c", TRAIN, *options, loaders=0)
+        for weights in WEIGHTS:
+            with demo.step(f"predict {self.title}, {weights}") as todo:
+                if todo:
+                    self.stage = f"predicting ({weights})"
+                    self._predict(weights, f"{log}_{weights}")
+            with demo.step(f"score {self.title}, {weights}") as todo:
+                if todo:
+                    self.stage = f"scoring ({weights})"
+                    files = ("-djfile", demo.raw / "dataset.json", "-pfile", demo.plans, "-np", "1")
+                    folders = (demo.raw / "labelsTs", self.predictions(weights))
+                    demo.command(f"{log}_{weights}", "nnUNetv2_evaluate_folder", *folders, *files)
+        self.stage = "done"
+
+    def _predict(self, weights: str, log: str) -> None:
+        demo = self.demo
+        common = ("-i", demo.raw / "imagesTs", "-o", self.predictions(weights), "-f", "0", "-device", demo.device)
+        common += ("-npp", "0", "-nps", "0", "--disable_tta")
+        if weights == "student":
+            options = ("-d", demo.id, "-c", CONFIGURATION, "-tr", self.trainer)
+            demo.command(log, "nnUNetv2_predict", *options, *common)
+            return
+        model = demo.out / "exported" / self.title.replace(" ", "_")
+        shutil.rmtree(model, ignore_errors=True)
+        options = ("-d", demo.id, "-tr", self.trainer, "-c", CONFIGURATION, "-f", "0", "--weights", "teacher")
+        demo.command(log, "nnUNetv2_dycon", "export", *options, "-o", model)
+        demo.command(log, "nnUNetv2_predict_from_modelfolder", "-m", model, *common)
+
+    def progress(self) -> str:
+        """One short phrase: what is being done, how far it is."""
+        if self.stage.startswith("predicting"):
+            weights = next(w for w in WEIGHTS if w in self.stage)
+            return f"{self.title}: {self.stage}, {len(list(self.predictions(weights).glob('*.nii.gz')))} cases"
+        if self.stage != "training":
+            return f"{self.title}: {self.stage}"
+        logs = sorted(self.fold.glob("training_log_*.txt"))
+        text = logs[-1].read_text(errors="replace") if logs else ""
+        epochs, losses = re.findall(r": Epoch (\d+)", text), re.findall(r"train_loss (\S+)", text)
+        dices = re.findall(r"Pseudo dice \[(?:np\.float32\()?([\d.]+|nan)", text)
+        if not epochs:
+            return f"{self.title}: starting"
+        phrase = f"{self.title}: epoch {int(epochs[-1]) + 1}/{self.epochs}"
+        return phrase + (f", loss {losses[-1]}, training Dice {dices[-1]}" if losses and dices else "")
+
+
+# ---- results -------------------------------------------------------------------------------------------------
+
+
+def read_scores(summary: Path) -> dict[str, dict[str, float]]:
+    """Dice by case and label from nnU-Net's summary.json; a label that the truth does not hold is left out."""
+    scores = {}
+    for case in json.loads(summary.read_text())["metric_per_case"]:
+        name = Path(case["reference_file"]).name.removesuffix(".nii.gz")
+        scores[name] = {label: m["Dice"] for label, m in case["metrics"].items() if m["n_ref"] > 0}
+    return scores
+
+
+def summarise(demo: Demo, arms: list[Arm]) -> dict:
+    """Mean and median Dice over test cases, in all and by label, of every arm and of both its networks."""
+    names = {str(v): k for k, v in json.loads((demo.raw / "dataset.json").read_text())["labels"].items() if v}
+    rows = []
+    for arm in arms:
+        for weights in WEIGHTS:
+            scores = read_scores(arm.predictions(weights) / "summary.json")
+            means = {case: float(np.mean(list(s.values()))) for case, s in scores.items() if s}
+            by_label = {
+                name: float(np.mean([s[label] for s in scores.values() if label in s])) for label, name in names.items()
+            }
+            rows.append(
+                {
+                    "arm": arm.title,
+                    "weights": weights,
+                    "trainer": arm.trainer,
+                    "cases": len(means),
+                    "cases_without_truth": len(scores) - len(means),
+                    "dice_mean": float(np.mean(list(means.values()))),
+                    "dice_median": float(np.median(list(means.values()))),
+                    "dice_mean_by_label": by_label,
+                    "dice_by_case": means,
+                    "train_seconds": demo.seconds[f"train {arm.title}"],
+                }
+            )
+    return {"dataset": demo.dataset, "device": demo.device, "threads": demo.threads, "rows": rows}
+
+
+def table(results: dict, labeled: int, unlabeled: int, steps: int) -> str:
+    """The results as text."""
+    rows = results["rows"]
+    labels = list(rows[0]["dice_mean_by_label"])
+    extra = labels if len(labels) > 1 else []
+    head = ["arm", "weights", "mean Dice", "median Dice", *(f"mean {name}" for name in extra), "training"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        minutes, seconds = divmod(round(row["train_seconds"]), 60)
+        dices = [row["dice_mean"], row["dice_median"], *(row["dice_mean_by_label"][name] for name in extra)]
+        weights = {"student": "student", "teacher": "EMA"}[row["weights"]]
+        lines.append([row["arm"], weights, *(f"{d:.3f}" for d in dices), f"{minutes}:{seconds:02d} min"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    by_case = {row["arm"]: row["dice_by_case"] for row in rows if row["weights"] == "student"}
+    gain = np.array([by_case["DyCON"][case] - dice for case, dice in by_case["labelled only"].items()])
+    left_out = rows[0]["cases_without_truth"]
+    note = (
+        f"{results['dataset']}: {labeled} labelled and {unlabeled} unlabelled cases, {steps} steps of {BATCH} labelled "
+        f"(and {BATCH} unlabelled) patches, {rows[0]['cases']} test cases"
+        + (f" ({left_out} more without a lesion left out)" if left_out else "")
+        + f".\nDyCON minus labelled only, student: {gain.mean():+.3f} mean Dice, better in {(gain > 0).sum()} of "
+        f"{gain.size} cases. One seed, a few minutes of training: this shows that it runs, it ranks no methods."
+    )
+    return "\n".join([*cells, "", note])
+
+
+def overlay(axes: object, image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> None:
+    """Draw one slice: hits green, misses blue, false alarms red (a wrong class is a false alarm)."""
+    low, high = np.percentile(image, (1, 99.5))
+    grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+    rgb = np.repeat(grey[..., None], 3, -1)
+    hit, wrong = (truth == predicted) & (truth > 0), (predicted > 0) & (truth != predicted)
+    for mask, color in ((hit, "tp"), ((truth > 0) & (predicted == 0), "fn"), (wrong, "fp")):
+        rgb[mask] = 0.4 * rgb[mask] + 0.6 * np.array(COLORS[color])
+    axes.imshow(np.flip(rgb.swapaxes(0, 1), 0))
+
+
+def draw(demo: Demo, arms: list[Arm], path: Path) -> None:
+    """Three test cases (small, middle and large by true volume, so not chosen by result): both final students."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    def load(file: Path) -> np.ndarray:
+        return np.asanyarray(nib.load(file).dataobj)
+
+    truths = {p.name.removesuffix(".nii.gz"): load(p) for p in sorted((demo.raw / "labelsTs").glob("*.nii.gz"))}
+    order = sorted((c for c in truths if truths[c].any()), key=lambda c: int((truths[c] > 0).sum()))
+    chosen = [order[int(q * len(order))] for q in (1 / 6, 1 / 2, 5 / 6)]
+    figure, axes = plt.subplots(len(chosen), 2 + len(arms), figsize=(3 * (2 + len(arms)), 3.2 * len(chosen)))
+    for row, case in zip(axes, chosen, strict=True):
+        truth = truths[case]
+        cut = int((truth > 0).sum((0, 1)).argmax())  # the slice with most of it
+        image = load(demo.raw / "imagesTs" / f"{case}_0000.nii.gz")[..., cut].astype(float)
+        panels = {"image": 0 * truth, "truth": truth}
+        panels |= {arm.title: load(arm.predictions("student") / f"{case}.nii.gz") for arm in arms}
+        for axis, (title, mask) in zip(row, panels.items(), strict=True):
+            overlay(axis, image, 0 * truth[..., cut] if title == "image" else truth[..., cut], mask[..., cut])
+            axis.set_title(f"{case}, slice {cut}" if title == "image" else title, fontsize=10)
+            axis.set_axis_off()
+    figure.suptitle("green: right, blue: missed, red: false alarm", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---- all of it -----------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything (default: demo)")
+    parser.add_argument("--task04", type=Path, help="the Decathlon's Task04_Hippocampus, folder or .tar: real scans")
+    parser.add_argument("--labeled", type=int, help="labelled cases (default: 4, hippocampus 10)")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs, of --iters steps each (default: 20)")
+    parser.add_argument("--iters", type=int, help="steps per epoch (default: 40; 20 on a CPU without bf16)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of both trainings (default: 0)")
+    return parser.parse_args()
+
+
+def same_options(out: Path, options: dict) -> None:
+    """A folder holds one demo; other options need another folder."""
+    path = out / "options.json"
+    if path.exists() and json.loads(path.read_text()) != options:
+        raise DataError(f"{out} holds a demo with other options: give another --out, or delete it. It has {path}.")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options, indent=2) + "\n")
+
+
+def hardware() -> tuple[str, int, bool]:
+    """Device, CPU threads for each of two trainings, and whether the processor should compute in bf16."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpu = torch.cuda.is_available()
+    return "cuda" if gpu else "cpu", max(1, cores // 2), not gpu and cpu_has_bf16()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """All steps, then the table and the picture."""
+    task04, labeled = arguments.task04, arguments.labeled or (10 if arguments.task04 else 4)
+    if task04 and not task04.exists():
+        raise DataError(f"--task04 {task04} does not exist: give the folder Task04_Hippocampus or its .tar.")
+    device, threads, bf16 = hardware()
+    iters = arguments.iters or (40 if bf16 or device == "cuda" else 20)
+    options = {"task04": str(task04.resolve()) if task04 else None, "labeled": labeled, "epochs": arguments.epochs}
+    options |= {"iters": iters, "seed": arguments.seed, "bf16": bf16}
+    out = arguments.out.resolve()
+    same_options(out, options)
+    demo = Demo(out, "Dataset504_Hippocampus" if task04 else "Dataset501_Phantom", threads, device)
+    suffix = f"_epochs{arguments.epochs}_iters{iters}_valiters2_save5_seed{arguments.seed}{'_bf16' * bf16}"
+    arms = [Arm(demo, title, name + suffix, arguments.epochs) for title, name in ARMS.items()]
+    demo.say(f"everything goes to {out}; {device}, {threads} thread(s) a training, {'bf16' if bf16 else 'float32'}")
+    try:
+        with demo.heartbeat(lambda: f"{demo.current} ..."):
+            prepare(demo, task04, labeled)
+        with demo.heartbeat(lambda: " | ".join(arm.progress() for arm in arms)), ThreadPoolExecutor(2) as pool:
+            try:
+                for future in as_completed([pool.submit(arm.run) for arm in arms]):
+                    future.result()
+            except BaseException:
+                demo.stop()  # the other arm too, or the pool would wait for its end
+                raise
+    finally:
+        demo.stop()
+    results = summarise(demo, arms)
+    unlabeled = len(list((demo.raw / "imagesUn").glob("*_0000.nii.gz")))
+    text = table(results, labeled, unlabeled, arguments.epochs * iters)
+    (out / "results.json").write_text(json.dumps(results | options | {"seconds": demo.seconds}, indent=2) + "\n")
+    (out / "results.md").write_text(text + "\n")
+    draw(demo, arms, out / "predictions.png")
+    print(f"\n{text}\n")
+    demo.say(f"wrote {out / 'results.json'}, results.md and predictions.png")
+
+
+def main() -> int:
+    """Run the demo; 0 if all went well."""
+    try:
+        run(parse_arguments())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StepError as error:
+        print(f"error: {error}\nMend it and start the same command again: finished steps are kept.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
