@@ -138,7 +138,7 @@ VERBS: dict[str, Verb] = {
         "nnunetv2_dycon.phantom:write_phantom",
         (
             _argument("-d", dest="dataset_id", required=True, type=int, help="dataset id"),
-            _argument("-n", "--cases", type=int, default=60, help="training cases, labelled and unlabelled"),
+            _argument("-n", "--cases", type=int, default=60, help="cases in all: labelled, unlabelled and test"),
             _argument("--labeled", type=int, default=4, help="labelled cases"),
             _argument("--labeled_scanner", type=_number_or_word, default=0, help="their scanner, or all"),
             _argument("--test", type=int, default=20, help="test cases"),

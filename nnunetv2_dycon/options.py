@@ -166,7 +166,7 @@ class Settings:
     batch: int = option(0, low=0, help="labelled patches per step; 0 = as planned")
     unlabeledbatch: int = option(0, low=0, help="unlabelled patches per step; 0 = as many as labelled")
     seed: int | None = option(None, low=0, high=2**32 - 1, none_text="not set", help="seed of everything random")
-    bf16: bool = option(False, flag=True, help="bfloat16 autocast on a CPU")
+    bf16: bool = option(False, flag=True, help="bfloat16 autocast, on a CPU too")
     nomirror: bool = option(False, flag=True, help="no mirroring, in training and in prediction")
 
     def __post_init__(self) -> None:

@@ -138,9 +138,7 @@ class Phantom:
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}: give 0 or more.")
         if not 0 <= self.test < self.cases:
-            raise ConfigError(
-                f"test is {self.test}: give 0 to {self.cases - 1}, as there are {self.cases} cases."
-            )
+            raise ConfigError(f"test is {self.test}: give 0 to {self.cases - 1}, as there are {self.cases} cases.")
         if self.labeled < 2:
             raise ConfigError(f"labeled is {self.labeled}: give 2 or more.")
 
@@ -175,9 +173,7 @@ class Phantom:
                 f"{self.labeled_scanner} that are not for testing only {len(labeled)} have a lesion: "
                 f"give {len(labeled)} or fewer."
             )
-        return [
-            "test" if i >= pool else "labeled" if i in labeled else "unlabeled" for i in range(self.cases)
-        ]
+        return ["test" if i >= pool else "labeled" if i in labeled else "unlabeled" for i in range(self.cases)]
 
 
 def make_case(
@@ -362,17 +358,13 @@ def _anatomy(rng: np.random.Generator, shape: Shape) -> Anatomy:
     return Anatomy(x, brain, depth, tissue.astype(np.uint8))
 
 
-def _tissue_signal(
-    rng: np.random.Generator, tissue: np.ndarray, levels: tuple[float, float, float]
-) -> np.ndarray:
+def _tissue_signal(rng: np.random.Generator, tissue: np.ndarray, levels: tuple[float, float, float]) -> np.ndarray:
     """Signal of CSF, grey and white matter with a mild texture; (X, Y, Z)."""
     table = np.concatenate([[0.0], np.array(levels) * rng.normal(1, 0.06, 3)]).astype(np.float32)
     return table[tissue] * (1 + 0.05 * _smooth_noise(rng, tissue.shape, 1.2))
 
 
-def _lesions(
-    rng: np.random.Generator, anatomy: Anatomy, difficulty: Difficulty
-) -> tuple[np.ndarray, np.ndarray]:
+def _lesions(rng: np.random.Generator, anatomy: Anatomy, difficulty: Difficulty) -> tuple[np.ndarray, np.ndarray]:
     """Signal that all lesions add, float32, and their label, uint8; both (X, Y, Z)."""
     shape = anatomy.tissue.shape
     signal, label = np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
@@ -441,9 +433,7 @@ def _lesion(
 
 def _spot(shape: Shape, centre: np.ndarray, sigma: Iterable[float]) -> np.ndarray:
     """Gaussian bump of height 1 at a voxel; (X, Y, Z)."""
-    axes = [
-        np.exp(-((np.arange(n) - c) ** 2) / (2 * s**2)) for n, c, s in zip(shape, centre, sigma, strict=True)
-    ]
+    axes = [np.exp(-((np.arange(n) - c) ** 2) / (2 * s**2)) for n, c, s in zip(shape, centre, sigma, strict=True)]
     return np.einsum("i,j,k->ijk", *axes)
 
 

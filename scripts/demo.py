@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -83,7 +84,8 @@ class Demo:
     def say(self, text: str) -> None:
         """Print one line with the time since the start."""
         minutes, seconds = divmod(int(time.monotonic() - self.start), 60)
-        print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+        with self.lock:  # two arms speak
+            print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
 
     @contextmanager
     def step(self, name: str) -> Iterator[bool]:
@@ -324,7 +326,7 @@ class Arm:
     def _predict(self, weights: str, log: str) -> None:
         demo = self.demo
         common = ("-i", demo.raw / "imagesTs", "-o", self.predictions(weights), "-f", "0", "-device", demo.device)
-        common += ("-npp", "0", "-nps", "0", "--disable_tta")
+        common += ("-npp", "1", "-nps", "1", "--disable_tta")
         if weights == "student":
             options = ("-d", demo.id, "-c", CONFIGURATION, "-tr", self.trainer)
             demo.command(log, "nnUNetv2_predict", *options, *common)
@@ -532,6 +534,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the demo; 0 if all went well."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the trainings end too
     try:
         run(parse_arguments())
     except UserError as error:

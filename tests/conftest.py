@@ -12,14 +12,19 @@ for variable, value in {
 }.items():
     os.environ[variable] = value  # before torch and nnunetv2 are imported anywhere
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hypothesis import settings
+
 from tests.datasets import environment, make_dataset, plan_and_preprocess, write_splits
 from tests.training import make_trainer
+
+settings.register_profile("busy", deadline=None, derandomize=True)  # time limits flake where others compute too
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,6 +59,6 @@ def tiny(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.fixture
-def trainer(tiny: Path) -> Iterator[Callable[..., Any]]:
+def trainer(tiny: Path) -> Callable[..., Any]:
     """Make a trainer of the tiny data set by name."""
-    yield make_trainer
+    return make_trainer

@@ -101,9 +101,7 @@ def volume(
     label = np.zeros(shape, np.uint8)
     for value in range(1, classes + 1):
         label[radius < 0.65 * (1 - (value - 1) / (classes + 0.5))] = value
-    image = np.stack(
-        [200 + 100 * np.abs(label.astype(float) - c) + rng.normal(0, 10, shape) for c in range(channels)]
-    )
+    image = np.stack([200 + 100 * np.abs(label.astype(float) - c) + rng.normal(0, 10, shape) for c in range(channels)])
     image[:, (np.abs(grid) > 0.9).any(0)] = 0
     return image.astype(np.int16), label
 

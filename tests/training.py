@@ -61,7 +61,9 @@ def steps(trainer: Any, number: int) -> list[dict[str, Any]]:
 def same(one: Any, other: Any) -> bool:
     """Whether two nests of tensors, numbers and texts are equal bit for bit (nan equals nan)."""
     if torch.is_tensor(one) or isinstance(one, np.ndarray):
-        a, b = (torch.as_tensor(x) if not (isinstance(x, np.ndarray) and x.dtype.kind in "UO") else x for x in (one, other))
+        a, b = (
+            torch.as_tensor(x) if not (isinstance(x, np.ndarray) and x.dtype.kind in "UO") else x for x in (one, other)
+        )
         if not torch.is_tensor(a):
             return bool((a == b).all())
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))

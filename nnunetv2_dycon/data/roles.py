@@ -5,7 +5,9 @@ fold with the lists "train" and "val" and, in benchmark mode only, "unlabeled".
 """
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -70,17 +72,11 @@ def read_roles(raw_folder: str | Path, dataset_json: Mapping[str, Any]) -> Roles
         if clashes:
             case = clashes[0]
             more = f" ({len(clashes)} such names)" if len(clashes) > 1 else ""
-            raise SplitError(
-                f"{case!r} is in two roles: {one[case]} and {other[case]}{more}; remove or rename one"
-            )
-    return Roles(
-        *(tuple(sorted(d)) for d in (labeled, unlabeled, test)), files={**labeled, **unlabeled, **test}
-    )
+            raise SplitError(f"{case!r} is in two roles: {one[case]} and {other[case]}{more}; remove or rename one")
+    return Roles(*(tuple(sorted(d)) for d in (labeled, unlabeled, test)), files={**labeled, **unlabeled, **test})
 
 
-def _training_cases(
-    raw: Path, dataset_json: Mapping[str, Any]
-) -> tuple[dict[str, tuple[Path, ...]], dict[str, Path]]:
+def _training_cases(raw: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[str, tuple[Path, ...]], dict[str, Path]]:
     if "dataset" not in dataset_json:
         return _image_files(raw / "imagesTr", dataset_json["file_ending"]), {}
     # a copy, because nnU-Net writes absolute paths into the dictionary that it gets
@@ -114,9 +110,7 @@ def _first(files: Mapping[str, tuple[Path, ...]]) -> dict[str, Path]:
     return {case: paths[0] for case, paths in files.items()}
 
 
-def read_splits(
-    preprocessed_folder: str | Path, raw_folder: str | Path | None = None
-) -> list[dict[str, Any]]:
+def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None = None) -> list[dict[str, Any]]:
     """Folds that training uses: those of the preprocessed folder, else of the raw folder, else none.
 
     Raises
@@ -132,14 +126,23 @@ def read_splits(
             found.append((path, _load_splits(path)))
     if len(found) == 2:
         (used, splits), (other, others) = found
-        if [fold.get(UNLABELED) for fold in splits[: len(others)]] != [
-            fold.get(UNLABELED) for fold in others
-        ]:
+        if [fold.get(UNLABELED) for fold in splits[: len(others)]] != [fold.get(UNLABELED) for fold in others]:
             raise SplitError(
                 f'the "unlabeled" lists of {used} and {other} differ and training reads the first; '
                 f"type: cp {other} {used} (or the other way round)"
             )
     return found[0][1] if found else []
+
+
+def adopt_splits(preprocessed_folder: Path, raw_folder: Path | None) -> bool:
+    """Copy the raw folder's split file where nnU-Net reads it, if there is none yet; returns whether it did."""
+    target = preprocessed_folder / SPLITS_FILE
+    if raw_folder is None or target.exists() or not (raw_folder / SPLITS_FILE).is_file():
+        return False
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(raw_folder / SPLITS_FILE, part)
+    os.replace(part, target)
+    return True
 
 
 def _load_splits(path: Path) -> list[dict[str, Any]]:
@@ -166,8 +169,7 @@ def check_fold(splits: Splits, fold: int | str) -> None:
     if fold == "all" or not 0 <= int(fold) < len(splits):
         choice = "0" if len(splits) == 1 else f"0 to {len(splits) - 1}"
         raise ConfigError(
-            f'fold {fold} would train on the labels of cases that {SPLITS_FILE} lists as "unlabeled"; '
-            f"use fold {choice}"
+            f'fold {fold} would train on the labels of cases that {SPLITS_FILE} lists as "unlabeled"; use fold {choice}'
         )
 
 
@@ -213,9 +215,7 @@ def fold_unlabeled(splits: Splits, fold: int | str, known: Collection[str] | Non
 
 def benchmark_cases(splits: Splits, known: Collection[str] | None = None) -> tuple[str, ...]:
     """Cases that any fold lists as "unlabeled", sorted, every list checked as by `fold_unlabeled`."""
-    return tuple(
-        sorted({case for fold in range(len(splits)) for case in fold_unlabeled(splits, fold, known)})
-    )
+    return tuple(sorted({case for fold in range(len(splits)) for case in fold_unlabeled(splits, fold, known)}))
 
 
 def _some(cases: Iterable[str]) -> str:

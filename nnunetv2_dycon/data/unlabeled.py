@@ -30,7 +30,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import nibabel
 import numpy as np
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.dataset_name_id_conversion import (
@@ -599,8 +601,10 @@ def _make_case(task: _Task) -> str | None:
 def _read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Image (C, X, Y, Z) and properties by nnU-Net's reader, refused if no network could use it."""
     names = ", ".join(files)
+    reader = plans.image_reader_writer_class
     try:
-        image, properties = plans.image_reader_writer_class().read_images(files)
+        not_finite = [_not_finite_on_disk(file) if issubclass(reader, SimpleITKIO) else 0 for file in files]
+        image, properties = reader().read_images(files)
     except MemoryError:
         raise
     except Exception as error:  # every reader has its own
@@ -613,14 +617,28 @@ def _read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tup
             f"{names}: {len(image)} channel{'s' * (len(image) != 1)}, dataset.json names {channels}; "
             "add the missing channels or remove the case"
         )
+    counts = [channel.size - int(np.count_nonzero(np.isfinite(channel))) for channel in image]
+    for name, bad in (*zip(files, not_finite, strict=True), *zip(_per_channel(files, channels), counts, strict=True)):
+        if bad:
+            raise DataError(f"{name} has NaN or Inf in {bad} voxel{'s' * (bad > 1)}; replace the values or remove it")
     if not np.any(image):
         raise DataError(f"{names} is empty ({'no voxel' if image.size == 0 else 'only zeros'}); replace or remove it")
-    for index, channel in enumerate(image):
-        bad = channel.size - int(np.count_nonzero(np.isfinite(channel)))
-        if bad:
-            name = files[index] if len(files) == channels else names
-            raise DataError(f"{name} has NaN or Inf in {bad} voxel{'s' * (bad > 1)}; replace these values or remove it")
     return image, properties
+
+
+def _per_channel(files: Sequence[str], channels: int) -> Sequence[str]:
+    return files if len(files) == channels else [", ".join(files)] * channels
+
+
+def _not_finite_on_disk(file: str) -> int:
+    """Number of NaN and Inf in a NIfTI file.
+
+    SimpleITK cannot tell: it reads both as 0, and the missing part of a truncated file too.
+    """
+    if not file.endswith((".nii", ".nii.gz")):
+        return 0
+    values = np.asanyarray(nibabel.load(file).dataobj.get_unscaled())
+    return values.size - int(np.count_nonzero(np.isfinite(values))) if values.dtype.kind in "fc" else 0
 
 
 def _save(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
 
 from nnunetv2_dycon.losses.consistency import entropy
-from nnunetv2_dycon.losses.voxels import full_precision, widen
+from nnunetv2_dycon.losses.voxels import widen
 
 Rule = Literal["majority", "any_foreground"]
 
@@ -212,8 +212,7 @@ def sample_anchors(labels: Tensor, max_anchors: int, generator: torch.Generator 
 def _pool(x: Tensor, grid: Sequence[int]) -> Tensor:
     """Return the means over the cells of maps (B, 1, *S) as (B, 1, n), in float32 (float64 stays)."""
     pool = adaptive_avg_pool2d if x.ndim == 4 else adaptive_avg_pool3d
-    with full_precision(x):
-        return pool(widen(x), tuple(grid)).flatten(2)
+    return pool(widen(x), tuple(grid)).flatten(2)
 
 
 def _classes(shares: Tensor, rule: Rule) -> Tensor:

@@ -83,7 +83,13 @@ class Batch:
 class TeacherSettings(Settings):
     """Options of every method, since each keeps an averaged copy of the student."""
 
-    ema: float = option(0.999, low=0.0, high=1.0, help="EMA decay of the teacher, approached as 1 - 1/(step + 1)")
+    ema: float | None = option(
+        None,
+        low=0.0,
+        high=0.99999,
+        none_text="0.999, at most 1 - 10/steps",
+        help="EMA decay of the teacher, approached as 1 - 1/(step + 1)",
+    )
 
 
 def full_resolution(outputs: Outputs) -> Tensor:
@@ -134,9 +140,20 @@ class Method(nn.Module):
         """Return the scheduled numbers (ramp, beta) at fraction `t` of the training, for the log."""
         return {}
 
+    def decay(self, step: int) -> float:
+        """Return the EMA decay at optimiser step `step`, counted from 0.
+
+        Without option `ema` the teacher averages over 1,000 steps, and over a tenth of a training that is shorter
+        than ten times that: a teacher that lags behind half of the training teaches what the student has outgrown.
+        """
+        chosen = self.settings.ema
+        if chosen is None:
+            chosen = max(0.0, min(0.999, 1 - 10 / (self.settings.epochs * self.settings.iters)))
+        return ema_decay(step, chosen)
+
     def after_step(self, student: nn.Module, step: int) -> None:
         """Move the teacher towards the plain student after optimiser step `step` (counted from 0)."""
-        self.teacher.update(student, ema_decay(step, self.settings.ema))
+        self.teacher.update(student, self.decay(step))
 
 
 @torch.no_grad()

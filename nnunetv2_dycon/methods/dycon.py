@@ -22,7 +22,7 @@ from nnunetv2_dycon.methods.base import Batch, Group, Term, agreement, full_reso
 from nnunetv2_dycon.methods.mean_teacher import ConsistencySettings, MeanTeacher
 from nnunetv2_dycon.networks import FeatureTap, ProjectionHead, Teacher, choose_stage, has_encoder_stages
 from nnunetv2_dycon.options import Schedule, Settings, option
-from nnunetv2_dycon.schedules import ema_decay, exponential
+from nnunetv2_dycon.schedules import exponential
 from nnunetv2_dycon.views import make_view
 
 
@@ -81,15 +81,16 @@ class DyCON(MeanTeacher):
     def unlabeled(self, student: nn.Module, batch: Batch) -> Group:
         """Return UnCL and FeCL of the unlabelled patches."""
         view = self.view(batch)
-        features, taught = self._teach(view.teacher)
-        target = view.mix(taught)
-        if view.mixes and self.tap is not None:
-            features = self.teacher.encode(view.student)[self.stage]
+        taught, logits_of_teacher = self._teach(view.teacher)
+        target = view.mix(logits_of_teacher)
+        if view.mixes:
+            taught = self._teach_features(view.student)
         logits = full_resolution(student(view.student))
         share = self._unlabeled_share(batch)
         terms = self._uncl(logits, target, batch, share if self.settings.on == "all" else 1.0)
         stats = {"agreement": agreement(logits, target)}
         if self.tap is not None:
+            features = self.tap.take()
             with torch.no_grad():
                 labels = labels_from_probabilities(
                     torch.softmax(target.float(), 1),
@@ -97,25 +98,26 @@ class DyCON(MeanTeacher):
                     gate=self.settings.gate,
                     rule=self.settings.rule,
                 )
-            terms["fecl_unlabeled"] = self._fecl(logits, labels, features, batch, share)
+            terms["fecl_unlabeled"] = self._fecl(features, labels, taught, logits, batch, share)
             stats["patches_kept"] = (labels >= 0).float().mean()
         return Group(terms, stats)
 
     def labeled(self, student: nn.Module, batch: Batch) -> Group:
         """Return nnU-Net's own loss, FeCL with the true labels, and UnCL too with option `onall`."""
         share = 1.0 - self._unlabeled_share(batch)
-        features = target = None
+        target = None
         if self.settings.on == "all":
-            view = make_view("noise" if self.settings.view == "noise" else "weak", batch.x_l, generator=batch.generator)
-            features, target = self._teach(view.teacher)
-        elif self.tap is not None:
-            features = self.teacher.encode(batch.x_l)[self.stage]
+            noise = "noise" if self.settings.view == "noise" else "weak"
+            taught, target = self._teach(make_view(noise, batch.x_l, generator=batch.generator).teacher)
+        else:
+            taught = self._teach_features(batch.x_l)
         outputs = student(batch.x_l)
         logits = full_resolution(outputs)
         terms = {"supervised": Term(1.0, batch.supervised(outputs))}
         if target is not None:
             terms.update({f"{name}_labeled": term for name, term in self._uncl(logits, target, batch, share).items()})
         if self.tap is not None:
+            features = self.tap.take()
             labels = labels_from_target(
                 batch.y_l,
                 features.shape[2:],
@@ -123,14 +125,14 @@ class DyCON(MeanTeacher):
                 ignore_label=self.task.ignore_label,
                 rule=self.settings.rule,
             )
-            terms["fecl_labeled"] = self._fecl(logits, labels, features, batch, share)
+            terms["fecl_labeled"] = self._fecl(features, labels, taught, logits, batch, share)
         return Group(terms)
 
     def after_step(self, student: nn.Module, step: int) -> None:
         """Move teacher and teacher head towards student and head."""
         super().after_step(student, step)
         if self.tap is not None:
-            self.teacher_head.update(self.head, ema_decay(step, self.settings.ema))
+            self.teacher_head.update(self.head, self.decay(step))
 
     def figures(self, t: float) -> dict[str, float]:
         """Return the scheduled numbers at fraction `t` of the training, for the log."""
@@ -140,10 +142,16 @@ class DyCON(MeanTeacher):
         }
 
     def _teach(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the teacher's features (None without FeCL) and logits for input (B, C, *S), in one pass."""
-        if self.tap is None:
+        """Return the teacher's features (None where FeCL asks for none) and logits for (B, C, *S), in one pass."""
+        if self.tap is None or self.settings.topk == 0:
             return None, self.teacher(x)
         return self.teacher.features_and_logits(x, self.stage)
+
+    def _teach_features(self, x: Tensor) -> Tensor | None:
+        """Return the teacher's features for (B, C, *S) without running its decoder, None where FeCL asks for none."""
+        if self.tap is None or self.settings.topk == 0:
+            return None
+        return self.teacher.encode(x)[self.stage]
 
     def _unlabeled_share(self, batch: Batch) -> float:
         """Return the unlabelled share of the patches, so that means over both halves are means over all patches."""
@@ -166,23 +174,20 @@ class DyCON(MeanTeacher):
             "uncl_entropy": Term(weight * s.lambdah, parts.entropy),
         }
 
-    def _fecl(self, logits: Tensor, labels: Tensor, taught: Tensor, batch: Batch, share: float) -> Term:
-        """Return FeCL of the tapped patches with labels (B, n) and the teacher's features (B, C, *G)."""
+    def _fecl(
+        self, features: Tensor, labels: Tensor, taught: Tensor | None, logits: Tensor, batch: Batch, share: float
+    ) -> Term:
+        """Return FeCL of the student's features (B, F, *G) with patch labels (B, n).
+
+        `taught` are the teacher's features of the same input or None, `logits` (B, C, *S) the student's.
+        """
         s = self.settings
-        z = self.head(self.tap.take())
+        z = self.head(features)
         with torch.no_grad():
-            teacher = self.teacher_head(taught) if s.topk > 0 else None
-            weight = patch_weight(logits, taught.shape[2:])
             chosen, labels = sample_anchors(labels, s.anchors, batch.generator)
-        value = fecl(
-            _at(z, chosen),
-            labels,
-            teacher=None if teacher is None else _at(teacher, chosen),
-            weight=_at(weight[..., None], chosen)[..., 0],
-            tau=s.tau,
-            gamma=s.gamma,
-            topk=s.topk,
-        )
+            teacher = None if taught is None else _at(self.teacher_head(taught), chosen)
+            weight = _at(patch_weight(logits, features.shape[2:])[..., None], chosen)[..., 0]
+        value = fecl(_at(z, chosen), labels, teacher=teacher, weight=weight, tau=s.tau, gamma=s.gamma, topk=s.topk)
         return Term(s.wfecl * self.ramp(batch) * share, value)
 
 

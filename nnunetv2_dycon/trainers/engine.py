@@ -30,8 +30,9 @@ from nnunetv2_dycon.data.loader import (
     unlabeled_loader,
 )
 from nnunetv2_dycon.data.ready import UnlabeledCases, ready_cases
-from nnunetv2_dycon.data.roles import check_fold, read_splits
-from nnunetv2_dycon.errors import ConfigError, DivergedError
+from nnunetv2_dycon.data.roles import SPLITS_FILE, adopt_splits, check_fold, read_roles, read_splits
+from nnunetv2_dycon.errors import ConfigError, DataError, DivergedError
+from nnunetv2_dycon.folders import environment_folder, raw_folder
 from nnunetv2_dycon.methods.base import Batch, Group, Method, Outputs, Task
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.options import Settings
@@ -44,7 +45,7 @@ CLIP_NORM = 12.0  # as stock
 SKIPS_TO_STOP = 5
 
 
-class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
+class nnUNetTrainerSSL(nnUNetTrainer):
     """Stock nnU-Net training with a semi-supervised method in the step. Not a `-tr` name itself."""
 
     method_type: ClassVar[type[Method]]
@@ -58,7 +59,15 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        for variable in ("nnUNet_preprocessed", "nnUNet_results"):
+            environment_folder(variable)
+        try:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        except OSError as error:
+            raise DataError(
+                f"cannot write {error.filename}: {error.strerror}; let nnUNet_results name a folder of yours: "
+                "export nnUNet_results=/path/to/nnUNet_results"
+            ) from error
         s = self.settings
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (
             s.epochs,
@@ -128,7 +137,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
             self.probabilistic_oversampling = self.settings.batch == 1
         super()._set_batch_size_and_oversample()
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
         """As stock; option `nomirror` takes mirroring out of training and prediction."""
         rotation, dummy_2d, initial_patch_size, axes = (
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
@@ -139,7 +148,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """As stock; refuses a fold that would train on the labels of cases that serve unlabelled."""
-        check_fold(read_splits(self.preprocessed_dataset_folder_base), self.fold)
+        raw = raw_folder(self.plans_manager.dataset_name)
+        check_fold(read_splits(self.preprocessed_dataset_folder_base, raw), self.fold)
         return super().do_split()
 
     def get_dataloaders(self) -> tuple[Any, Any]:
@@ -176,23 +186,33 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
 
     # ------------------------------------------------------------------------------------------- life cycle
     def on_train_start(self) -> None:
-        """As stock, after the unlabelled images were found ready; the teacher starts from the student here."""
-        if self.method_type.uses_unlabeled:
-            self.unlabeled = ready_cases(
-                self.plans_manager.plans,
-                self.configuration_name,
-                self.fold,
-                Path(self.preprocessed_dataset_folder_base),
-                prepare=not self.is_ddp,
-                processes=default_num_processes,
-                log=self.print_to_log_file,
-            )
+        """As stock, after roles and unlabelled images were found in order; the teacher starts from the student."""
+        self._check_data()
         super().on_train_start()
         if self.restored is None:
             self.method.start(unwrap(self.network))
         elif self.restored:
             restore_random_states(self, self.restored["random"])
         self._describe()
+
+    def _check_data(self) -> None:
+        """Check the roles of all cases, and prepare the unlabelled ones where that is needed."""
+        preprocessed = Path(self.preprocessed_dataset_folder_base)
+        raw = raw_folder(self.plans_manager.dataset_name)
+        if raw is not None:
+            read_roles(raw, self.dataset_json)
+        if adopt_splits(preprocessed, raw):  # stock copies it when it plans, and passes over one that came later
+            self.print_to_log_file(f"Copied {raw / SPLITS_FILE} to {preprocessed}")
+        if self.method_type.uses_unlabeled:
+            self.unlabeled = ready_cases(
+                self.plans_manager.plans,
+                self.configuration_name,
+                self.fold,
+                preprocessed,
+                prepare=not self.is_ddp,
+                processes=default_num_processes,
+                log=self.print_to_log_file,
+            )
 
     def _describe(self) -> None:
         unlabeled = f"{len(self.unlabeled.names)} unlabelled images" if self.unlabeled else "no unlabelled images"
@@ -350,7 +370,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
         """As stock; the series go into the log, the CSV and the picture, before the checkpoint that holds them."""
         self.history.add(self.current_epoch, self.epoch_row)
         self._log_series()
-        for name in lost_classes(self.history, self._class_names()):
+        for name in lost_classes(self.history, self._class_names()) if self.method_type.uses_unlabeled else ():
             self.print_to_log_file(
                 f"WARNING: the teacher has lost class '{name}' (pseudo Dice 0). Its unlabelled targets now teach the "
                 "student that this class is absent; a later start helps, e.g. _delay0p3 in the trainer name."
@@ -381,14 +401,15 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801 - nnU-Net's own naming
         """As stock for the student; then the same for the teacher, in the sub-folder `teacher`."""
         super().perform_actual_validation(save_probabilities)
         self.print_to_log_file("Final validation of the teacher:")
-        network, folder = unwrap(self.network), self.output_folder
+        network, folders = unwrap(self.network), (self.output_folder, self.output_folder_base)
         student = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         try:
             network.load_state_dict(self.method.teacher.network.state_dict())
-            self.output_folder = os.path.join(folder, "teacher")
+            # Both, since a cascade's first stage writes its predictions below the second.
+            self.output_folder = self.output_folder_base = os.path.join(folders[0], "teacher")
             super().perform_actual_validation(save_probabilities)
         finally:
-            self.output_folder = folder
+            self.output_folder, self.output_folder_base = folders
             network.load_state_dict(student)
 
     @contextmanager

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "nnunetv2_dycon"
 
-BASE = {"", "errors", "schedules", "options"}  # "" is the package itself, for its version
+BASE = {"", "errors", "schedules", "options", "folders"}  # "" is the package itself, for its version
 TENSORS = {"losses", "networks", "views", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "errors": set(),
     "schedules": {"errors"},
     "options": {"errors"},
+    "folders": {"errors"},
     **dict.fromkeys(TENSORS, BASE),
     "methods": BASE | TENSORS,
     "data": BASE | TENSORS,
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "dataset_conversion": BASE | {"data"},
     "commands": BASE | {"data", "trainers", "export", "phantom", "doctor", "dataset_conversion"},
 }
-STANDARD_LIBRARY_ONLY = {"", "_register", "errors", "schedules", "options", "commands"}
+STANDARD_LIBRARY_ONLY = {"", "_register", "errors", "schedules", "options", "folders", "commands"}
 WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"methods", "_nnunet_ext"}
 
 

@@ -81,7 +81,9 @@ def run(root: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> list:
     seen = []
     for step in range(20):
         batch = next(trainer.dataloader_train)
-        seen.append({k: v for k, v in batch.items() if k != "target"} | {"target": [t.clone() for t in batch["target"]]})
+        seen.append(
+            {k: v for k, v in batch.items() if k != "target"} | {"target": [t.clone() for t in batch["target"]]}
+        )
         seen.append(trainer.train_step(batch)["loss"])
         if step % 5 == 4:
             with torch.no_grad():
@@ -103,7 +105,9 @@ def test_hidden_labels_change_nothing_and_are_never_opened(benchmark, method: st
         files, opened = opened, None
     assert same(first[0], second[0])
     assert same(first[1:], second[1:])
-    hidden = [f for f in files if any(c in Path(f).name for c in HIDDEN) and "_unlabeled" not in f and "imagesTr" not in f]
+    hidden = [
+        f for f in files if any(c in Path(f).name for c in HIDDEN) and "_unlabeled" not in f and "imagesTr" not in f
+    ]
     assert hidden == []
     assert not [f for f in files if "labelsTs" in f or "imagesTs" in f or Path(f).name.startswith("t_")]
     assert any(f.endswith(".pkl") for f in files)  # the hook sees what is opened

@@ -104,10 +104,10 @@ def test_unets_have_encoder_stages(case):
 
 def test_other_networks_have_no_encoder_stages():
     assert not has_encoder_stages(nn.Conv3d(1, 2, 3))
-    bare = nn.Module()
-    bare.encoder = nn.Sequential(nn.Conv3d(1, 2, 3))
-    bare.decoder = nn.Identity()
-    assert not has_encoder_stages(bare)
+    for owner, missing in (("", "decoder"), ("encoder", "stages"), ("encoder", "strides")):
+        net = build()
+        delattr(net.get_submodule(owner), missing)
+        assert not has_encoder_stages(net), missing
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,7 @@ def test_other_networks_have_no_encoder_stages():
         ([[1, 1, 1], [3, 2, 2], [2, 3, 3], [2, 2, 2]], 6, 2),
         ([[2, 1], [1, 4], [8, 4]], 2.0, 0),  # geometric means 2^0.5 and 2^1.5 are as far: the finer
         ([[2, 1], [1, 4], [8, 4]], 2.1, 1),
+        ([[5], [9]], 15, 0),  # a tie that bare logarithms miss by one bit
     ],
 )
 def test_choose_stage_by_hand(strides, target, stage):

@@ -131,9 +131,7 @@ def test_every_role_has_its_files_and_unlabeled_cases_have_no_label(raw):
         expected |= {f"labels{sub}/{case}.nii.gz"} if role != "unlabeled" else set()
     assert set(files(folder)) == expected
     assert sorted(roles.values()) == ["labeled"] * 2 + ["test"] * 4 + ["unlabeled"] * 6
-    assert [case for case, role in roles.items() if role == "test"] == [
-        f"phantom_{i:03d}" for i in range(8, 12)
-    ]
+    assert [case for case, role in roles.items() if role == "test"] == [f"phantom_{i:03d}" for i in range(8, 12)]
     assert [p.name for p in raw.iterdir()] == [folder.name]
 
 
@@ -171,11 +169,7 @@ def test_a_case_does_not_depend_on_how_many_are_made(raw):
 
 def test_more_labels_keep_the_earlier_ones():
     chosen = [
-        {
-            i
-            for i, role in enumerate(phantom.Phantom(labeled=n, shape=(16, 16, 16)).roles())
-            if role == "labeled"
-        }
+        {i for i, role in enumerate(phantom.Phantom(labeled=n, shape=(16, 16, 16)).roles()) if role == "labeled"}
         for n in (2, 4, 8)
     ]
     assert chosen[0] < chosen[1] < chosen[2]
@@ -199,9 +193,7 @@ def test_stock_nnunet_finds_the_labeled_cases_and_fold_0_uses_each_of_them(raw):
 
 
 def test_a_failure_half_way_leaves_nothing_behind(raw, monkeypatch):
-    monkeypatch.setattr(
-        phantom, "_write_descriptions", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr(phantom, "_write_descriptions", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_phantom(7, cases=6, labeled=2, test=2, labeled_scanner="all", **SMALL)
     assert list(raw.iterdir()) == []

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from nnunetv2_dycon.errors import ConfigError, DataError, UserError
-from tests.datasets import environment, make_dataset, plan_and_preprocess
+from tests.datasets import environment, make_dataset, plan_and_preprocess, write_splits
 from tests.training import begin, make_trainer, steps
 
 
@@ -157,3 +157,43 @@ def test_cutmix_with_one_unlabeled_patch(tiny: Path) -> None:
     with pytest.raises(ConfigError) as error:
         steps(t, 1)
     assert "unlabeledbatch2" in one_line(error)
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_results", "nnUNet_preprocessed"])
+def test_folders_that_are_not_set(tiny: Path, monkeypatch, variable: str) -> None:
+    made = make_trainer("nnUNetTrainerDyCON")
+    plans, dataset_json = {**made.plans_manager.plans, "continue_training": False}, made.dataset_json
+    monkeypatch.delenv(variable)
+    with pytest.raises(DataError) as error:
+        type(made)(plans, "3d_fullres", 0, dataset_json, made.device)
+    assert f"export {variable}=/path/to/{variable}" in one_line(error)
+
+
+def test_results_folder_that_cannot_be_written(tiny: Path, monkeypatch) -> None:
+    def refuse(path: str, *args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("os.makedirs", refuse)
+    with pytest.raises(DataError) as error:
+        make_trainer("nnUNetTrainerDyCON")
+    assert "Permission denied" in one_line(error)
+    assert "export nnUNet_results=" in one_line(error)
+
+
+def test_a_name_in_two_roles_stops_the_control_too(tiny_variant, tmp_path: Path) -> None:
+    tiny_variant()
+    images = tmp_path / "nnUNet_raw" / "Dataset901_Tiny"
+    (images / "imagesTs" / "t_00_0000.nii.gz").rename(images / "imagesTs" / "l_00_0000.nii.gz")
+    with pytest.raises(UserError) as error:
+        begin(make_trainer("nnUNetTrainerLabeledOnly_epochs1", fold="all"))
+    assert "imagesTs" in one_line(error)
+
+
+def test_a_split_file_put_into_the_raw_folder_after_planning_counts(tiny_variant, tmp_path: Path, capsys) -> None:
+    folder = tiny_variant()
+    write_splits(tmp_path, "Dataset901_Tiny", train=["l_00"], val=["l_00"], unlabeled=["l_01"])
+    assert not (folder / "splits_final.json").exists()
+    t = begin(make_trainer("nnUNetTrainerDyCON_epochs1"))
+    assert t.unlabeled.names == ("u_00", "u_01", "l_01")
+    assert list(t.dataloader_train.data_loader.labeled.indices) == ["l_00"]
+    assert "planning saw" in capsys.readouterr().out

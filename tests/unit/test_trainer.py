@@ -12,7 +12,6 @@ from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
 from nnunetv2_dycon.errors import ConfigError, DataError, DivergedError
 from nnunetv2_dycon.methods.base import Term
 from nnunetv2_dycon.networks import unwrap
-from nnunetv2_dycon.schedules import ema_decay
 from tests.training import begin, make_trainer, same, seed_all, steps
 
 SHORT = "epochs6_iters2_valiters1_save3"
@@ -83,14 +82,16 @@ def test_every_term_moves_the_student(trainer, method: str) -> None:
             assert all(torch.isfinite(norm) for norm in norms)
 
 
+@pytest.mark.parametrize("length", ["epochs100", "epochs9999"])
 @pytest.mark.parametrize("method", METHODS)
-def test_teacher_follows_the_closed_form_and_never_has_a_gradient(trainer, method: str) -> None:
+def test_teacher_follows_the_closed_form_and_never_has_a_gradient(trainer, method: str, length: str) -> None:
     seed_all(1)
-    t = begin(trainer(named(method)))
+    t = begin(trainer(named(method, f"{length}_iters2")))
     expected = {k: v.clone().double() for k, v in unwrap(t.network).state_dict().items()}
-    for step in range(4):
+    ema = {"epochs100": 0.95, "epochs9999": 0.999}[length] if t.settings.ema is None else t.settings.ema
+    for step in range(25):
         steps(t, 1)
-        decay = ema_decay(step, t.settings.ema)
+        decay = min(1 - 1 / (step + 1), ema)
         for k, v in unwrap(t.network).state_dict().items():
             expected[k] = decay * expected[k] + (1 - decay) * v.double()
     teacher = t.method.teacher.network
@@ -151,9 +152,7 @@ def run_epochs(trainer, number: int) -> None:
         )
         with torch.no_grad():
             trainer.on_validation_epoch_start()
-            trainer.on_validation_epoch_end(
-                [trainer.validation_step(next(trainer.dataloader_val)) for _ in range(1)]
-            )
+            trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val)) for _ in range(1)])
         trainer.on_epoch_end()
 
 
@@ -340,3 +339,11 @@ def test_a_class_that_the_teacher_loses_is_said_in_the_log(trainer, capsys) -> N
         t.on_validation_epoch_end([output])
     t.on_epoch_end()
     assert "the teacher has lost class 'class2'" in capsys.readouterr().out
+
+
+def test_disabled_checkpointing_trains_without_a_file(trainer) -> None:
+    t = trainer(named("nnUNetTrainerDyCON", "epochs1_iters1_valiters1"))
+    t.disable_checkpointing = True
+    t.run_training()
+    assert not list(Path(t.output_folder).glob("*.pth"))
+    assert Path(t.output_folder, "ssl_history.csv").exists()

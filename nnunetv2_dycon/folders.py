@@ -1,0 +1,31 @@
+"""nnU-Net's three folders, as errors that a user can mend."""
+
+import os
+from pathlib import Path
+
+from nnunetv2_dycon.errors import DataError
+
+VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def environment_folder(variable: str) -> Path:
+    """Return the folder that one of nnU-Net's variables names.
+
+    Raises
+    ------
+    DataError
+        If the variable is not set or names no folder.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        raise DataError(f"{variable} is not set; type: export {variable}=/path/to/{variable}")
+    if not Path(value).is_dir():
+        raise DataError(f"{variable} is {value}, which is no folder; type: mkdir -p '{value}', or correct the variable")
+    return Path(value)
+
+
+def raw_folder(dataset: str) -> Path | None:
+    """Return the raw data set, or None where only the preprocessed one was brought to this machine."""
+    value = os.environ.get("nnUNet_raw")
+    folder = Path(value, dataset) if value else None
+    return folder if folder is not None and folder.is_dir() else None
