@@ -1,6 +1,6 @@
 """The demo: labelled-only against DyCON, from generated images to a table of test scores and a picture.
 
-Cost: at most 15 minutes on two CPU cores (one core and about 1.5 GB for each training), and 50 MB in the folder
+Cost: at most 15 minutes on two CPU cores (one core and about 1.5 GB for each training), and 100 MB in the folder
 --out: the three folders of nnU-Net, logs, predictions, results.json, results.md, predictions.png. Called again it
 goes on where it stopped. scripts/demo.sh installs what it needs and then runs it.
 

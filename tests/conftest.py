@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from hypothesis import settings
 
 from tests.datasets import environment, make_dataset, plan_and_preprocess, write_splits

@@ -7,7 +7,6 @@ fold with the lists "train" and "val" and, in benchmark mode only, "unlabeled".
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -136,13 +135,23 @@ def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None =
 
 def adopt_splits(preprocessed_folder: Path, raw_folder: Path | None) -> bool:
     """Copy the raw folder's split file where nnU-Net reads it, if there is none yet; returns whether it did."""
-    target = preprocessed_folder / SPLITS_FILE
-    if raw_folder is None or target.exists() or not (raw_folder / SPLITS_FILE).is_file():
+    if raw_folder is None or (preprocessed_folder / SPLITS_FILE).exists() or not (raw_folder / SPLITS_FILE).is_file():
         return False
-    part = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(raw_folder / SPLITS_FILE, part)
-    os.replace(part, target)
+    _write_splits(preprocessed_folder, (raw_folder / SPLITS_FILE).read_text())
     return True
+
+
+def write_small_splits(preprocessed_folder: Path, cases: Sequence[str]) -> None:
+    """Write one fold a case that validates on it and trains on the others; one case alone does both."""
+    ordered = sorted(cases)
+    folds = [{"train": [c for c in ordered if c != case] or [case], "val": [case]} for case in ordered]
+    _write_splits(preprocessed_folder, json.dumps(folds, indent=4))
+
+
+def _write_splits(folder: Path, text: str) -> None:
+    part = folder / f".{SPLITS_FILE}.{os.getpid()}"
+    part.write_text(text)
+    os.replace(part, folder / SPLITS_FILE)
 
 
 def _load_splits(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from nnunetv2.configuration import default_num_processes
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from torch import Tensor, nn
@@ -30,7 +31,14 @@ from nnunetv2_dycon.data.loader import (
     unlabeled_loader,
 )
 from nnunetv2_dycon.data.ready import UnlabeledCases, ready_cases
-from nnunetv2_dycon.data.roles import SPLITS_FILE, adopt_splits, check_fold, read_roles, read_splits
+from nnunetv2_dycon.data.roles import (
+    SPLITS_FILE,
+    adopt_splits,
+    check_fold,
+    read_roles,
+    read_splits,
+    write_small_splits,
+)
 from nnunetv2_dycon.errors import ConfigError, DataError, DivergedError
 from nnunetv2_dycon.folders import environment_folder, raw_folder
 from nnunetv2_dycon.methods.base import Batch, Group, Method, Outputs, Task
@@ -43,6 +51,7 @@ from nnunetv2_dycon.trainers.state import compare_settings, restore, restore_ran
 
 CLIP_NORM = 12.0  # as stock
 SKIPS_TO_STOP = 5
+STOCK_FOLDS = 5
 
 
 class nnUNetTrainerSSL(nnUNetTrainer):
@@ -147,9 +156,22 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         return rotation, dummy_2d, initial_patch_size, axes
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """As stock; refuses a fold that would train on the labels of cases that serve unlabelled."""
-        raw = raw_folder(self.plans_manager.dataset_name)
-        check_fold(read_splits(self.preprocessed_dataset_folder_base, raw), self.fold)
+        """As stock; refuses a fold that would train on the labels of cases that serve unlabelled.
+
+        Stock's five folds need five cases: with fewer there are as many folds as cases.
+        """
+        preprocessed = Path(self.preprocessed_dataset_folder_base)
+        check_fold(read_splits(preprocessed, raw_folder(self.plans_manager.dataset_name)), self.fold)
+        if self.fold != "all" and not (preprocessed / SPLITS_FILE).exists():
+            cases = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(
+                self.preprocessed_dataset_folder
+            )
+            if len(cases) < STOCK_FOLDS:
+                write_small_splits(preprocessed, cases)
+                self.print_to_log_file(
+                    f"{len(cases)} labelled cases are too few for {STOCK_FOLDS} folds: wrote "
+                    f"{preprocessed / SPLITS_FILE}, each fold validates on one case. Fold 'all' trains on all of them."
+                )
         return super().do_split()
 
     def get_dataloaders(self) -> tuple[Any, Any]:

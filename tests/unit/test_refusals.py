@@ -197,3 +197,14 @@ def test_a_split_file_put_into_the_raw_folder_after_planning_counts(tiny_variant
     assert t.unlabeled.names == ("u_00", "u_01", "l_01")
     assert list(t.dataloader_train.data_loader.labeled.indices) == ["l_00"]
     assert "planning saw" in capsys.readouterr().out
+
+
+def test_fewer_cases_than_stock_has_folds(tiny_variant, capsys) -> None:
+    folder = tiny_variant()
+    t = begin(make_trainer("nnUNetTrainerDyCON_epochs1"))
+    assert "too few for 5 folds" in capsys.readouterr().out
+    assert json.loads((folder / "splits_final.json").read_text()) == [
+        {"train": ["l_01"], "val": ["l_00"]},
+        {"train": ["l_00"], "val": ["l_01"]},
+    ]
+    assert list(t.dataloader_train.data_loader.labeled.indices) == ["l_01"]

@@ -286,12 +286,11 @@ def test_bf16_trains_and_keeps_losses_in_float32(trainer) -> None:
 
 
 def test_compiled_student_gives_the_same_losses(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = []
+    runs, compile_ = [], torch.compile
     for compiled in (False, True):
         seed_all(4)
         t = trainer(named("nnUNetTrainerDyCON"))
         if compiled:
-            compile_ = torch.compile
             monkeypatch.setattr(type(t), "_do_i_compile", lambda self: True)
             monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="aot_eager"))
         begin(t)
