@@ -173,8 +173,8 @@ def task04_files(path: Path) -> Iterator[dict[str, tuple[Path, Path]]]:
             try:
                 with tarfile.open(path) as archive:
                     archive.extractall(scratch, filter="data")
-            except tarfile.TarError as error:
-                raise DataError(f"--task04 {path} is no archive ({error}): give Task04_Hippocampus.tar.") from None
+            except tarfile.TarError:
+                raise DataError(f"--task04 {path} is no archive: give Task04_Hippocampus.tar or its folder.") from None
         root = Path(scratch) if path.is_file() else path
         labels = {p.name: p for p in root.rglob("labelsTr/hippocampus_*.nii.gz")}
         images = {p.name: p for p in root.rglob("imagesTr/hippocampus_*.nii.gz")}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.networks import unwrap
 from tests.datasets import environment, make_dataset, plan_and_preprocess, write_image, write_splits
@@ -122,7 +123,10 @@ def test_cases_of_training_validation_and_unlabeled_are_the_splits_and_disjoint(
     assert found == [{"l_00", "l_01"}, {"l_03", "l_04", "u_00"}, {"l_02"}]
 
 
-def test_prepared_unlabeled_cases_carry_nothing_that_was_made_from_labels(benchmark) -> None:
+def test_prepared_unlabeled_cases_carry_nothing_that_was_made_from_labels(benchmark, monkeypatch) -> None:
+    for name, variable in environment(benchmark[0]).items():
+        monkeypatch.setenv(name, variable)
+    preprocess_unlabeled(901, processes=1)
     folder = benchmark[0] / "nnUNet_preprocessed" / "Dataset901_Tiny" / "nnUNetPlans_3d_fullres_unlabeled"
     for path in folder.glob("*.pkl"):
         assert pickle.loads(path.read_bytes())["class_locations"] == {}

@@ -301,7 +301,7 @@ def prepare_until_killed(root: Path, moment: int, overwrite: bool) -> None:
 
 # 3 replacements a case and 1 of the manifest before the first, after each and at the end
 @pytest.mark.parametrize(
-    ("overwrite", "moment"), [*((False, m) for m in (0, 1, 2, 3, 4, 5, 13)), *((True, m) for m in (0, 1, 3))]
+    ("overwrite", "moment"), [*((False, m) for m in (0, 1, 2, 3, 4, 5, 13)), *((True, m) for m in (0, 1, 2))]
 )
 def test_killed_at_any_write_and_started_again_gives_the_same_files(
     place: Place, made: list[str], monkeypatch: pytest.MonkeyPatch, overwrite: bool, moment: int
@@ -323,6 +323,8 @@ def test_killed_at_any_write_and_started_again_gives_the_same_files(
     for path in place.folder.glob("*.pkl"):  # what is there is whole
         data, seg, _ = load(place.folder, path.stem)
         assert data.shape[1:] == seg.shape[1:]
+    if overwrite and moment > 0:  # half old and half new is not whole
+        assert not (place.folder / "u_00.pkl").exists()
     finished = json.loads(place.manifest.read_text())["cases"] if place.manifest.exists() else {}
     if not overwrite:
         assert len(finished) == max(0, (moment - 1) // 4)
