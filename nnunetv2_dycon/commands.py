@@ -5,6 +5,7 @@ Names of arguments are nnU-Net's. A verb's module is imported when the verb runs
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Verb(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 well, 1 a finding of `doctor`, 2 an error of the user."""
     verb, arguments = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     module, function = verb.target.split(":")
     try:
         return verb.show(getattr(importlib.import_module(module), function)(**arguments))

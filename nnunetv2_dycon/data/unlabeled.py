@@ -45,6 +45,7 @@ from tqdm import tqdm
 from nnunetv2_dycon import __version__
 from nnunetv2_dycon.data.roles import Splits, benchmark_cases, fold_unlabeled, read_roles, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.folders import environment_folder
 
 try:
     import fcntl
@@ -287,8 +288,8 @@ def unlabeled_status(
 
 
 def _target(dataset: int | str, configuration: str, plans: str | Mapping[str, Any], need_raw: bool) -> _Target:
-    base = _environment_folder("nnUNet_preprocessed")
-    raw_base = _environment_folder("nnUNet_raw") if need_raw or nnUNet_raw.get() else None
+    base = environment_folder("nnUNet_preprocessed")
+    raw_base = environment_folder("nnUNet_raw") if need_raw or nnUNet_raw.get() else None
     try:
         name = str(maybe_convert_to_dataset_name(dataset))
         number = convert_dataset_name_to_id(name)
@@ -320,15 +321,6 @@ def _target(dataset: int | str, configuration: str, plans: str | Mapping[str, An
         manifest=manifest,
         entries=_entries_that_matter(manager, settings, dataset_json),
     )
-
-
-def _environment_folder(variable: str) -> Path:
-    value = os.environ.get(variable)
-    if not value:
-        raise DataError(f"{variable} is not set; type: export {variable}=/path/to/{variable}")
-    if not Path(value).is_dir():
-        raise DataError(f"{variable} points to {value}, which is no folder; make it or correct the variable")
-    return Path(value)
 
 
 def _load_plans(folder: Path, plans: str | Mapping[str, Any], command: str) -> dict[str, Any]:

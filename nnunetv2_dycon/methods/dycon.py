@@ -100,6 +100,7 @@ class DyCON(MeanTeacher):
                 )
             terms["fecl_unlabeled"] = self._fecl(features, labels, taught, logits, batch, share)
             stats["patches_kept"] = (labels >= 0).float().mean()
+            stats["foreground_patches"] = (labels > 0).float().mean()
         return Group(terms, stats)
 
     def labeled(self, student: nn.Module, batch: Batch) -> Group:

@@ -235,7 +235,7 @@ def test_unset_folders(raw: Path, monkeypatch: pytest.MonkeyPatch, variable: str
     monkeypatch.delenv(variable)
     assert message() == f"{variable} is not set; type: export {variable}=/path/to/{variable}"
     monkeypatch.setenv(variable, "/nowhere/at/all")
-    assert f"{variable} points to /nowhere/at/all, which is no folder" in message()
+    assert f"{variable} is /nowhere/at/all, which is no folder" in message()
 
 
 def test_a_process_count_below_one(raw: Path) -> None:
