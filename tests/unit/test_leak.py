@@ -69,7 +69,8 @@ def noise_preprocessed(folder: Path, case: str, rng: np.random.Generator) -> Non
     properties["class_locations"] = {c: np.argwhere(noise == c)[:777] for c in (1, 2)}
     for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
         (folder / f"{case}{suffix}").unlink()
-    dataset.save_case(data, noise, properties, str(folder / case))
+    whole = {"chunks": data.shape, "blocks": data.shape, "chunks_seg": shape, "blocks_seg": shape}
+    dataset.save_case(data, noise, properties, str(folder / case), **whole)
 
 
 def run(root: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> list:
