@@ -146,6 +146,7 @@ VERBS: dict[str, Verb] = {
             _argument("--test", type=int, default=20, help="test cases"),
             _argument("--seed", type=int, default=1000, help="seed"),
             _argument("--channels", type=int, default=1, help="image channels"),
+            _argument("--shape", nargs=3, type=int, default=(48, 56, 40), help="voxels along each axis"),
             _argument("--hard", action="store_true", help="the harder kind"),
             _argument("-np", dest="processes", type=int, default=2, help="worker processes"),
             _OVERWRITE,

@@ -306,7 +306,7 @@ class Arm:
             if todo:
                 self.stage = "training"
                 where = f"{demo.id} {CONFIGURATION} 0 -tr {self.trainer} -device {demo.device}"
-                demo.say(f"$ nnUNetv2_train {where}")
+                demo.say(f"training on {demo.threads} thread(s) as by: nnUNetv2_train {where}")
                 resume = str(int(any(self.fold.glob("checkpoint_*.pth"))))
                 options = (demo.id, CONFIGURATION, self.trainer, demo.device, str(demo.threads), resume)
                 demo.run(f"{log}_train", sys.executable, "-c", TRAIN, *options, loaders=0)

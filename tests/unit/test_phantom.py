@@ -153,6 +153,13 @@ def test_labeled_cases_come_from_one_scanner_and_have_a_lesion(raw):
     assert all(volume(p).any() for p in labels)
 
 
+def test_a_case_without_lesion_is_never_labeled():
+    settings = phantom.Phantom(cases=12, test=0, labeled=2, seed=1000, shape=(20, 24, 18))
+    empty = {i for i in range(0, 12, 3) if not settings.make(i)[1].any()}
+    assert len(empty) == 2
+    assert {i for i, role in enumerate(settings.roles()) if role == "labeled"} == {0, 3, 6, 9} - empty
+
+
 def test_labeled_cases_of_all_scanners_are_taken_in_turn(raw):
     folder = write_phantom(7, cases=30, labeled=6, labeled_scanner="all", test=3, **SMALL)
     scanners = sorted(int(p.name[8:11]) % 3 for p in (folder / "labelsTr").iterdir())
