@@ -176,6 +176,7 @@ def test_checkpoint_is_whole_or_the_previous_one(trainer, monkeypatch: pytest.Mo
     path = Path(t.output_folder, "checkpoint_latest.pth")
     t.save_checkpoint(str(path))
     before = path.read_bytes()
+    steps(t, 1)  # so that a half-written file would differ
 
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
