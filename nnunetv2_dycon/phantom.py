@@ -10,12 +10,10 @@ recipe are voxels, and the written spacing is 3 mm.
 
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -29,7 +27,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter
 from tqdm import tqdm
 
-from nnunetv2_dycon import __version__
+from nnunetv2_dycon import __version__, parallel
 from nnunetv2_dycon.errors import ConfigError, DataError
 
 Shape = tuple[int, int, int]
@@ -509,18 +507,12 @@ def _made_by(folder: Path) -> str | None:
 
 def _write_cases(folder: Path, settings: Phantom, roles: list[Role], processes: int) -> None:
     jobs = [partial(_write_case, folder, settings, index, role) for index, role in enumerate(roles)]
-    bar = tqdm(total=len(jobs), desc="phantom", unit="case")
-    with bar:
-        if processes <= 1:
-            for job in jobs:
-                job()
-                bar.update()
-            return
-        # spawn: nothing of the caller (open files, threads, torch) goes into the workers
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(job) for job in jobs]):
-                done.result()
-                bar.update()
+    for _ in tqdm(parallel.run(_do, jobs, processes), total=len(jobs), desc="phantom", unit="case"):
+        pass
+
+
+def _do(job: Callable[[], None]) -> None:
+    job()
 
 
 def _write_case(folder: Path, settings: Phantom, index: int, role: Role) -> None:

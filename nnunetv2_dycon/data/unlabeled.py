@@ -14,16 +14,12 @@ manifest names was made from just what the manifest says.
 
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,7 +38,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import (
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
-from nnunetv2_dycon import __version__
+from nnunetv2_dycon import __version__, parallel
 from nnunetv2_dycon.data.roles import Splits, benchmark_cases, fold_unlabeled, read_roles, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.folders import environment_folder
@@ -511,12 +507,12 @@ def _make_all(target: _Target, manifest: Manifest, records: Mapping[str, dict[st
     made_with = f"nnunetv2_dycon {__version__}, nnunetv2 {version('nnunetv2')}"
     tasks = [_task(target, case, record) for case, record in records.items()]
     problems, saved = [], -_SAVE_INTERVAL
-    with closing(_run(tasks, processes)) as results:
-        for case, problem in tqdm(results, total=len(tasks), desc="Preparing unlabelled cases", disable=not tasks):
+    with closing(parallel.run(_make_case, tasks, processes)) as results:
+        for task, problem in tqdm(results, total=len(tasks), desc="Preparing unlabelled cases", disable=not tasks):
             if problem is not None:
                 problems.append(problem)
                 continue
-            manifest["cases"][case] = {**records[case], "made_with": made_with}
+            manifest["cases"][task.case] = {**records[task.case], "made_with": made_with}
             if time.monotonic() - saved >= _SAVE_INTERVAL:
                 _write_manifest(target, manifest)
                 saved = time.monotonic()
@@ -534,38 +530,6 @@ def _task(target: _Target, case: str, record: Mapping[str, Any]) -> _Task:
         folder=str(target.folder),
         work=str(target.work),
     )
-
-
-def _run(tasks: Sequence[_Task], processes: int) -> Iterator[tuple[str, str | None]]:
-    """Case and problem (None: prepared) of each task, in the order of finishing."""
-    if min(processes, len(tasks)) <= 1:  # a process costs seconds of imports
-        for task in tasks:
-            yield task.case, _make_case(task)
-        return
-    context = multiprocessing.get_context("spawn")  # as nnU-Net; a fork after torch has used threads may hang
-    pool = ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context, initializer=_end_with_parent)
-    try:
-        futures = {pool.submit(_make_case, task): task.case for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died, most likely killed for lack of memory; finished cases are kept, go on "
-            f"with fewer processes: nnUNetv2_dycon preprocess_unlabeled ... -np {max(1, processes // 2)}"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Let this worker end when the process that started it is killed; it would wait for work forever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make_case(task: _Task) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "nnunetv2_dycon"
 
-BASE = {"", "errors", "schedules", "options", "folders"}  # "" is the package itself, for its version
+BASE = {"", "errors", "schedules", "options", "folders", "parallel"}  # "" is the package itself, for its version
 TENSORS = {"losses", "networks", "views", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
@@ -21,18 +21,22 @@ MAY_IMPORT = {
     "schedules": {"errors"},
     "options": {"errors"},
     "folders": {"errors"},
+    "parallel": {"errors"},
     **dict.fromkeys(TENSORS, BASE),
     "methods": BASE | TENSORS,
     "data": BASE | TENSORS,
     "trainers": BASE | TENSORS | {"methods", "data"},
     "_nnunet_ext": {"trainers"},
     "export": BASE | TENSORS | {"methods", "data", "trainers"},
-    "phantom": BASE | {"data"},
+    "phantom": BASE | {"data", "conversion"},
     "doctor": BASE | {"_register", "precision", "trainers"},
-    "dataset_conversion": BASE | {"data"},
-    "commands": BASE | {"data", "trainers", "export", "phantom", "doctor", "dataset_conversion"},
+    "conversion": BASE | {"data"},
+    "dataset_conversion": BASE | {"conversion"},
+    "evaluation": BASE | {"data"},
+    "commands": BASE
+    | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"},
 }
-STANDARD_LIBRARY_ONLY = {"", "_register", "errors", "schedules", "options", "folders", "commands"}
+STANDARD_LIBRARY_ONLY = {"", "_register", "errors", "schedules", "options", "folders", "parallel", "commands"}
 WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"methods", "_nnunet_ext"}
 
 

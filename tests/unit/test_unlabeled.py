@@ -501,7 +501,7 @@ def test_a_dead_worker_is_one_line_with_the_remedy(place: Place, monkeypatch: py
 def test_workers_end_when_their_parent_is_killed() -> None:
     program = """
         import multiprocessing, os, time
-        from nnunetv2_dycon.data.unlabeled import _end_with_parent
+        from nnunetv2_dycon.parallel import _end_with_parent
         if __name__ == "__main__":
             pool = multiprocessing.get_context("spawn").Pool(1, _end_with_parent)
             print(pool.apply(os.getpid), flush=True)

@@ -1,0 +1,67 @@
+"""Worker processes for work on many cases; a worker never outlives the process that started it."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from nnunetv2_dycon.errors import ConfigError, DataError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def run(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -> Iterator[tuple[Task, Result]]:
+    """Yield each task and its result, in the order of finishing.
+
+    Parameters
+    ----------
+    work : callable
+        A function of a module, so that it can be sent to another process; like the tasks and results.
+    tasks : sequence
+        One argument each.
+    processes : int
+        Worker processes; 1 works in this process. Close the iterator to end them early.
+
+    Raises
+    ------
+    ConfigError
+        If `processes` is below 1.
+    DataError
+        If a worker process was killed.
+    """
+    if processes < 1:
+        raise ConfigError(f"-np {processes}: the number of processes must be at least 1")
+    workers = min(processes, len(tasks))
+    if workers <= 1:  # a process costs a second or more of imports
+        for task in tasks:
+            yield task, work(task)
+        return
+    # spawn, as nnU-Net: a fork after torch has used threads may hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    try:
+        futures = {pool.submit(work, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process died, most likely killed for lack of memory; "
+            f"type the command again with fewer processes: -np {max(1, processes // 2)}"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let this worker end when the process that started it is killed; it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
