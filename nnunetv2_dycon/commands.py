@@ -56,7 +56,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Prints a default only where there is one to print."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        return (
+            action.help
+            if action.default is None or isinstance(action.default, bool)
+            else super()._get_help_string(action)
+        )
 
 
 def _argument(*flags: str, **keywords: Any) -> Argument:
@@ -99,6 +103,25 @@ def _show_trainers(trainers: Sequence[Any]) -> int:
     return 0
 
 
+def _show_scores(rows: Sequence[Any]) -> int:
+    from nnunetv2_dycon.evaluation.scores import summarize
+
+    summary = summarize(rows)
+    first = next(iter(summary["classes"].values()))
+    metrics = [key for key, entry in first.items() if isinstance(entry, dict) and entry.get("mean") is not None]
+    statuses = list(first["status"])
+    table = [["label", "name", *statuses, *metrics]]
+    for label, of_class in summary["classes"].items():
+        means = (of_class[metric]["mean"] for metric in metrics)
+        cells = ("-" if mean is None else f"{mean:.4g}" for mean in means)
+        table.append([label, of_class["name"], *(str(of_class["status"][status]) for status in statuses), *cells])
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(f"(means; convention {summary['convention']}, distances of cases with status ok)")
+    return 0
+
+
 def _show_rows(title: str, rows: Sequence[Any]) -> None:
     print(title)
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
@@ -106,6 +129,11 @@ def _show_rows(title: str, rows: Sequence[Any]) -> None:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
         print(f"  {'  '.join(cells)}  {row.help}")
     print()
+
+
+def _show_report(report: Any) -> int:
+    print(report)
+    return 0
 
 
 def _dataset(parameter: str) -> Argument:
@@ -122,6 +150,43 @@ VERBS: dict[str, Verb] = {
         "nnunetv2_dycon.trainers.names:list_trainers",
         (),
         _show_trainers,
+    ),
+    "convert": Verb(
+        "Write a public collection as nnU-Net raw data with labelled, unlabelled and test cases.",
+        "nnunetv2_dycon.dataset_conversion:convert_collection",
+        (
+            _argument("collection", metavar="COLLECTION", help="ISLES22, BraTS19, LA, PancreasNIH or BTCV"),
+            _argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments; COLLECTION --help"),
+        ),
+        _show_report,
+    ),
+    "split": Verb(
+        "Write a raw data set with the files of another, by links, some training cases without their labels.",
+        "nnunetv2_dycon.conversion.split:split",
+        (
+            _dataset("dataset_id"),
+            _argument("--as", dest="new_id", required=True, type=int, help="id of the new data set"),
+            _argument(
+                "--labeled", required=True, help="a fraction (0.1), a number (8), all, or a file with one id a line"
+            ),
+            _argument("--labeled-seed", "--labeled_seed", type=int, help="seed of the draw (default: 0)"),
+            _argument("--test", help="fraction or number of training cases to draw as test cases"),
+            _argument("--groups", help="JSON {case: subject} or a table: scans of a subject stay together"),
+            _argument("--protocol", help="JSON file with labeled, train, val, test, in place of draws"),
+            _argument("-np", dest="processes", type=int, help="worker processes"),
+            _argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, write nothing"),
+            _OVERWRITE,
+        ),
+        _show_report,
+    ),
+    "check": Verb(
+        "Check a raw data set: roles, duplicates, geometry, channels, labels; prints the next command.",
+        "nnunetv2_dycon.conversion.check:check",
+        (
+            _dataset("dataset_id"),
+            _argument("-np", dest="processes", type=int, help="worker processes"),
+        ),
+        _show_checks,
     ),
     "preprocess_unlabeled": Verb(
         "Preprocess the images of imagesUn; no label is opened, and a stopped run goes on where it was.",
@@ -167,5 +232,31 @@ VERBS: dict[str, Verb] = {
             _argument("-o", dest="output", required=True, help="folder to write"),
         ),
         _show_path,
+    ),
+    "evaluate": Verb(
+        "Score predictions: overlap, surface distances, volumes and lesions of every case.",
+        "nnunetv2_dycon.evaluation.scores:evaluate",
+        (
+            _argument("truth_folder", metavar="GT", help="folder of the true label maps"),
+            _argument("prediction_folder", metavar="PRED", help="folder of the predicted label maps"),
+            _argument(
+                "-djfile",
+                dest="dataset_json",
+                help="the data set's dataset.json (default: that in PRED, else beside GT)",
+            ),
+            _argument("-o", dest="output", help="folder for scores.csv, scores.json and summary.json (default: PRED)"),
+            _argument("-np", dest="processes", type=int, default=8, help="worker processes"),
+            _argument(
+                "--convention",
+                choices=("mm", "literature"),
+                default="mm",
+                help="literature: voxel units and MedPy's definitions, as most papers",
+            ),
+            _argument("--tolerance", type=float, default=2.0, help="of NSD, in mm; in voxels with literature"),
+            _argument("--lesions", action="store_true", help="count lesions that are found, missed and false"),
+            _argument("--disable_distances", dest="distances", action="store_false", help="overlap and volumes only"),
+            _argument("--chill", action="store_true", help="score what is there where GT has more cases than PRED"),
+        ),
+        _show_scores,
     ),
 }

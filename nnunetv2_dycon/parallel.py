@@ -56,6 +56,12 @@ def run(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -
         pool.shutdown(cancel_futures=True)
 
 
+def default_processes() -> int:
+    """Return the number of processors that this process may use, at most 8."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, usable)
+
+
 def _end_with_parent() -> None:
     """Let this worker end when the process that started it is killed; it would wait for work forever."""
     parent = multiprocessing.parent_process()

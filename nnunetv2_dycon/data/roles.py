@@ -84,6 +84,13 @@ def _training_cases(raw: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[st
     return images, {case: Path(entry["label"]) for case, entry in listed.items()}
 
 
+def training_labels(raw_folder: str | Path, dataset_json: Mapping[str, Any], cases: Iterable[str]) -> dict[str, Path]:
+    """Where the label map of each training case should be; nothing is opened."""
+    _, listed = _training_cases(Path(raw_folder), dataset_json)
+    folder, ending = Path(raw_folder, "labelsTr"), dataset_json["file_ending"]
+    return {case: listed.get(case, folder / f"{case}{ending}") for case in cases}
+
+
 def _image_files(folder: Path, ending: str) -> dict[str, tuple[Path, ...]]:
     # nnU-Net's own list of files needs a pool of processes; its identifiers and one pass give the same
     if not folder.is_dir():

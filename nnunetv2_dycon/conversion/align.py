@@ -1,0 +1,188 @@
+"""Label maps onto the grid of their image, and their values into those of the data set."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, product
+
+import numpy as np
+from scipy.ndimage import affine_transform
+
+from nnunetv2_dycon.conversion.volumes import Volume
+from nnunetv2_dycon.errors import DataError
+
+TOLERANCE_MM = 1e-3
+TOLERANCE_VOXELS = 0.01  # headers that were written by two programs differ by rounding
+_ANY_CT_TISSUE = (0.0, 200.0)  # HU between which the median of an abdominal organ lies
+_AIR_HU, _AIR_SHARE = -200.0, 0.05
+
+Fit = Callable[[Volume, Volume, str], tuple[np.ndarray, list[str]]]
+
+
+def map_values(array: np.ndarray, maps: Sequence[Mapping[int, int]], name: str, hint: str = "") -> np.ndarray:
+    """Return `array` with new values, uint8; the first of `maps` that knows all its values is used.
+
+    Raises
+    ------
+    DataError
+        If a value is no whole number or unknown; nothing is rounded.
+    """
+    if array.dtype.kind == "f":
+        broken = array[~(np.isfinite(array) & (array == np.rint(array)))]
+        if broken.size:
+            raise DataError(
+                f"{name} has {broken.size} voxels that are no whole numbers, such as {broken.flat[0]:g}; "
+                "a label map must hold integers: get the original file, not a resampled one"
+            )
+    values = present(array)
+    for known in maps:
+        if values <= known.keys():
+            return _apply(array, known)
+    allowed = " or ".join("{" + ", ".join(map(str, known)) + "}" for known in maps)
+    closest = max(maps, key=lambda known: len(values & known.keys()))
+    unknown = min(values - closest.keys())
+    count = int(np.count_nonzero(array == unknown))
+    raise DataError(f"{name} has the label value {unknown} ({count} voxels); expected is {allowed}{hint}")
+
+
+def present(array: np.ndarray) -> set[int]:
+    """Values in an array of whole numbers."""
+    # by slices: np.unique sorts a copy of all it gets
+    return {int(value) for part in array.T for value in np.unique(part)}
+
+
+def _apply(array: np.ndarray, known: Mapping[int, int]) -> np.ndarray:
+    out = np.zeros(array.shape, np.uint8)
+    for old, new in known.items():
+        if new:
+            out[array == old] = new
+    return out
+
+
+# ---- grids -------------------------------------------------------------------------------------------------
+
+
+def same_grid(one: Volume, other: Volume) -> bool:
+    """Whether two volumes have the same voxels in millimetres, but for rounding in their headers."""
+    if one.array.shape != other.array.shape:
+        return False
+    apart = np.abs(_corners(one) - _corners(other)).max()
+    return bool(apart <= max(TOLERANCE_MM, TOLERANCE_VOXELS * one.spacing.min()))
+
+
+def _corners(volume: Volume) -> np.ndarray:
+    indices = np.array(list(product(*((0, n - 1) for n in volume.array.shape))), float)
+    return indices @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+
+
+def on_grid(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, list[str]]:
+    """Label as it is, if it is on the grid of its image.
+
+    Raises
+    ------
+    DataError
+        If the grids differ in shape or by more than rounding.
+    """
+    if not same_grid(image, label):
+        raise DataError(f"{name}: mask and image are on different grids ({grid(label)} and {grid(image)})")
+    return label.array, []
+
+
+def grid(volume: Volume) -> str:
+    """Shape, spacing and origin, for messages."""
+    spacing = " x ".join(f"{s:.4g}" for s in volume.spacing)
+    origin = ", ".join(f"{o:.5g}" for o in volume.affine[:3, 3])
+    return f"{' x '.join(map(str, volume.array.shape))} voxels of {spacing} mm from ({origin})"
+
+
+def resample(volume: Volume, onto: Volume, order: int) -> np.ndarray:
+    """Values of `volume` at the voxels of `onto`, by position in mm; 0 where it has none.
+
+    Parameters
+    ----------
+    order : int
+        0 is nearest neighbour, 1 is linear.
+    """
+    index = np.linalg.inv(volume.affine) @ onto.affine
+    flips = _flips(index, volume.array.shape, onto.array.shape)
+    if flips is not None:
+        return np.flip(volume.array, flips)
+    return affine_transform(
+        volume.array, index[:3, :3], index[:3, 3], onto.array.shape, order=order, mode="grid-constant", cval=0
+    )
+
+
+def _flips(index: np.ndarray, shape: Sequence[int], target: Sequence[int]) -> tuple[int, ...] | None:
+    """Axes to turn round where that is all the matrix does; None where it does more."""
+    signs = np.sign(np.diag(index)[:3])
+    offset = np.where(signs < 0, np.array(shape) - 1, 0)
+    exact = np.eye(4)
+    exact[:3, :3], exact[:3, 3] = np.diag(signs), offset
+    slack = np.abs(index - exact)
+    if tuple(shape) != tuple(target) or slack[:3, :3].max() * max(shape) > 0.1 or slack[:3, 3].max() > 0.1:
+        return None
+    return tuple(int(axis) for axis in np.flatnonzero(signs < 0))
+
+
+# ---- CT labels whose file points another way than the image -------------------------------------------------
+
+
+def by_position(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, list[str]]:
+    """Label of a soft organ on the grid of its CT, by position in mm, and checked by the CT's own values.
+
+    Where the position does not fit the anatomy, turned axes are tried, since such files are known to have a
+    header that does not fit their voxels. What is found is said.
+
+    Parameters
+    ----------
+    image : Volume
+        CT in Hounsfield units.
+    label : Volume
+        Foreground is what is not 0.
+
+    Raises
+    ------
+    DataError
+        If the label is empty, or no placement has a median from 0 to 200 HU and less than 5 % below -200 HU.
+    """
+    if not label.array.any():
+        raise DataError(f"{name} is empty; a case of this collection has the organ: fetch it again")
+    placed = resample(label, image, order=0)
+    if np.count_nonzero(placed) > 0.5 * _expected_voxels(label, image) and is_organ(image.array, placed):
+        return placed, []
+    candidates = []
+    if label.array.shape == image.array.shape:
+        for axes in (axes for n in range(4) for axes in combinations(range(3), n)):
+            turned = np.flip(label.array, axes)
+            if is_organ(image.array, turned):
+                candidates.append((_air(image.array, turned), axes, turned))
+    if not candidates:
+        raise DataError(
+            f"{name}: the label does not fit its CT, neither by position nor with turned axes (median "
+            f"{_median(image.array, placed)} HU inside it); check that both are of the same case"
+        )
+    _, axes, turned = min(candidates, key=lambda found: found[:2])
+    how = f"axes {', '.join('xyz'[axis] for axis in axes)} turned" if axes else "voxel by voxel"
+    return turned, [f"the label's position does not fit the CT; placed {how}, which does"]
+
+
+def _expected_voxels(label: Volume, image: Volume) -> float:
+    return np.count_nonzero(label.array) * abs(
+        np.linalg.det(label.affine[:3, :3]) / np.linalg.det(image.affine[:3, :3])
+    )
+
+
+def is_organ(ct: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether a soft organ can be under `mask`: median 0 to 200 HU, less than 5 % below -200 HU."""
+    values = ct[mask != 0]
+    if not values.size:
+        return False
+    low, high = _ANY_CT_TISSUE
+    return bool(low <= np.median(values) <= high and np.mean(values < _AIR_HU) < _AIR_SHARE)
+
+
+def _air(ct: np.ndarray, mask: np.ndarray) -> float:
+    return float(np.mean(ct[mask != 0] < _AIR_HU))
+
+
+def _median(ct: np.ndarray, mask: np.ndarray) -> str:
+    values = ct[mask != 0]
+    return f"{np.median(values):.0f}" if values.size else "no"

@@ -1,0 +1,315 @@
+"""Roles of the cases that are there: labelled, validation, unlabelled, test, and the folds that follow.
+
+Nothing here opens a file of the collection: roles depend on names, a protocol and a seed alone.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nnunetv2_dycon.conversion.protocols import Protocol, read_names, read_protocol
+from nnunetv2_dycon.errors import ConfigError, SplitError
+
+Labeled = float | int | Literal["all"] | Path
+ROLES = ("labeled", "validation", "unlabeled", "test")
+
+VALIDATION_SEED = 12345  # the seed of nnU-Net's own folds
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who is what.
+
+    Attributes
+    ----------
+    protocol : Protocol
+        What decided it: the one that was asked for, or that of the user's file.
+    cases : mapping of str to tuple of str
+        Cases of each of `ROLES` that are there, in the protocol's order.
+    missing : mapping of str to tuple of str
+        Cases of each role that the protocol names and that are not there, or not with their label.
+    unknown : tuple of str
+        Cases that are there and not in the protocol; they are left out.
+    folds : tuple of dict
+        Content of splits_final.json.
+    notes : tuple of str
+        What the user should know.
+    """
+
+    protocol: Protocol
+    cases: Mapping[str, tuple[str, ...]]
+    missing: Mapping[str, tuple[str, ...]]
+    unknown: tuple[str, ...]
+    folds: tuple[dict[str, list[str]], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def role_of(self) -> dict[str, str]:
+        """Role of every case that takes part."""
+        return {case: role for role in ROLES for case in self.cases[role]}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes
+    ----------
+    labeled : float, int, 'all' or Path
+        A fraction of the training cases, a number of them, all of them, or a file that names them.
+    seed : int, optional
+        Seed of a draw; without it the published cases are taken.
+    """
+
+    labeled: Labeled
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a collection's cases without opening a label.
+
+    Attributes
+    ----------
+    with_label : mapping of str to bool
+        Every case that is there, and whether a label file is.
+    empty : collection of str
+        Cases known to have no foreground: not drawn as labelled ones.
+    dropped : collection of str
+        Cases to leave out of every role.
+    groups : mapping of str to str
+        Subject of each case; cases without one are their own.
+    """
+
+    with_label: Mapping[str, bool]
+    empty: Collection[str] = ()
+    dropped: Collection[str] = ()
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_labeled(text: str | float | Path) -> Labeled:
+    """Fraction, number, 'all' or path of what --labeled was given.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of them.
+    """
+    if isinstance(text, Path):
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        if text == "all":
+            return "all"
+        if Path(text).is_file():
+            return Path(text)
+        raise ConfigError(
+            f"--labeled {text}: no such file; give a fraction (0.1), a number (8), all, or a file with one id a line"
+        ) from None
+    if 0 < number < 1:
+        return number
+    if number >= 1 and number == int(number) and "." not in str(text).removesuffix(".0"):
+        return int(number)
+    raise ConfigError(f"--labeled {text}: give a fraction between 0 and 1, a whole number of cases, all, or a file")
+
+
+def assign(protocol: Protocol, request: Request, known: Known, canonical: Callable[[str], str]) -> Assignment:
+    """Give every case that is there its role; the same for the same arguments.
+
+    Raises
+    ------
+    ConfigError
+        If the number of labelled cases cannot be had.
+    SplitError
+        If a file of the user does not fit the protocol, or no labelled case is there.
+    """
+    protocol, labeled, notes = _labeled_cases(protocol, request, known, canonical)
+    dropped = sorted(set(known.dropped) & {*protocol.train, *protocol.val, *protocol.test})
+    if dropped:
+        notes.append(f"left out of the protocol's lists: {', '.join(dropped)}")
+    chosen = set(labeled)
+    wanted = {
+        "labeled": labeled,
+        "validation": protocol.val,
+        "unlabeled": tuple(case for case in protocol.train if case not in chosen),
+        "test": protocol.test,
+    }
+    cases, missing = {}, {}
+    for role, names in wanted.items():
+        names = tuple(case for case in names if case not in known.dropped)
+        usable = {
+            case for case in names if case in known.with_label and (role == "unlabeled" or _has_truth(case, known))
+        }
+        cases[role] = tuple(case for case in names if case in usable)
+        missing[role] = tuple(case for case in names if case not in usable)
+    if not cases["labeled"]:
+        raise SplitError(
+            f"none of the {len(labeled)} labelled cases of {protocol.name} is there with its label "
+            f"({_some(labeled)}); name others with --labeled FILE, or draw among those there with --labeled-seed 0"
+        )
+    named = {case for names in wanted.values() for case in names} | set(known.dropped)
+    unknown = tuple(sorted(set(known.with_label) - named))
+    folds, meaning = _folds(cases["labeled"], cases["validation"], _reference(protocol, labeled), known.groups)
+    return Assignment(protocol, cases, missing, unknown, folds, (*notes, meaning))
+
+
+def _has_truth(case: str, known: Known) -> bool:
+    return known.with_label[case] or case in known.empty
+
+
+# ---- the labelled ones -------------------------------------------------------------------------------------
+
+
+def _labeled_cases(
+    protocol: Protocol, request: Request, known: Known, canonical: Callable[[str], str]
+) -> tuple[Protocol, tuple[str, ...], list[str]]:
+    """Protocol (another one where the file is a whole protocol), labelled cases, and what to say of them."""
+    if isinstance(request.labeled, Path):
+        return _from_file(protocol, request.labeled, canonical)
+    if request.labeled == "all":
+        return protocol, protocol.train, []
+    number = labeled_number(request.labeled, len(protocol.train))
+    if request.seed is not None:
+        eligible = [case for case in protocol.train if case not in {*known.dropped, *known.empty}]
+        usable = {case for case, has_label in known.with_label.items() if has_label}
+        drawn = draw(eligible, request.seed, known.groups, number, among=usable)
+        return protocol, drawn, _short_of(number, drawn)
+    if number in protocol.labeled:
+        return protocol, protocol.labeled[number], []
+    if not protocol.labeled or not protocol.first_are_labeled:
+        choice = ", ".join(map(str, sorted(protocol.labeled))) or "none"
+        raise ConfigError(
+            f"--labeled {request.labeled}: {protocol.name} has no list of {number} labelled cases (it has: {choice}); "
+            "give one of these, or --labeled-seed 0 for a draw"
+        )
+    first = [case for case in protocol.train if case not in {*known.dropped, *known.empty}][:number]
+    published = ", ".join(map(str, sorted(protocol.labeled)))
+    return protocol, tuple(first), [f"{number} labelled cases are not a published number ({published}): the first ones"]
+
+
+def labeled_number(labeled: float | int, cases: int) -> int:
+    """Return how many of `cases` a fraction or number means; halves are rounded to even."""
+    number = round(labeled * cases) if isinstance(labeled, float) else labeled
+    if not 1 <= number <= cases:
+        raise ConfigError(f"--labeled {labeled} means {number} of {cases} training cases; give 1 to {cases}")
+    return number
+
+
+def _from_file(
+    protocol: Protocol, path: Path, canonical: Callable[[str], str]
+) -> tuple[Protocol, tuple[str, ...], list[str]]:
+    if path.suffix.lower() != ".json":
+        names = read_names(path, canonical)
+        outside = [name for name in names if name not in protocol.train]
+        if outside:
+            raise SplitError(
+                f"{path}: {outside[0]!r} is no training case of {protocol.name}; remove it, or give a JSON file "
+                'with "labeled", "unlabeled", "val" and "test"'
+            )
+        return protocol, names, []
+    own = read_protocol(path, canonical)
+    if len(own.labeled) != 1:
+        raise SplitError(
+            f'{path} has {len(own.labeled)} "labeled" lists; keep one, or type --protocol {path} --labeled NUMBER'
+        )
+    return own, next(iter(own.labeled.values())), []
+
+
+def draw(
+    cases: Iterable[str], seed: int, groups: Mapping[str, str], number: int, among: Collection[str] | None = None
+) -> tuple[str, ...]:
+    """Seeded draw of at most `number` cases; a smaller draw is the head of a larger one.
+
+    Parameters
+    ----------
+    cases : iterable of str
+        What is permuted; its order has no influence.
+    seed : int
+        Seed.
+    groups : mapping of str to str
+        Subject of each case: all cases of a subject or none.
+    number : int
+        How many; fewer come back where whole subjects do not fit.
+    among : collection of str, optional
+        Cases that can be taken; the permutation does not depend on it.
+    """
+    members = _by_group(cases, groups)
+    names = sorted(members)
+    drawn: list[str] = []
+    for index in np.random.default_rng(seed).permutation(len(names)):
+        group = [case for case in members[names[index]] if among is None or case in among]
+        if len(drawn) + len(group) <= number:
+            drawn += group
+    return tuple(drawn)
+
+
+def _by_group(cases: Iterable[str], groups: Mapping[str, str]) -> dict[str, list[str]]:
+    members: dict[str, list[str]] = {}
+    for case in sorted(cases):
+        # a case and a subject may have the same name
+        key = f"subject {groups[case]}" if case in groups else f"case {case}"
+        members.setdefault(key, []).append(case)
+    return members
+
+
+def _short_of(number: int, drawn: Sequence[str]) -> list[str]:
+    return [] if len(drawn) == number else [f"{len(drawn)} labelled cases were drawn in place of {number}"]
+
+
+# ---- folds -------------------------------------------------------------------------------------------------
+
+
+def _reference(protocol: Protocol, labeled: Sequence[str]) -> tuple[str, ...]:
+    """Labelled cases among which validation cases are chosen: those that every number of labelled cases has."""
+    if not protocol.labeled:
+        return tuple(labeled[:20])
+    smallest = protocol.labeled[min(protocol.labeled)]
+    return smallest if set(smallest) <= set(labeled) else tuple(labeled[: len(smallest)])
+
+
+def _folds(
+    labeled: Sequence[str], validation: Sequence[str], reference: Sequence[str], groups: Mapping[str, str]
+) -> tuple[tuple[dict[str, list[str]], ...], str]:
+    """Folds, and what fold 0 means."""
+    if validation:
+        fold = {"train": sorted(labeled), "val": sorted(validation)}
+        text = f"fold 0 trains on the {len(labeled)} labelled cases and validates on {len(validation)} others"
+        return (fold,), f"{text}; fold all would train on the validation cases too"
+    inside = [case for case in reference if case in set(labeled)] or list(labeled)
+    members = _by_group(inside, groups)
+    names = sorted(members)
+    order = [members[names[i]] for i in np.random.default_rng(VALIDATION_SEED).permutation(len(names))]
+    step = max(1, len(order) // FOLDS)
+    parts = [list(chain(*order[i : i + step])) for i in range(0, step * min(FOLDS, len(order)), step)]
+    folds = []
+    for part in parts:
+        held = {case for key in _by_group(part, groups) for case in _by_group(labeled, groups)[key]}
+        folds.append({"train": sorted(set(labeled) - held) or sorted(held), "val": sorted(held)})
+    first = folds[0]
+    if first["train"] == first["val"]:
+        return tuple(folds), "fold 0 validates on its own training cases: that validation measures nothing"
+    return tuple(folds), (
+        f"no validation cases: fold 0 trains on {len(first['train'])} of the {len(labeled)} labelled "
+        f"cases and validates on {_some(first['val'])}, too few to choose anything by; "
+        f"fold all trains on all {len(labeled)}"
+    )
+
+
+def _some(cases: Sequence[str]) -> str:
+    more = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
+    return ", ".join(cases[:3]) + more
+
+
+def as_json(assignment: Assignment) -> dict[str, Any]:
+    """Return what conversion.json keeps of it."""
+    return {
+        "missing": {role: list(names) for role, names in assignment.missing.items() if names},
+        "not_in_protocol": list(assignment.unknown),
+        "notes": list(assignment.notes),
+    }

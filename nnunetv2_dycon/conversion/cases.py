@@ -1,0 +1,261 @@
+"""One case, written as nnU-Net's files; the work of one process."""
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_dycon.conversion.align import Fit, map_values, on_grid, present, resample, same_grid
+from nnunetv2_dycon.conversion.dataset import IMAGES, LABELS, Workspace
+from nnunetv2_dycon.conversion.volumes import NiftiFile, Source, Volume, names_of, put_file, put_nifti, save, writing
+from nnunetv2_dycon.errors import DataError
+
+
+@dataclass(frozen=True)
+class SourceCase:
+    """A case as it was found.
+
+    Attributes
+    ----------
+    images : tuple of Source
+        One for each channel.
+    label : Source, optional
+        Its label map.
+    """
+
+    images: tuple[Source, ...]
+    label: Source | None = None
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """How the label maps of a collection become those of the data set.
+
+    Attributes
+    ----------
+    maps : sequence of mapping
+        Old to new values; the first that knows all values of a case is used.
+    fit : callable
+        Brings a label map onto the grid of its image.
+    needs_image : bool
+        Whether `fit` looks at the values of the image, not only at its grid.
+    hint : str
+        Ends the message about an unknown value.
+    """
+
+    maps: Sequence[Mapping[int, int]]
+    fit: Fit = on_grid
+    needs_image: bool = False
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """An image that is brought onto the grid of another by position in mm, linearly."""
+
+    image: Source
+    onto: Source
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files of the image."""
+        return self.image.files
+
+    def read(self) -> Volume:
+        """Values at the voxels of the other image, float32; 0 where there are none."""
+        grid, image = self.onto.read(), self.image.read()
+        values = resample(image._replace(array=image.array.astype(np.float32)), grid, order=1)
+        return Volume(values, grid.affine, grid.header)
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What a worker process needs to write one case; picklable.
+
+    Attributes
+    ----------
+    name, role : str
+        The case and what it is for; one of `assign.ROLES`.
+    ending : str
+        File ending of the data set.
+    work : Path
+        Folder of the `Workspace`.
+    """
+
+    name: str
+    role: str
+    ending: str
+    work: Path
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[Path, ...]:
+        """Files and folders that are read."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> tuple[str, ...]:
+        """Files that are written, relative to the data set's folder."""
+
+    @abstractmethod
+    def make(self) -> dict[str, Any]:
+        """Write the outputs; returns the report ("how" of each image, "notes", ...)."""
+
+    def write(self) -> str | None:
+        """Write the case and its report; returns what is wrong with it, None if it is done."""
+        try:
+            report = self.make()
+            part = self._report.with_suffix(".part")
+            with writing(part):
+                part.write_text(json.dumps(report))
+                os.replace(part, self._report)
+        except DataError as error:
+            return str(error)
+        return None
+
+    def is_whole(self) -> bool:
+        """Whether an earlier run finished this case; images are looked at as if they were a source."""
+        if not self._report.is_file():
+            return False
+        data = Workspace(self.work).data
+        try:
+            for path in (data / name for name in self.outputs):
+                if not path.is_file():
+                    return False
+                if path.name.endswith((".nii", ".nii.gz")):
+                    NiftiFile(path).open()
+        except DataError:
+            return False
+        return True
+
+    def report(self) -> dict[str, Any]:
+        """Return what `write` noted."""
+        return json.loads(self._report.read_text())
+
+    @property
+    def _report(self) -> Path:
+        return Workspace(self.work).reports / f"{self.name}.json"
+
+    def _place(self, name: str) -> Path:
+        return Workspace(self.work).data / name
+
+
+def image_name(task: Task, channel: int) -> str:
+    """Name of a channel's file, relative to the data set's folder."""
+    return f"{IMAGES[task.role]}/{task.name}_{channel:04d}{task.ending}"
+
+
+def label_name(task: Task) -> str:
+    """Name of the label map's file, relative to the data set's folder."""
+    return f"{LABELS[task.role]}/{task.name}{task.ending}"
+
+
+@dataclass(frozen=True)
+class CaseTask(Task):
+    """A case of a collection: images as NIfTI, the label map checked and on the grid of the image.
+
+    Attributes
+    ----------
+    case : SourceCase
+        Without a label where the case is unlabelled, so no worker knows where one is.
+    rule : LabelRule
+        What becomes of the label map.
+    empty : bool
+        Whether the case is known to have no foreground, so that an empty label stands for a missing one.
+    """
+
+    case: SourceCase
+    rule: LabelRule
+    empty: bool = False
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Files and folders of images and label."""
+        label = [self.case.label] if self.case.label else []
+        return tuple(path for source in (*self.case.images, *label) for path in source.files)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Images in channel order, then the label."""
+        images = [image_name(self, channel) for channel in range(len(self.case.images))]
+        return (*images, *([label_name(self)] if self.role in LABELS else []))
+
+    def make(self) -> dict[str, Any]:
+        """Write images, then the label."""
+        first, how = None, []
+        for channel, source in enumerate(self.case.images):
+            whole = first is None and self.role in LABELS and self.rule.needs_image
+            volume, done = _write_image(source, self._place(image_name(self, channel)), whole)
+            how.append(done)
+            if first is None:
+                first = volume
+            elif not same_grid(first, volume):
+                both = names_of(self.case.images[0], source)
+                raise DataError(f"{both} are on different grids; channels must share one")
+        report: dict[str, Any] = {"how": how, "notes": []}
+        if self.role in LABELS:
+            self._write_label(first, report)
+        return report
+
+    def _write_label(self, image: Volume, report: dict[str, Any]) -> None:
+        if self.case.label is None:
+            if not self.empty:
+                raise DataError(f"{self.name} has no label map; add it or leave the case out")
+            array = np.zeros(image.array.shape, np.uint8)
+            report["notes"].append("no label file; it is known to have no lesion, so an empty label was written")
+        else:
+            name = names_of(self.case.label)
+            array, notes = self.rule.fit(image, self.case.label.read(), name)
+            report["notes"] += notes
+            array = map_values(array, self.rule.maps, name, self.rule.hint)
+        save(Volume(array, image.affine, image.header), self._place(label_name(self)))
+        report["label_voxels"] = {str(v): int(np.count_nonzero(array == v)) for v in sorted(present(array))}
+
+
+@dataclass(frozen=True)
+class LinkTask(Task):
+    """A case of a data set that nnU-Net reads already: its files under other names.
+
+    Attributes
+    ----------
+    links : tuple of (Path, str)
+        Each file, and its name relative to the new data set's folder.
+    """
+
+    links: tuple[tuple[Path, str], ...]
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Files that are linked."""
+        return tuple(source for source, _ in self.links)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Their new names."""
+        return tuple(name for _, name in self.links)
+
+    def make(self) -> dict[str, Any]:
+        """Link all files."""
+        return {"how": [put_file(source, self._place(name)) for source, name in self.links], "notes": []}
+
+
+def _write_image(source: Source, path: Path, whole: bool) -> tuple[Volume, str]:
+    if isinstance(source, NiftiFile):
+        done = put_nifti(source, path)
+        return source.read() if whole else grid_of(source), done
+    volume = source.read()
+    if volume.array.size == 0:
+        raise DataError(f"{names_of(source)} holds no voxel; fetch it again")
+    save(volume, path)
+    return volume, "written"
+
+
+def grid_of(source: NiftiFile) -> Volume:
+    """Return the volume without its voxels: shape and geometry from the header."""
+    image = source.open()
+    return Volume(np.broadcast_to(np.uint8(0), image.shape), image.affine, image.header)

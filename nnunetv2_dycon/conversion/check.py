@@ -1,0 +1,317 @@
+"""A look at a whole raw data set before hours go into it: roles, duplicates, geometry, channels, labels."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from tqdm import tqdm
+
+from nnunetv2_dycon import parallel
+from nnunetv2_dycon.conversion.dataset import conversion_of
+from nnunetv2_dycon.conversion.volumes import reading
+from nnunetv2_dycon.data.roles import Roles, fold_unlabeled, read_roles, read_splits, training_labels
+from nnunetv2_dycon.errors import DataError, UserError
+from nnunetv2_dycon.folders import environment_folder
+
+_SHOWN = 3
+
+
+class Check(NamedTuple):
+    """One finding: its subject, whether all is well, and what was found or what to do."""
+
+    name: str
+    ok: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A case to look at; picklable."""
+
+    case: str
+    images: tuple[Path, ...]
+    label: Path | None
+    reader: Any
+    channels: int
+    values: frozenset[int]
+
+
+class _Seen(NamedTuple):
+    """What was found in a case: problems by check, and hashes of its channels' voxels."""
+
+    problems: tuple[tuple[str, str], ...]
+    hashes: tuple[str, ...]
+
+
+def check(dataset_id: int | str, *, processes: int | None = None) -> list[Check]:
+    """Look at every image, and at every label that has a role; the last line is what to type next.
+
+    Parameters
+    ----------
+    dataset_id : int or str
+        Data set in nnUNet_raw, by id or name.
+    processes : int, optional
+        Worker processes; as many as there are processors (at most 8) by default.
+
+    Raises
+    ------
+    DataError
+        If there is no such data set.
+    """
+    raw, content = _find(dataset_id)
+    try:
+        roles = read_roles(raw, content)
+    except UserError as error:
+        return [Check("roles", False, str(error))]
+    labels = _labels(raw, content, roles)
+    tasks = _tasks(raw, content, roles, labels)
+    run = parallel.run(_look, tasks, processes or parallel.default_processes())
+    seen = {task.case: result for task, result in tqdm(run, total=len(tasks), desc="Checking", disable=None)}
+    role_of = _role_of(roles)
+    checks = [
+        Check(
+            "roles", True, ", ".join(f"{len(getattr(roles, role))} {role}" for role in ("labeled", "unlabeled", "test"))
+        ),
+        _unlabeled_have_no_labels(raw, content, roles),
+        _duplicates(role_of, seen),
+        *(_gathered(name, text, seen) for name, text in _LOOKED_AT.items()),
+        _missing_labels(roles, labels),
+        _splits(raw, roles),
+        _provenance(raw, role_of),
+    ]
+    number = int(raw.name[len("Dataset") :][:3])
+    if all(one.ok for one in checks):
+        checks.append(
+            Check("next", True, f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres --verify_dataset_integrity")
+        )
+    else:
+        checks.append(Check("next", False, f"mend what is wrong, then type again: nnUNetv2_dycon check -d {number}"))
+    return checks
+
+
+_LOOKED_AT = {
+    "images": "all can be read, with the right number of channels, on one grid a case, without NaN or Inf",
+    "geometry": "every label is on the grid of its image",
+    "label values": "every label holds values of dataset.json alone",
+}
+
+
+def _find(dataset_id: int | str) -> tuple[Path, dict[str, Any]]:
+    raw = environment_folder("nnUNet_raw")
+    try:
+        folder = raw / str(maybe_convert_to_dataset_name(dataset_id))
+        content = json.loads((folder / "dataset.json").read_text())
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).split(". ")[0]
+        raise DataError(f"-d {dataset_id}: {reason}; check the id, nnUNet_raw and dataset.json") from error
+    for key in ("labels", "file_ending"):
+        if key not in content:
+            raise DataError(f"{folder / 'dataset.json'} has no {key!r}; add it")
+    if "channel_names" not in content and "modality" not in content:
+        raise DataError(f"{folder / 'dataset.json'} has no 'channel_names'; add it")
+    return folder, content
+
+
+def _labels(raw: Path, content: Mapping[str, Any], roles: Roles) -> dict[str, Path]:
+    tests = {case: raw / "labelsTs" / f"{case}{content['file_ending']}" for case in roles.test}
+    return {**training_labels(raw, content, roles.labeled), **tests}
+
+
+def _role_of(roles: Roles) -> dict[str, str]:
+    return {case: role for role in ("labeled", "unlabeled", "test") for case in getattr(roles, role)}
+
+
+def _tasks(raw: Path, content: Mapping[str, Any], roles: Roles, labels: Mapping[str, Path]) -> list[_Task]:
+    example = next(iter(roles.files.values()), (raw / "none",))[0]
+    reader = determine_reader_writer_from_dataset_json(dict(content), str(example), verbose=False)
+    values: set[int] = set()
+    for value in content["labels"].values():
+        values |= set(value) if isinstance(value, list | tuple) else {value}
+    channels = len(content.get("channel_names", content.get("modality", {})))
+    return [
+        _Task(
+            case=case,
+            images=files,
+            label=labels[case] if case in labels and labels[case].is_file() else None,
+            reader=reader,
+            channels=channels,
+            values=frozenset(int(value) for value in values),
+        )
+        for case, files in roles.files.items()
+    ]
+
+
+# ---- one case ----------------------------------------------------------------------------------------------
+
+
+def _look(task: _Task) -> _Seen:
+    problems: list[tuple[str, str]] = []
+    try:
+        image, properties = _read(task.images, task.reader)
+    except DataError as error:
+        return _Seen((("images", str(error)),), ())
+    names = ", ".join(str(path) for path in task.images)
+    if len(image) != task.channels:
+        problems.append(("images", f"{names}: {len(image)} channels, dataset.json names {task.channels}"))
+    if not np.isfinite(image).all():
+        problems.append(("images", f"{names} has NaN or Inf"))
+    if image.size == 0 or not image.any():
+        problems.append(("images", f"{names} is empty or holds only zeros"))
+    hashes = tuple(_hash(channel) for channel in image)
+    if task.label is not None:
+        problems += _look_at_label(task, image, properties)
+    return _Seen(tuple(problems), hashes)
+
+
+def _read(files: Sequence[Path], reader: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    for path in files:
+        _refuse_broken(path)
+    with reading(files[0]):
+        try:
+            return reader().read_images([str(path) for path in files])
+        except Exception as error:  # every reader has its own
+            raise DataError(f"{', '.join(map(str, files))} cannot be read ({_last_line(error)})") from error
+
+
+def _refuse_broken(path: Path) -> None:
+    # SimpleITK reads NaN in NIfTI, and what is missing of a truncated file, as 0
+    if path.name.endswith((".nii", ".nii.gz")):
+        with reading(path):
+            values = np.asanyarray(nib.load(path).dataobj)
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise DataError(f"{path} has NaN or Inf; replace the values or remove the case")
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[-200:]
+
+
+def _look_at_label(task: _Task, image: np.ndarray, properties: Mapping[str, Any]) -> list[tuple[str, str]]:
+    try:
+        with reading(task.label):
+            _refuse_broken(task.label)
+            label, of_label = task.reader().read_seg(str(task.label))
+    except DataError as error:
+        return [("label values", str(error))]
+    problems = []
+    if label.shape[1:] != image.shape[1:] or not _same_place(properties, of_label):
+        problems.append(("geometry", f"{task.label} and {task.images[0]} are on different grids"))
+    found = {float(value) for part in label[0] for value in np.unique(part)}
+    unknown = sorted(found - task.values)
+    if unknown:
+        problems.append(
+            ("label values", f"{task.label} has the value {unknown[0]:g}, which dataset.json does not name")
+        )
+    return problems
+
+
+def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Compare spacing, and origin and direction where the reader tells them, with a tolerance for rounding."""
+    if not np.allclose(one["spacing"], other["spacing"], rtol=1e-3):
+        return False
+    for key in ("sitk_stuff", "nibabel_stuff"):
+        if key in one and key in other:
+            return all(
+                np.allclose(value, other[key][name], rtol=0, atol=1e-2)
+                for name, value in one[key].items()
+                if name in other[key] and np.issubdtype(np.asarray(value).dtype, np.number)
+            )
+    return True
+
+
+def _hash(channel: np.ndarray) -> str:
+    """Hash of shape and values, whatever the type on disk."""
+    values = np.ascontiguousarray(channel, np.float32)
+    return hashlib.blake2b(values.tobytes() + str(values.shape).encode(), digest_size=16).hexdigest()
+
+
+# ---- all cases together ------------------------------------------------------------------------------------
+
+
+def _some(problems: Sequence[str]) -> str:
+    more = f" | and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return " | ".join(problems[:_SHOWN]) + more
+
+
+def _gathered(name: str, good: str, seen: Mapping[str, _Seen]) -> Check:
+    problems = sorted(text for result in seen.values() for of, text in result.problems if of == name)
+    return Check(name, not problems, _some(problems) if problems else good)
+
+
+def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Check:
+    """The same voxels under two names, in one role or in two."""
+    cases: dict[str, list[str]] = defaultdict(list)
+    for case, result in sorted(seen.items()):
+        if result.hashes:
+            cases[result.hashes[0]].append(case)
+    twice = [group for group in cases.values() if len(group) > 1]
+    across = [group for group in twice if len({role_of[case] for case in group}) > 1]
+    if across:
+        texts = [" = ".join(f"{case} ({role_of[case]})" for case in group) for group in across]
+        return Check("duplicates", False, f"the same image in two roles: {_some(texts)}; keep one of each")
+    if twice:
+        texts = [f"{' = '.join(group)} ({role_of[group[0]]})" for group in twice]
+        return Check("duplicates", True, f"none across roles; the same image twice in one role: {_some(texts)}")
+    return Check("duplicates", True, "no image occurs twice")
+
+
+def _unlabeled_have_no_labels(raw: Path, content: Mapping[str, Any], roles: Roles) -> Check:
+    hidden = set(roles.unlabeled)
+    ending = content["file_ending"]
+    for folder in (path for path in sorted(raw.iterdir()) if path.is_dir() and path.name.startswith("labels")):
+        found = sorted(path for path in folder.iterdir() if path.name.removesuffix(ending) in hidden)
+        if found:
+            return Check("unlabelled", False, f"{found[0]} is a label of an unlabelled case; move it out of {raw}")
+    if not hidden:
+        return Check("unlabelled", True, "there are none: only trainers without unlabelled images can be used")
+    return Check("unlabelled", True, f"{len(hidden)} cases without a label")
+
+
+def _missing_labels(roles: Roles, labels: Mapping[str, Path]) -> Check:
+    missing = [str(labels[case]) for case in roles.labeled if not labels[case].is_file()]
+    if missing:
+        return Check("labels", False, f"missing: {_some(missing)}; add them, or move the images to imagesUn")
+    without = sum(not labels[case].is_file() for case in roles.test)
+    tests = f"; {without} of {len(roles.test)} test cases have none and cannot be scored" if without else ""
+    return Check("labels", True, f"every labelled case has one{tests}")
+
+
+def _splits(raw: Path, roles: Roles) -> Check:
+    name = "splits_final.json"
+    try:
+        folds = read_splits(raw)
+        for index in range(len(folds)):
+            fold_unlabeled(folds, index, roles.labeled)
+    except UserError as error:
+        return Check(name, False, str(error))
+    for index, fold in enumerate(folds):
+        named = [*fold.get("train", []), *fold.get("val", [])]
+        unknown = sorted(set(named) - set(roles.labeled))
+        if unknown:
+            return Check(name, False, f"fold {index} names {unknown[0]!r}, which is no labelled case; correct the list")
+    return Check(name, True, f"{len(folds)} folds" if folds else "none: nnU-Net will make five folds")
+
+
+def _provenance(raw: Path, role_of: Mapping[str, str]) -> Check:
+    """Roles as conversion.json recorded them; a data set without one is not judged."""
+    cases = conversion_of(raw).get("cases")
+    if not cases:
+        return Check("conversion.json", True, "none: nothing is recorded about where the cases come from")
+    recorded = {case: {"validation": "labeled"}.get(entry["role"], entry["role"]) for case, entry in cases.items()}
+    for case in sorted(recorded.keys() | role_of.keys()):
+        if recorded.get(case) != role_of.get(case):
+            return Check(
+                "conversion.json",
+                False,
+                f"{case!r} was written as {recorded.get(case, 'nothing')} and is now {role_of.get(case, 'gone')}; "
+                "convert again, or delete conversion.json if you changed it on purpose",
+            )
+    return Check("conversion.json", True, f"{len(recorded)} cases in the roles that were written")

@@ -1,0 +1,53 @@
+"""Command line of a converter; the same run by path from a checkout and as `nnUNetv2_dycon convert`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nnunetv2_dycon.errors import UserError
+
+
+def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> argparse.ArgumentParser:
+    """Arguments that all converters have; a converter adds its own."""
+    parser = argparse.ArgumentParser(
+        f"nnUNetv2_dycon convert {name}",
+        description=f"Write {name} as an nnU-Net raw data set with labelled, unlabelled and test cases.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder of the downloaded collection")
+    parser.add_argument(
+        "-d", dest="dataset_id", type=int, default=dataset_id, help=f"dataset id (default: {dataset_id})"
+    )
+    parser.add_argument(
+        "--labeled",
+        required=True,
+        help="labelled cases: a fraction (0.1), a number (8), all, or a file with one id a line",
+    )
+    parser.add_argument(
+        "--labeled-seed", "--labeled_seed", type=int, help="draw them with this seed, in place of the published ones"
+    )
+    parser.add_argument(
+        "--protocol",
+        help=f"who is a training, validation and test case: {', '.join(protocols)} or a JSON file "
+        f"(default: {protocols[0]})",
+    )
+    parser.add_argument(
+        "-np", dest="processes", type=int, help="worker processes (default: one a processor, at most 8)"
+    )
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, write nothing")
+    parser.add_argument("--strict", action="store_true", help="refuse a collection that lacks cases of the protocol")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set that this converter made")
+    return parser
+
+
+def run_script(function: Callable[..., Any], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
+    """Parse, convert, print; returns the exit code."""
+    arguments = vars(parser.parse_args(argv))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        print(function(**arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,229 @@
+"""A new raw data set of nnU-Net, built out of sight and put in place when it is whole.
+
+While it is built, everything is in the hidden folder `.DatasetXXX_Name.converting` beside the target, which
+nnU-Net does not see:
+
+- `data/`: what will be the data set; a file there is whole, since it is renamed into place;
+- `reports/CASE.json`: written last, it says that the case is whole;
+- `stamp`: what is being built; with another stamp a killed run is not continued but started again;
+- `old/`: for a moment, the data set that is replaced.
+
+A killed run leaves this folder, and the next run of the same command continues with it. An error removes it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+from nnunetv2_dycon.errors import ConfigError, DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl; there two runs at the same time are the user's to avoid
+    fcntl = None  # type: ignore[assignment]  # a module or nothing
+
+IMAGES = {"labeled": "imagesTr", "validation": "imagesTr", "unlabeled": "imagesUn", "test": "imagesTs"}
+LABELS = {"labeled": "labelsTr", "validation": "labelsTr", "test": "labelsTs"}
+FOLDERS = ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs")
+FILES = ("dataset.json", "splits_final.json", "conversion.json")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a data set is being built."""
+
+    work: Path
+
+    @property
+    def data(self) -> Path:
+        """What will be the data set."""
+        return self.work / "data"
+
+    @property
+    def reports(self) -> Path:
+        """What was noted about each whole case."""
+        return self.work / "reports"
+
+
+def target_folder(dataset_id: int, name: str) -> Path:
+    """Folder of a data set in nnUNet_raw.
+
+    Raises
+    ------
+    ConfigError
+        If the id is out of range.
+    DataError
+        If nnUNet_raw is not set, or the id belongs to another data set in any of nnU-Net's folders.
+    """
+    raw = nnUNet_raw.get()
+    if not raw:
+        raise DataError("nnUNet_raw is not set: type export nnUNet_raw=/folder/for/raw/data first.")
+    if not 1 <= dataset_id <= 999:
+        raise ConfigError(f"Data set id {dataset_id} cannot be used: give 1 to 999.")
+    target = Path(raw) / f"Dataset{dataset_id:03d}_{name}"
+    others = [found for found in find_candidate_datasets(dataset_id) if found != target.name]
+    if others:
+        raise DataError(f"Id {dataset_id} belongs to {others[0]}: choose an id that no data set has.")
+    return target
+
+
+def conversion_of(target: Path) -> dict[str, Any]:
+    """Content of a data set's conversion.json; empty where there is none that can be read."""
+    try:
+        content = json.loads((target / "conversion.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def check_free(target: Path, *, made_by: str, overwrite: bool) -> None:
+    """Refuse to replace what must not be replaced.
+
+    Raises
+    ------
+    DataError
+        If `target` exists and `overwrite` is not set, or it was written by something else, or it holds files
+        that were added later.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        raise DataError(f"{target} exists: choose another id, or type --overwrite to replace it.")
+    conversion = conversion_of(target)
+    if conversion.get("converter") != made_by:
+        raise DataError(f"{target} was not written by this command and is left alone: choose another id.")
+    added = next(_added(target, conversion), None)
+    if added is not None:
+        raise DataError(f"{added} was added later and would be lost: move it away first, or choose another id.")
+
+
+def _added(target: Path, conversion: Mapping[str, Any]) -> Iterator[Path]:
+    cases = conversion.get("cases", {})
+    for path in sorted(target.rglob("*")):
+        place = path.relative_to(target).parts
+        if path.is_dir():
+            known = len(place) == 1 and place[0] in FOLDERS
+        elif len(place) == 1:
+            known = place[0] in FILES
+        else:
+            stem = path.name.split(".")[0]
+            known = stem in cases or stem[: -len("_0000")] in cases
+        if not known:
+            yield path
+
+
+@contextmanager
+def building(target: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iterator[Workspace]:
+    """Give a workspace, and put what is in its `data` at `target` when the block ends well.
+
+    Parameters
+    ----------
+    target : Path
+        The data set's folder.
+    stamp : str
+        Changes with everything that decides the content; work of a killed run is kept if it has the same.
+    made_by : str
+        Name of the converter, in conversion.json under "converter".
+    overwrite : bool
+        Replace a data set that the same converter made. The old one stays until the new one is whole.
+
+    Raises
+    ------
+    DataError
+        As `check_free`; if nnUNet_raw cannot be written, or another run builds the same data set.
+    """
+    check_free(target, made_by=made_by, overwrite=overwrite)
+    space = Workspace(target.with_name(f".{target.name}.converting"))
+    try:
+        space.work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write to {target.parent} ({error.strerror}): set nnUNet_raw to a folder of yours."
+        ) from None
+    with _locked(space.work):
+        _restore(target, space.work)
+        try:
+            _prepare(space, stamp)
+            yield space
+            _put_in_place(target, space)
+        except OSError as error:
+            shutil.rmtree(space.work, ignore_errors=True)
+            raise DataError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
+        except Exception:
+            shutil.rmtree(space.work, ignore_errors=True)
+            raise
+
+
+def _prepare(space: Workspace, stamp: str) -> None:
+    note = space.work / "stamp"
+    if not note.is_file() or note.read_text() != stamp:
+        for folder in (space.data, space.reports):
+            shutil.rmtree(folder, ignore_errors=True)
+        note.write_text(stamp)
+    for folder in (*(space.data / name for name in FOLDERS), space.reports):
+        folder.mkdir(parents=True, exist_ok=True)
+    for part in space.data.glob("*/.*"):  # half-written by a killed run
+        part.unlink()
+
+
+def _restore(target: Path, work: Path) -> None:
+    """Bring back the data set that a killed run was about to replace."""
+    if (work / "old").exists() and not target.exists():
+        os.rename(work / "old", target)
+
+
+def _put_in_place(target: Path, space: Workspace) -> None:
+    with suppress(AttributeError):  # Windows has none
+        os.sync()  # a rename may reach the disk before the content does
+    replaced = target.exists()
+    if replaced:
+        os.rename(target, space.work / "old")
+    try:
+        os.rename(space.data, target)
+    except OSError:
+        _restore(target, space.work)
+        raise
+    shutil.rmtree(space.work, ignore_errors=True)
+
+
+def stale_preparation(target: Path) -> Path | None:
+    """Return the preprocessed folder of a data set, which replacing the data set leaves out of date."""
+    preprocessed = nnUNet_preprocessed.get()
+    folder = Path(preprocessed) / target.name if preprocessed else None
+    return folder if folder is not None and folder.exists() else None
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove the workspace of a run that was killed after its data set was in place."""
+    shutil.rmtree(target.with_name(f".{target.name}.converting"), ignore_errors=True)
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another run is writing {work}: wait for it to end") from error
+        except OSError:  # some network file systems have no locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write one of the data set's descriptions."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

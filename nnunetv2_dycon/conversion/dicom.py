@@ -1,0 +1,128 @@
+"""CT series as DICOM files, one file a slice."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nnunetv2_dycon.conversion.volumes import Volume, from_sitk, reading
+from nnunetv2_dycon.errors import DataError
+
+_POSITION, _ORIENTATION, _MODALITY = "0020|0032", "0020|0037", "0008|0060"
+
+
+class _Series(NamedTuple):
+    folder: Path
+    uid: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CtSeries:
+    """The CT series in the folders of one case.
+
+    Attributes
+    ----------
+    case : str
+        Its name, for messages.
+    folders : tuple of Path
+        Folders that hold its files; each may hold several series.
+    """
+
+    case: str
+    folders: tuple[Path, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The folders: the files are too many to list."""
+        return self.folders
+
+    def read(self) -> Volume:
+        """Read the series in Hounsfield units, slices in the order of their positions.
+
+        Of several series the largest is taken if the others are far smaller (scouts).
+
+        Raises
+        ------
+        DataError
+            If there is no CT series, or two of similar size, a slice is missing, doubled or unreadable.
+        """
+        import SimpleITK as sitk
+
+        chosen = self._largest([series for folder in self.folders for series in _series(folder)])
+        files, gap = _in_order(chosen)
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(files)
+        with reading(chosen.folder):
+            image = reader.Execute()
+        image.SetSpacing((*image.GetSpacing()[:2], gap))
+        return from_sitk(image)
+
+    def _largest(self, found: list[_Series]) -> _Series:
+        if not found:
+            raise DataError(f"{self.folders[0]} holds no readable DICOM series; fetch it again")
+        ordered = sorted(found, key=lambda series: (-len(series.files), str(series.folder), series.uid))
+        first, *others = ordered
+        if others and 2 * len(others[0].files) > len(first.files):
+            raise DataError(
+                f"{first.folder} has two series of {len(first.files)} and {len(others[0].files)} slices "
+                f"(the other in {others[0].folder}), and either may be the scan of {self.case}; remove one"
+            )
+        return first
+
+
+def _series(folder: Path) -> list[_Series]:
+    import SimpleITK as sitk
+
+    with reading(folder):
+        uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+        return [_Series(folder, uid, sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)) for uid in uids]
+
+
+def _in_order(series: _Series) -> tuple[list[str], float]:
+    """Files by position along the normal of the slices, and the distance of neighbours in mm."""
+    placed = []
+    for name in series.files:
+        header = _header(Path(name))
+        along = np.reshape(_numbers(header, _ORIENTATION, name, 6), (2, 3))
+        placed.append((float(np.dot(np.cross(*along), _numbers(header, _POSITION, name, 3))), name))
+        modality = header.GetMetaData(_MODALITY).strip() if header.HasMetaDataKey(_MODALITY) else ""
+        if modality not in ("CT", ""):
+            raise DataError(f"{name} is a {modality} image; a CT series is needed")
+    placed.sort()
+    if len(placed) < 2:
+        raise DataError(f"{series.folder} has a series of one slice; fetch it again")
+    gaps = np.diff([where for where, _ in placed])
+    usual = float(np.median(gaps))
+    for (where, name), (_, following), gap in zip(placed, placed[1:], gaps, strict=False):
+        if gap < 0.1 * usual or usual <= 0:
+            raise DataError(f"{name} and {following} are slices at the same position ({where:.2f} mm); remove one")
+        if gap > 1.5 * usual:
+            raise DataError(
+                f"{series.folder} lacks slices: {gap:.2f} mm from {Path(name).name} to {Path(following).name}, "
+                f"elsewhere {usual:.2f} mm; fetch it again"
+            )
+    return [name for _, name in placed], float(gaps.mean())
+
+
+def _header(path: Path) -> Any:
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.SetImageIO("GDCMImageIO")
+    with reading(path):
+        reader.ReadImageInformation()
+    return reader
+
+
+def _numbers(header: Any, tag: str, name: str, count: int) -> np.ndarray:
+    text = header.GetMetaData(tag) if header.HasMetaDataKey(tag) else ""
+    try:
+        numbers = np.array([float(part) for part in text.split("\\")])
+    except ValueError:
+        numbers = np.empty(0)
+    if len(numbers) != count:
+        raise DataError(f"{name} does not say where its slice lies (tag {tag.replace('|', ',')}); fetch it again")
+    return numbers

@@ -1,0 +1,122 @@
+"""Files of a downloaded collection: which there are, and which collection they look like."""
+
+import os
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from nnunetv2_dycon.errors import DataError
+
+_JUNK = {"desktop.ini", "thumbs.db", "__macosx"}
+NIFTI = r"\.nii(?:\.gz)?"
+
+# What the files of each collection are called; paths in lower case with "/". The first that fits is named.
+_LOOKS = (
+    (rf"strokecase\d{{4}}[^/]*_(dwi|adc|flair|msk){NIFTI}$", "ISLES-2022", "convert ISLES22"),
+    (rf"_(flair|t1|t1ce|t2|seg){NIFTI}$", "BraTS", "convert BraTS19"),
+    (r"(lgemri|laendo)\.nrrd$|mri_norm2\.h5$", "LA (2018 Atrial Segmentation Challenge)", "convert LA"),
+    (rf"pancreas_?\d{{4}}|(^|/)(image|label)\d{{4}}({NIFTI}|(_norm)?\.h5)$", "Pancreas-NIH", "convert PancreasNIH"),
+    (rf"(^|/)(img|label)\d{{4}}{NIFTI}$", "BTCV", "convert BTCV"),
+    (r"case\d{4}\.npy\.h5$|slice\d{3}\.npz$", "TransUNet's preprocessed BTCV, whose slices and labels differ", ""),
+    (r"btcv_h5/|\d{4}_(image|label)\.npy$", "a preprocessed BTCV (MagicNet, DHC), whose grid differs", ""),
+    (r"brats[^/]*\.h5$", "SSL4MIS's preprocessed BraTS, cropped and normalised", ""),
+    (r"case_\d{3}\.h5$", "a preprocessed ISLES-2022, resized to one shape", ""),
+    (r"(^|/)dataset\.json$", "an nnU-Net or Decathlon data set", "split"),
+)
+
+
+def list_files(source: str | Path, inner: Collection[str] = ()) -> tuple[Path, list[Path]]:
+    """Root of a collection and all its files, sorted, without what operating systems leave.
+
+    Parameters
+    ----------
+    source : path
+        Folder that the user named. A folder further up works as well, since the whole tree is walked.
+    inner : collection of str
+        Names, in lower case, of folders inside the collection. A `source` of such a name was one level too low:
+        its parent is the root.
+
+    Raises
+    ------
+    DataError
+        If it is no folder, or a link in it leads out of it.
+    """
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise DataError(f"{root} {what}; give the folder that holds the collection")
+    root = root.resolve()
+    while root.name.lower() in inner:
+        root = root.parent
+    files: list[Path] = []
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if not _is_junk(name))
+        for name in folders:
+            inside(here / name, root)
+        real = here.resolve()
+        if real in seen:  # a link to a folder that was walked already
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [here / name for name in sorted(names) if not _is_junk(name)]
+    return root, files
+
+
+def _is_junk(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _JUNK
+
+
+def inside(path: Path, root: Path) -> Path:
+    """Return `path` if it is no link, or a link to something below `root`.
+
+    Raises
+    ------
+    DataError
+        If a link leads out of `root` or to nothing.
+    """
+    if path.is_symlink():
+        target = path.resolve()
+        if not target.is_relative_to(root):
+            raise DataError(f"{path} is a link that leaves {root} (to {target}); put the real file or folder there")
+        if not target.exists():
+            raise DataError(f"{path} is a link to {target}, which does not exist; put the real file there")
+    return path
+
+
+def match(files: Iterable[Path], pattern: str) -> list[tuple[Path, re.Match[str]]]:
+    """Files whose whole name fits `pattern`, whatever its case, and the match."""
+    compiled = re.compile(pattern, re.IGNORECASE)
+    found = ((path, compiled.fullmatch(path.name)) for path in files)
+    return [(path, fit) for path, fit in found if fit]
+
+
+def only(kind: str, found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Return one file of each case.
+
+    Raises
+    ------
+    DataError
+        If a case has two; the message holds both.
+    """
+    files: dict[str, Path] = {}
+    spelling: dict[str, str] = {}
+    for case, path in found:
+        first = spelling.setdefault(case.casefold(), case)
+        if first in files:
+            raise DataError(f"{first} has two files for {kind}: {files[first]} and {path}; remove one")
+        files[first] = path
+    return files
+
+
+def looks_like(root: Path, files: Sequence[Path]) -> str:
+    """Say, for an error, which collection a tree holds; never the one that was asked for."""
+    if not files:
+        return "the folder is empty"
+    names = ["/".join(path.relative_to(root).parts).lower() for path in files]
+    for pattern, title, command in _LOOKS:
+        if any(re.search(pattern, name) for name in names):
+            advice = f"; type: nnUNetv2_dycon {command} ..." if command else "; it cannot be converted"
+            return f"it looks like {title}{advice}"
+    return f"it holds, for example, {files[0].relative_to(root)}"

@@ -1,0 +1,231 @@
+"""Any raw data set of nnU-Net as another one in which some training cases are labelled and the others are not."""
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunetv2_dycon import __version__
+from nnunetv2_dycon.conversion import dataset
+from nnunetv2_dycon.conversion.assign import Known, Request, assign, draw, labeled_number, parse_labeled
+from nnunetv2_dycon.conversion.cases import LinkTask
+from nnunetv2_dycon.conversion.convert import (
+    Job,
+    Report,
+    carry_out,
+    plan_of,
+    role_notes,
+    role_rows,
+    training_cases,
+)
+from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
+from nnunetv2_dycon.data.roles import Roles, read_roles, training_labels
+from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
+from nnunetv2_dycon.folders import environment_folder
+
+TEST_SEED = 12345  # test cases are the same for every draw of labelled ones
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The data set that is split."""
+
+    folder: Path
+    json: Mapping[str, Any]
+    roles: Roles
+    labels: Mapping[str, Path]
+
+    @property
+    def ending(self) -> str:
+        return self.json["file_ending"]
+
+
+def split(
+    dataset_id: int | str,
+    new_id: int,
+    labeled: str | float | Path,
+    *,
+    labeled_seed: int | None = None,
+    test: str | float | None = None,
+    groups: str | Path | None = None,
+    protocol: str | Path | None = None,
+    processes: int | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Write a raw data set with the files of another one, by links, in new roles.
+
+    Labels of cases that become unlabelled are not linked, and no image or label is opened. Cases in imagesUn stay
+    unlabelled, and those in imagesTs stay test cases unless `test` draws others.
+
+    Parameters
+    ----------
+    dataset_id : int or str
+        The data set, by id or name.
+    new_id : int
+        Id of the new one, which gets the same name.
+    labeled : str, float or Path
+        Fraction or number of the training cases, 'all', or a file that names them.
+    labeled_seed : int, optional
+        Seed of the draw; 0 by default, unless a protocol lists the labelled cases.
+    test : str or float, optional
+        Fraction or number of training cases to draw as test cases; the same ones for every `labeled_seed`.
+    groups : path, optional
+        JSON ``{case: subject}`` or a table with two columns: scans of one subject stay in one role.
+    protocol : path, optional
+        JSON file with "labeled", "train", "val", "test", in place of draws.
+    processes, dry_run, overwrite
+        See `nnunetv2_dycon.conversion.convert.convert`.
+
+    Raises
+    ------
+    ConfigError, DataError, SplitError
+        One line on what is wrong, where, and what to do.
+    """
+    data = _read(dataset_id)
+    subjects = _read_groups(Path(groups), data) if groups is not None else {}
+    chosen = _protocol(data, test, subjects, protocol)
+    request = Request(parse_labeled(labeled), 0 if labeled_seed is None and protocol is None else labeled_seed)
+    training = {case: data.labels[case].is_file() for case in data.roles.labeled}
+    roles = assign(chosen, request, Known(with_label=training, groups=subjects), partial(_case_name, data.ending))
+    role_of = {**roles.role_of, **dict.fromkeys(data.roles.unlabeled, "unlabeled")}
+    kept_tests = not roles.protocol.test
+    if kept_tests:
+        role_of |= dict.fromkeys(data.roles.test, "test")
+    _check_subjects(role_of, subjects)
+    target = dataset.target_folder(new_id, data.folder.name.split("_", 1)[1])
+    tasks = [_task(data, case, role, target) for case, role in sorted(role_of.items())]
+    counts = {role: sum(r == role for r in role_of.values()) for role in dataset.IMAGES}
+    rows = tuple(
+        (word, max(named, counts[role]), counts[role])
+        for (word, named, _), role in zip(role_rows(roles), dataset.IMAGES, strict=True)
+    )
+    job = Job(
+        target=target,
+        tasks=tasks,
+        plan={
+            "converter": "split",
+            "request": {
+                "labeled": Path(str(labeled)).name,
+                "labeled_seed": request.seed,
+                "test": test,
+                "groups": bool(groups),
+            },
+            **plan_of(tasks, roles, data.folder),
+        },
+        folds=roles.folds,
+        describe=partial(_write_dataset_json, data, target.name.split("_", 1)[1], training_cases(tasks)),
+        title=f"{data.folder.name} as {target.name}, --labeled {Path(str(labeled)).name}",
+        rows=rows,
+        notes=(*role_notes(roles), *_left_out(data, kept_tests)),
+    )
+    return carry_out(job, processes=processes, dry_run=dry_run, overwrite=overwrite)
+
+
+def _read(dataset_id: int | str) -> _Data:
+    raw = environment_folder("nnUNet_raw")
+    try:
+        folder = raw / str(maybe_convert_to_dataset_name(dataset_id))
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"-d {dataset_id}: {str(error).split('. ')[0]}; check the id and nnUNet_raw") from error
+    path = folder / "dataset.json"
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); a raw data set of nnU-Net has one") from error
+    except ValueError as error:
+        raise DataError(f"{path} is no valid JSON ({error}); mend it") from error
+    roles = read_roles(folder, content)
+    if not roles.labeled:
+        raise DataError(f"{folder} has no training cases; put them into imagesTr and labelsTr")
+    return _Data(folder, content, roles, training_labels(folder, content, roles.labeled))
+
+
+def _case_name(ending: str, text: str) -> str:
+    return text.strip().removesuffix(ending)
+
+
+def _protocol(
+    data: _Data, test: str | float | None, subjects: Mapping[str, str], protocol: str | Path | None
+) -> Protocol:
+    name = f"split of {data.folder.name}"
+    if protocol is not None:
+        if test is not None:
+            raise ConfigError("--test and --protocol: a protocol names its own test cases; leave --test out")
+        return find_protocol(protocol, (), partial(_case_name, data.ending))
+    tests: tuple[str, ...] = ()
+    if test is not None:
+        number = parse_labeled(test)
+        if not isinstance(number, float | int):
+            raise ConfigError(f"--test {test}: give a fraction (0.2) or a number of cases")
+        tests = draw(data.roles.labeled, TEST_SEED, subjects, labeled_number(number, len(data.roles.labeled)))
+    train = tuple(case for case in data.roles.labeled if case not in set(tests))
+    return Protocol(name, data.folder.name, "", train, (), tests, {})
+
+
+def _read_groups(path: Path, data: _Data) -> dict[str, str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".json":
+            pairs = list(json.loads(text).items())
+        else:
+            dialect = csv.Sniffer().sniff(text, ",;\t ")
+            pairs = [tuple(row[:2]) for row in csv.reader(text.splitlines(), dialect) if len(row) >= 2]
+    except (OSError, ValueError, AttributeError, csv.Error) as error:
+        raise SplitError(f"--groups {path} cannot be read ({error}); give {{case: subject}} or two columns") from error
+    groups = {_case_name(data.ending, str(case)): str(subject).strip() for case, subject in pairs}
+    known = {*data.roles.labeled, *data.roles.unlabeled, *data.roles.test}
+    lacking = sorted(set(data.roles.labeled) - groups.keys())
+    if lacking:
+        raise SplitError(f"--groups {path} has no subject for {lacking[0]!r} ({len(lacking)} cases in all); add them")
+    return {case: subject for case, subject in groups.items() if case in known}
+
+
+def _check_subjects(role_of: Mapping[str, str], subjects: Mapping[str, str]) -> None:
+    """Refuse a subject both in test and elsewhere, or both labelled and unlabelled."""
+    seen: dict[str, str] = {}
+    for case, role in sorted(role_of.items()):
+        side = "labeled" if role == "validation" else role
+        if case in subjects and role_of[seen.setdefault(subjects[case], case)] != role:
+            other = seen[subjects[case]]
+            if side != ("labeled" if role_of[other] == "validation" else role_of[other]):
+                raise SplitError(
+                    f"subject {subjects[case]!r} has {other!r} as {role_of[other]} and {case!r} as {role}; "
+                    "name all scans of a subject in one list"
+                )
+
+
+def _task(data: _Data, case: str, role: str, target: Path) -> LinkTask:
+    files, ending = data.roles.files[case], data.ending
+    images = [(path, f"{dataset.IMAGES[role]}/{case}_{channel:04d}{ending}") for channel, path in enumerate(files)]
+    companion = files[0].with_name(files[0].name.removesuffix(ending).removesuffix("_0000") + ".json")
+    if companion.is_file():  # nnU-Net's TIFF reader takes the spacing from it
+        images.append((companion, f"{dataset.IMAGES[role]}/{case}.json"))
+    labels = []
+    if role in dataset.LABELS:
+        label = data.labels.get(case, data.folder / "labelsTs" / f"{case}{ending}")
+        beside = label.with_name(label.name.removesuffix(ending) + ".json")
+        labels = [
+            (path, f"{dataset.LABELS[role]}/{case}{end}")
+            for path, end in ((label, ending), (beside, ".json"))
+            if path.is_file()
+        ]
+    work = target.with_name(f".{target.name}.converting")
+    return LinkTask(case, role, ending, work, (*images, *labels))
+
+
+def _write_dataset_json(data: _Data, name: str, number: int, folder: Path) -> None:
+    content = {key: value for key, value in data.json.items() if key != "dataset"}
+    content |= {"name": name, "numTraining": number, "converted_by": f"nnunetv2_dycon {__version__}"}
+    dataset.write_json(folder / "dataset.json", content)
+
+
+def _left_out(data: _Data, kept_tests: bool) -> list[str]:
+    if kept_tests or not data.roles.test:
+        return []
+    return [f"the {len(data.roles.test)} cases of {data.folder / 'imagesTs'} are left out: other test cases were named"]

@@ -1,0 +1,335 @@
+"""Images and label maps of a collection, whatever their format, and the NIfTI files made from them.
+
+In memory a volume is an array with axes (X, Y, Z) and an affine to millimetres in NIfTI's RAS+ convention.
+"""
+
+import gzip
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+
+from nnunetv2_dycon.errors import DataError
+
+_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # SimpleITK counts millimetres to the left and to the back
+_UNREADABLE = (OSError, EOFError, zlib.error, ValueError, ImageFileError, struct.error, KeyError, RuntimeError)
+
+
+class Volume(NamedTuple):
+    """Voxels and where they are.
+
+    Attributes
+    ----------
+    array : ndarray, shape (X, Y, Z)
+        Values.
+    affine : ndarray, shape (4, 4), float64
+        From voxel indices to millimetres, RAS+.
+    header : nibabel header or None
+        The NIfTI header it came with.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    header: Any = None
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """Edges of a voxel in mm, (3,)."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+
+class Source(Protocol):
+    """One image or label map of a collection, not read yet; picklable."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Where it is read from."""
+
+    def read(self) -> Volume:
+        """Return it; raises DataError with the file's name where it cannot be read."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a reader says about `path` into one line."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1][-200:] if lines else type(error).__name__
+        raise DataError(f"{path} cannot be read ({reason}); it may be damaged: fetch it again") from error
+
+
+# ---- NIfTI -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NiftiFile:
+    """A 3-D NIfTI file."""
+
+    path: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file."""
+        return (self.path,)
+
+    def read(self) -> Volume:
+        """Read voxels in their type on disk, scaled where the header says so."""
+        image = self.open()
+        with reading(self.path):
+            return Volume(np.asanyarray(image.dataobj), image.affine, image.header)
+
+    def open(self) -> nib.Nifti1Image:
+        """Check that the file is whole and 3-D; reads the header, and the voxels only where that does not tell.
+
+        Raises
+        ------
+        DataError
+            If it is empty, truncated, of another format, not 3-D, or has no usable geometry.
+        """
+        with reading(self.path):
+            size = self.path.stat().st_size
+            if size == 0:
+                raise DataError(f"{self.path} is empty (0 bytes); fetch it again")
+            magic = self.path.open("rb").read(2)
+            packed, named = magic == b"\x1f\x8b", self.path.name.lower().endswith(".gz")
+            if packed != named:
+                now, then = ("gzip", "no .gz") if packed else ("not gzip", ".gz")
+                raise DataError(f"{self.path} is {now} data but its name says {then}; rename it or fetch it again")
+            image = nib.load(self.path)
+        _check_header(self.path, image)
+        stored = int(image.dataobj.offset) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
+        whole = self._is_whole(image, stored) if packed else size >= stored
+        if not whole:
+            raise DataError(f"{self.path} is truncated ({size} bytes); fetch it again")
+        return image
+
+    def _is_whole(self, image: nib.Nifti1Image, stored: int) -> bool:
+        # gzip ends with the unpacked size; only where that is another one must all be unpacked to know
+        if _unpacked_size(self.path) == stored % 2**32:
+            return True
+        try:
+            np.asanyarray(image.dataobj)
+            with gzip.open(self.path) as file:
+                while file.read(1 << 24):
+                    pass
+        except (EOFError, zlib.error, OSError, ValueError):
+            return False
+        return True
+
+
+def _unpacked_size(path: Path) -> int:
+    """Last four bytes of a gzip file: the size of its (last) content, modulo 2^32."""
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return struct.unpack("<I", file.read(4))[0]
+
+
+def _check_header(path: Path, image: nib.Nifti1Image) -> None:
+    if not isinstance(image, nib.Nifti1Image | nib.Nifti2Image):
+        raise DataError(f"{path} is no single NIfTI file ({type(image).__name__}); fetch it again")
+    if len(image.shape) != 3:
+        raise DataError(f"{path} is {len(image.shape)}-D {image.shape}; give one 3-D file for each channel")
+    if image.get_data_dtype().kind not in "iuf":
+        raise DataError(f"{path} holds {image.get_data_dtype()} voxels; give one number a voxel")
+    affine = image.affine
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise DataError(f"{path} has no usable geometry (affine {affine[:3].tolist()}); fetch it again")
+
+
+def put_nifti(source: NiftiFile, target: Path) -> str:
+    """Make `target` the same image without decoding it; returns 'linked', 'copied' or 'compressed'.
+
+    A hard link costs no space and stays when the collection is deleted; across file systems it is a copy.
+    """
+    source.open()
+    packed, wanted = (path.name.lower().endswith(".gz") for path in (source.path, target))
+    part = target.with_name(f".{target.name}.part")
+    with writing(target):
+        part.unlink(missing_ok=True)
+        if packed != wanted:
+            _compress(source.path, part)
+            how = "compressed"
+        else:
+            how = _link(source.path.resolve(), part)
+        os.replace(part, target)
+    return how
+
+
+def put_file(source: Path, target: Path) -> str:
+    """Make `target` the same file; returns 'linked' or 'copied'."""
+    part = target.with_name(f".{target.name}.part")
+    with writing(target):
+        part.unlink(missing_ok=True)
+        how = _link(source.resolve(), part)
+        os.replace(part, target)
+    return how
+
+
+def _link(source: Path, target: Path) -> str:
+    try:
+        os.link(source, target)
+        return "linked"
+    except OSError:  # another file system, one without links, or a file of another user
+        shutil.copyfile(source, target)
+        return "copied"
+
+
+def _compress(source: Path, target: Path) -> None:
+    with (
+        source.open("rb") as plain,
+        target.open("wb") as file,
+        # no name and no time in it, so that the same image gives the same bytes
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
+    ):
+        shutil.copyfileobj(plain, packed, 1 << 22)
+
+
+def save(volume: Volume, target: Path) -> None:
+    """Write `volume` as NIfTI, whole or not at all; its header, if it has one, gives the geometry unchanged."""
+    if volume.header is None:
+        image = nib.Nifti1Image(volume.array, volume.affine)
+        image.set_qform(volume.affine, 1)
+        image.set_sform(volume.affine, 1)
+    else:
+        header = volume.header.copy()
+        header.set_data_dtype(volume.array.dtype)
+        header.set_slope_inter(1, 0)
+        header["cal_min"] = header["cal_max"] = 0
+        image = nib.Nifti1Image(volume.array, None, header)
+    image.header.set_xyzt_units("mm")
+    part = target.with_name(f".part.{target.name}")
+    with writing(target):
+        nib.save(image, part)
+        os.replace(part, target)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about writing `path` into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}; check its permissions and the free space, "
+            "or let nnUNet_raw point elsewhere"
+        ) from error
+
+
+# ---- other formats -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NrrdFile:
+    """A 3-D NRRD file."""
+
+    path: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file."""
+        return (self.path,)
+
+    def read(self) -> Volume:
+        """Read voxels in their type on disk, with the file's own geometry."""
+        import SimpleITK as sitk
+
+        if self.path.stat().st_size == 0:
+            raise DataError(f"{self.path} is empty (0 bytes); fetch it again")
+        with reading(self.path):
+            image = sitk.ReadImage(str(self.path), imageIO="NrrdImageIO")
+        if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+            raise DataError(
+                f"{self.path} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()} values a voxel; "
+                "give a 3-D image with one"
+            )
+        return from_sitk(image)
+
+
+@dataclass(frozen=True)
+class H5Array:
+    """An array (X, Y, Z) of an HDF5 file, which has no geometry of its own.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    key : str
+        Name of the array in it; no other array is opened.
+    spacing : float
+        Edge of a voxel in mm, along all axes. The direction is the identity in patient coordinates (LPS).
+    """
+
+    path: Path
+    key: str
+    spacing: float
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file."""
+        return (self.path,)
+
+    def read(self) -> Volume:
+        """Read the array; links to other files and data stored elsewhere are refused."""
+        h5py = _h5py()
+        if self.path.stat().st_size == 0:
+            raise DataError(f"{self.path} is empty (0 bytes); fetch it again")
+        with reading(self.path), h5py.File(self.path, "r") as file:
+            if self.key not in file:
+                raise DataError(f"{self.path} has no array {self.key!r} (it has: {', '.join(file) or 'none'})")
+            if not isinstance(file.get(self.key, getlink=True), h5py.HardLink):
+                raise DataError(
+                    f"{self.path}: {self.key!r} is a link to other data, which is not followed; fetch it again"
+                )
+            data = file[self.key]
+            if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
+                raise DataError(f"{self.path}: {self.key!r} is no array stored in this file; fetch it again")
+            if data.ndim != 3 or data.dtype.kind not in "iuf":
+                raise DataError(f"{self.path}: {self.key!r} is {data.dtype} {data.shape}; a 3-D array is needed")
+            array = data[()]
+        if array.dtype == np.float16:
+            array = array.astype(np.float32)
+        return Volume(array, _TO_RAS @ np.diag([self.spacing] * 3 + [1.0]))
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise DataError("HDF5 files need h5py, which is not installed; type: pip install h5py") from error
+    return h5py
+
+
+def from_sitk(image: Any) -> Volume:
+    """Voxels and geometry of a 3-D SimpleITK image."""
+    import SimpleITK as sitk
+
+    array = np.ascontiguousarray(sitk.GetArrayFromImage(image).T)
+    if array.dtype in (np.int64, np.uint64):  # few programs read 8-byte integers from NIfTI
+        smaller = array.astype(np.int32)
+        if not np.array_equal(smaller, array):
+            raise DataError("holds integers beyond 32 bits; convert it to a smaller type")
+        array = smaller
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) @ np.diag(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return Volume(array, _TO_RAS @ affine)
+
+
+def names_of(*sources: Source) -> str:
+    """Names of all files, for messages."""
+    return " and ".join(str(path) for source in sources for path in source.files)
