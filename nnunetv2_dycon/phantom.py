@@ -8,11 +8,7 @@ Axes are named once here: ``(C, X, Y, Z)`` is channel, left-right, back-front, b
 recipe are voxels, and the written spacing is 3 mm.
 """
 
-import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,13 +18,12 @@ from typing import Literal, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from scipy.ndimage import binary_dilation, distance_transform_edt, gaussian_filter
 from tqdm import tqdm
 
 from nnunetv2_dycon import __version__, parallel
-from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.conversion import dataset
+from nnunetv2_dycon.errors import ConfigError
 
 Shape = tuple[int, int, int]
 Role = Literal["labeled", "unlabeled", "test"]
@@ -262,26 +257,15 @@ def write_phantom(
         If nnUNet_raw is not set or cannot be written, or the id is taken.
     """
     settings = Phantom(cases, labeled, labeled_scanner, test, seed, channels, hard, tuple(shape))
-    target = _target_folder(dataset_id, overwrite=overwrite)
+    target = dataset.target_folder(dataset_id, "Phantom")
+    dataset.check_free(target, made_by=__name__, overwrite=overwrite)
     roles = settings.roles()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # beside the target, so that the final rename stays on one file system; nnU-Net skips hidden names
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise DataError(
-            f"Cannot write to {target.parent} ({error.strerror}): set nnUNet_raw to a folder of yours."
-        ) from None
-    try:
-        for name in ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs"):
-            (part / name).mkdir()
-        _write_cases(part, settings, roles, processes)
-        _write_descriptions(part, settings, roles)
-        part.chmod(0o755)  # mkdtemp makes a private folder
-        _replace(target, part)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with dataset.building(target, stamp=repr(settings), made_by=__name__, overwrite=overwrite) as space:
+        _write_cases(space.data, settings, roles, processes)
+        _write_descriptions(space.data, settings, roles)
+    stale = dataset.stale_preparation(target)
+    if stale is not None:
+        logger.warning("%s is still made from the replaced phantom: delete it and plan again.", stale)
     return target
 
 
@@ -479,32 +463,6 @@ def _acquire(
 # ---- writing the data set --------------------------------------------------------------------------------
 
 
-def _target_folder(dataset_id: int, *, overwrite: bool) -> Path:
-    """Folder to write; an error if the id is not free."""
-    raw = nnUNet_raw.get()
-    if not raw:
-        raise DataError("nnUNet_raw is not set: type export nnUNet_raw=/folder/for/raw/data first.")
-    if not 1 <= dataset_id <= 999:
-        raise ConfigError(f"Data set id {dataset_id} cannot be used: give 1 to 999.")
-    target = Path(raw) / f"Dataset{dataset_id:03d}_Phantom"
-    others = [name for name in find_candidate_datasets(dataset_id) if name != target.name]
-    if others:
-        raise DataError(f"Id {dataset_id} belongs to {others[0]}: choose an id that no data set has.")
-    if target.exists():
-        if not overwrite:
-            raise DataError(f"{target} exists: choose another id, or type --overwrite to replace it.")
-        if _made_by(target) != __name__:
-            raise DataError(f"{target} was not written by this command and is left alone: choose another id.")
-    return target
-
-
-def _made_by(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "conversion.json").read_text())["converter"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _write_cases(folder: Path, settings: Phantom, roles: list[Role], processes: int) -> None:
     jobs = [partial(_write_case, folder, settings, index, role) for index, role in enumerate(roles)]
     for _ in tqdm(parallel.run(_do, jobs, processes), total=len(jobs), desc="phantom", unit="case"):
@@ -517,11 +475,10 @@ def _do(job: Callable[[], None]) -> None:
 
 def _write_case(folder: Path, settings: Phantom, index: int, role: Role) -> None:
     image, label = settings.make(index)
-    images = {"labeled": "imagesTr", "unlabeled": "imagesUn", "test": "imagesTs"}[role]
     for channel, volume in enumerate(image):
-        _save(volume, folder / images / f"{case_name(index)}_{channel:04d}.nii.gz")
-    if role != "unlabeled":
-        _save(label, folder / images.replace("images", "labels") / f"{case_name(index)}.nii.gz")
+        _save(volume, folder / dataset.IMAGES[role] / f"{case_name(index)}_{channel:04d}.nii.gz")
+    if role in dataset.LABELS:
+        _save(label, folder / dataset.LABELS[role] / f"{case_name(index)}.nii.gz")
 
 
 def _save(volume: np.ndarray, path: Path) -> None:
@@ -530,7 +487,7 @@ def _save(volume: np.ndarray, path: Path) -> None:
 
 def _write_descriptions(folder: Path, settings: Phantom, roles: list[Role]) -> None:
     labeled = [case_name(i) for i, role in enumerate(roles) if role == "labeled"]
-    dataset = {
+    description = {
         "name": "Phantom",
         "description": "Generated images, no patient data. Fold 0 validates on its own training cases.",
         "licence": "CC0-1.0",
@@ -553,22 +510,5 @@ def _write_descriptions(folder: Path, settings: Phantom, roles: list[Role]) -> N
         },
     }
     splits = [{"train": labeled, "val": labeled}]
-    for name, content in (("dataset", dataset), ("splits_final", splits), ("conversion", conversion)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _replace(target: Path, part: Path) -> None:
-    """Put the finished folder in place; the old one is kept until then."""
-    if not target.exists():
-        os.rename(part, target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.rename(target, old)
-    os.rename(part, target)
-    shutil.rmtree(old)
-    preprocessed = nnUNet_preprocessed.get()
-    if preprocessed and (Path(preprocessed) / target.name).exists():
-        logger.warning(
-            "%s is still made from the replaced phantom: delete it and plan again.",
-            Path(preprocessed) / target.name,
-        )
+    for name, content in zip(dataset.FILES, (description, splits, conversion), strict=True):
+        dataset.write_json(folder / name, content)

@@ -201,7 +201,7 @@ def test_stock_nnunet_finds_the_labeled_cases_and_fold_0_uses_each_of_them(raw):
 
 def test_a_failure_half_way_leaves_nothing_behind(raw, monkeypatch):
     monkeypatch.setattr(phantom, "_write_descriptions", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match="disk full"):
         write_phantom(7, cases=6, labeled=2, test=2, labeled_scanner="all", **SMALL)
     assert list(raw.iterdir()) == []
 
