@@ -97,13 +97,13 @@ def convert_brats19(
     source, dataset_id, labeled, options
         See `nnunetv2_dycon.conversion.convert.convert`.
     modalities : sequence of str
-        Image channels in this order, of 't1', 't1ce', 't2', 'flair'; 'all' stands for the four.
+        Image channels in this order, of 't1', 't1ce', 't2', 'flair'; none or 'all' stands for the four.
     labels : str
         'whole' (any tumour) or 'multi' (1 necrosis, 2 oedema, 3 enhancing, which is 4 in the collection).
     """
-    if tuple(modalities) == ("all",):
+    if tuple(modalities) in ((), ("all",)):
         modalities = MODALITIES
-    if not modalities or len(set(modalities)) < len(modalities) or not set(modalities) <= set(MODALITIES):
+    if len(set(modalities)) < len(modalities) or not set(modalities) <= set(MODALITIES):
         raise ConfigError(f"--modalities {' '.join(modalities)}: give each of {', '.join(MODALITIES)} at most once")
     if labels not in LABELS:
         raise ConfigError(f"--labels {labels}: give {' or '.join(LABELS)}")

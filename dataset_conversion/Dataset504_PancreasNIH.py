@@ -24,6 +24,7 @@ from nnunetv2_dycon.conversion.volumes import H5Array, NiftiFile, Source
 from nnunetv2_dycon.errors import DataError
 
 PREFIX = "PANCREAS_"
+MAPS = ({0: 0, 1: 1}, {0: 0, 255: 1})
 H5_SPACING_MM = 1.0
 H5_FORM = (
     "Form h5: volumes were cropped around the ground truth (of test cases too), clipped and normalised by their "
@@ -49,7 +50,7 @@ def find_cases(files: Sequence[Path]) -> Found:
         cases = {
             case: SourceCase((image,), H5Array(image.path, "label", H5_SPACING_MM)) for case, image in images.items()
         }
-        return Found(cases, form=H5_FORM)
+        return Found(cases, form=H5_FORM, rule=LabelRule(MAPS))  # values are no HU, and grids are equal
     return Found(
         {
             case: SourceCase((image,), NiftiFile(labels[case]) if case in labels else None)
@@ -111,7 +112,7 @@ COLLECTION = Collection(
     find=find_cases,
     channels=("CT",),
     labels={"background": 0, "pancreas": 1},
-    rule=LabelRule(maps=({0: 0, 1: 1}, {0: 0, 255: 1}), fit=by_position, needs_image=True),
+    rule=LabelRule(MAPS, fit=by_position, needs_image=True),
     licence="CC BY 3.0",
     reference="Roth et al., MICCAI 2015 and TCIA 2016; Clark et al., Journal of Digital Imaging 26(6) (2013)",
     prefix=PREFIX,

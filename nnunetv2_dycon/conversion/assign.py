@@ -176,6 +176,8 @@ def _labeled_cases(
         return protocol, protocol.train, []
     number = labeled_number(request.labeled, len(protocol.train))
     if request.seed is not None:
+        if request.seed < 0:
+            raise ConfigError(f"--labeled-seed {request.seed}: give 0 or more")
         eligible = [case for case in protocol.train if case not in {*known.dropped, *known.empty}]
         usable = {case for case, has_label in known.with_label.items() if has_label}
         drawn = draw(eligible, request.seed, known.groups, number, among=usable)
@@ -296,7 +298,7 @@ def _folds(
         return tuple(folds), "fold 0 validates on its own training cases: that validation measures nothing"
     return tuple(folds), (
         f"no validation cases: fold 0 trains on {len(first['train'])} of the {len(labeled)} labelled "
-        f"cases and validates on {_some(first['val'])}, too few to choose anything by; "
+        f"cases and validates on {len(first['val'])} of them ({_some(first['val'])}), too few to choose anything by; "
         f"fold all trains on all {len(labeled)}"
     )
 

@@ -43,11 +43,14 @@ class Found:
         What the user should know.
     form : str
         Which of the public forms it is, and what follows from it; goes to dataset.json.
+    rule : LabelRule, optional
+        In place of the collection's, where this form needs another one.
     """
 
     cases: Mapping[str, SourceCase]
     notes: tuple[str, ...] = ()
     form: str = ""
+    rule: LabelRule | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def convert(
     if strict:
         _refuse_missing(roles)
     target = dataset.target_folder(dataset_id, collection.name)
-    tasks = _tasks(collection, found.cases, roles, target)
+    tasks = _tasks(collection, found, roles, target)
     job = Job(
         target=target,
         tasks=tasks,
@@ -237,15 +240,15 @@ def _refuse_missing(roles: Assignment) -> None:
         )
 
 
-def _tasks(collection: Collection, cases: Mapping[str, SourceCase], roles: Assignment, target: Path) -> list[CaseTask]:
-    used = {name: cases[name] for name in roles.role_of}
+def _tasks(collection: Collection, found: Found, roles: Assignment, target: Path) -> list[CaseTask]:
+    used = {name: found.cases[name] for name in roles.role_of}
     ending = file_ending([source for case in used.values() for source in case.images])
     return [
         CaseTask(
             name=name,
             role=role,
             case=SourceCase(used[name].images, None if role == "unlabeled" else used[name].label),
-            rule=collection.rule,
+            rule=found.rule or collection.rule,
             empty=name in collection.empty,
             ending=ending,
             work=target.with_name(f".{target.name}.converting"),
@@ -408,7 +411,7 @@ def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, 
         dataset.check_free(job.target, made_by=made_by, overwrite=overwrite)
         return job.report("planned")
     with dataset.building(job.target, stamp=job.stamp, made_by=made_by, overwrite=overwrite) as space:
-        _write_cases(job.tasks, processes or parallel.default_processes())
+        _write_cases(job.tasks, parallel.default_processes() if processes is None else processes)
         notes = _describe(job, space.data)
     stale = dataset.stale_preparation(job.target)
     if stale is not None:

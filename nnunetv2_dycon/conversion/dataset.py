@@ -114,8 +114,8 @@ def _added(target: Path, conversion: Mapping[str, Any]) -> Iterator[Path]:
         elif len(place) == 1:
             known = place[0] in FILES
         else:
-            stem = path.name.split(".")[0]
-            known = stem in cases or stem[: -len("_0000")] in cases
+            stems = [path.name[:dot] for dot, letter in enumerate(path.name) if letter == "."]
+            known = any(stem in cases or stem[: -len("_0000")] in cases for stem in stems)
         if not known:
             yield path
 
