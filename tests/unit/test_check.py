@@ -1,0 +1,162 @@
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunetv2_dycon.commands import main
+from nnunetv2_dycon.conversion.check import Check, check
+from nnunetv2_dycon.errors import DataError
+from tests.datasets import environment, make_dataset
+
+OPTIONS = {"dataset_id": 4, "labeled": 3, "unlabeled": 2, "test": 1, "shape": (8, 9, 10)}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, folder in environment(tmp_path).items():
+        monkeypatch.setenv(name, folder)
+    return tmp_path
+
+
+@pytest.fixture
+def raw(root: Path) -> Path:
+    make_dataset(root, **OPTIONS)
+    return root / "nnUNet_raw/Dataset004_Tiny"
+
+
+def failed() -> dict[str, str]:
+    found = {one.name: one.text for one in check(4, processes=1) if not one.ok}
+    assert found.pop("next", "mend what is wrong, then type again: nnUNetv2_dycon check -d 4").endswith("check -d 4")
+    return found
+
+
+def rewrite(path: Path, change) -> None:
+    image = sitk.ReadImage(str(path))
+    array = change(sitk.GetArrayFromImage(image))
+    new = sitk.GetImageFromArray(array)
+    new.CopyInformation(image)
+    sitk.WriteImage(new, str(path))
+
+
+def test_a_good_data_set_passes_and_the_next_command_is_said(raw, capsys):
+    checks = check(4, processes=1)
+    assert all(one.ok for one in checks)
+    assert checks[-1] == Check(
+        "next", True, "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres --verify_dataset_integrity"
+    )
+    assert main(["check", "-d", "4", "-np", "1"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+
+def test_the_command_ends_with_1_where_something_is_wrong(raw, capsys):
+    (raw / "labelsTr/l_00.nii.gz").unlink()
+    assert main(["check", "-d", "4", "-np", "1"]) == 1
+    assert "FAIL  labels" in capsys.readouterr().out
+
+
+def test_regions_and_ignore_label_pass(root):
+    make_dataset(root, regions=True, ignore=True, **OPTIONS)
+    assert failed() == {}
+
+
+def test_a_name_in_two_roles_is_found(raw):
+    shutil.copy(raw / "imagesTr/l_01_0000.nii.gz", raw / "imagesUn/l_01_0000.nii.gz")
+    assert "'l_01' is in two roles" in failed()["roles"]
+
+
+@pytest.mark.parametrize("kind", ["copy", "other compression and type"])
+def test_the_same_image_under_two_names_in_two_roles_is_found(raw, kind):
+    source, target = raw / "imagesTr/l_01_0000.nii.gz", raw / "imagesUn/u_07_0000.nii.gz"
+    if kind == "copy":
+        shutil.copy(source, target)
+    else:
+        image = nib.load(source)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj, np.float32), image.affine), target)
+    assert "l_01 (labeled) = u_07 (unlabeled)" in failed()["duplicates"]
+
+
+def test_the_same_image_twice_in_one_role_is_said_but_no_failure(raw):
+    shutil.copy(raw / "imagesUn/u_01_0000.nii.gz", raw / "imagesUn/u_07_0000.nii.gz")
+    (one,) = (one for one in check(4, processes=1) if one.name == "duplicates")
+    assert one.ok
+    assert "u_01 = u_07 (unlabeled)" in one.text
+
+
+def test_a_label_of_an_unlabeled_case_anywhere_is_found(raw):
+    (raw / "labelsUn").mkdir()
+    shutil.copy(raw / "labelsTr/l_00.nii.gz", raw / "labelsUn/u_00.nii.gz")
+    assert "labelsUn/u_00.nii.gz" in failed()["unlabelled"]
+
+
+def test_a_label_on_another_grid_is_found(raw):
+    path = raw / "labelsTr/l_01.nii.gz"
+    image = sitk.ReadImage(str(path))
+    image.SetOrigin((0, 0, 0))
+    sitk.WriteImage(image, str(path))
+    assert str(path) in failed()["geometry"]
+
+
+def test_rounding_in_a_header_is_no_other_grid(raw):
+    path = raw / "labelsTr/l_01.nii.gz"
+    image = sitk.ReadImage(str(path))
+    image.SetOrigin([value + 1e-4 for value in image.GetOrigin()])
+    sitk.WriteImage(image, str(path))
+    assert failed() == {}
+
+
+def test_an_unknown_label_value_is_found(raw):
+    rewrite(raw / "labelsTr/l_02.nii.gz", lambda a: np.where(a == 2, 7, a).astype(np.uint8))
+    assert "l_02.nii.gz has the value 7" in failed()["label values"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:150]), "u_00_0000.nii.gz"),
+        (lambda path: path.write_bytes(b""), "u_00_0000.nii.gz"),
+        (lambda path: rewrite(path, np.zeros_like), "only zeros"),
+    ],
+)
+def test_an_unusable_image_is_named(raw, damage, message):
+    path = raw / "imagesUn/u_00_0000.nii.gz"
+    damage(path)
+    text = failed()["images"]
+    assert message in text
+    assert "u_00_0000.nii.gz" in text
+
+
+def test_nan_in_an_image_is_found(raw):
+    path = raw / "imagesUn/u_00_0000.nii.gz"
+    image = nib.load(path)
+    array = np.asarray(image.dataobj, np.float32).copy()
+    array[2, 2, 2] = np.nan
+    nib.save(nib.Nifti1Image(array, image.affine), path)
+    assert "NaN" in failed()["images"]
+
+
+def test_a_missing_channel_is_found(root):
+    make_dataset(root, channels=2, **OPTIONS)
+    (root / "nnUNet_raw/Dataset004_Tiny/imagesUn/u_01_0001.nii.gz").unlink()
+    assert "1 channels, dataset.json names 2" in failed()["images"]
+
+
+def test_folds_that_name_other_cases_are_found(raw):
+    (raw / "splits_final.json").write_text(json.dumps([{"train": ["l_00", "t_00"], "val": ["l_01"]}]))
+    assert "'t_00', which is no labelled case" in failed()["splits_final.json"]
+
+
+def test_a_case_that_was_moved_after_the_conversion_is_found(raw):
+    cases = {c: {"role": "labeled"} for c in ("l_00", "l_01", "l_02")}
+    cases |= {"u_00": {"role": "unlabeled"}, "u_01": {"role": "test"}, "t_00": {"role": "test"}}
+    (raw / "conversion.json").write_text(json.dumps({"converter": "split", "cases": cases}))
+    assert "'u_01' was written as test and is now unlabeled" in failed()["conversion.json"]
+
+
+def test_a_data_set_that_is_not_there_is_one_line(root):
+    (root / "nnUNet_raw").mkdir()
+    with pytest.raises(DataError, match="-d 4"):
+        check(4)
