@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,7 @@ def convert(
         raise DataError(f"{root} holds no case of {collection.name}: {looks_like(root, files)}")
     _check_links(found.cases, root)
     chosen = find_protocol(protocol or collection.protocols[0], collection.protocols, collection.case_name)
+    found = replace(found, cases=_as_spelled(found.cases, chosen))
     known = Known(
         with_label={name: case.label is not None for name, case in found.cases.items()},
         empty=collection.empty,
@@ -222,6 +223,12 @@ def convert(
         ),
     )
     return carry_out(job, processes=processes, dry_run=dry_run, overwrite=overwrite)
+
+
+def _as_spelled(cases: Mapping[str, SourceCase], protocol: Protocol) -> dict[str, SourceCase]:
+    """Cases by the names that the protocol gives them, where only upper and lower case differ."""
+    spelled = {name.casefold(): name for name in (*protocol.train, *protocol.val, *protocol.test)}
+    return {spelled.get(name.casefold(), name): case for name, case in cases.items()}
 
 
 def _check_links(cases: Mapping[str, SourceCase], root: Path) -> None:
