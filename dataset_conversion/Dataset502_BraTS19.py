@@ -55,11 +55,12 @@ def find_cases(files: Sequence[Path], modalities: Sequence[str] = ("flair",)) ->
 
 def _files(files: Sequence[Path], kind: str, notes: list[str]) -> dict[str, Path]:
     usual, *others = NAMES[kind]
-    found = []
-    for path, fit in match(files, rf"(.*brats.*?)[_-]({'|'.join(NAMES[kind])}){NIFTI}"):
-        found.append((fit[1], path))
-        if fit[2].lower() in others:
-            notes.append(f"{path.name} was taken for {usual}")
+    fits = match(files, rf"(.*brats.*?)[_-]({'|'.join(NAMES[kind])}){NIFTI}")
+    found = [(fit[1], path) for path, fit in fits]
+    foreign = [path.name for path, fit in fits if fit[2].lower() in others]
+    if foreign:
+        more = f", like {len(foreign) - 1} others" if len(foreign) > 1 else ""
+        notes.append(f"{foreign[0]} was taken for {usual}{more}")
     if kind == "seg":
         for path, _ in match(files, rf".*segm{NIFTI}"):  # one case of a later year has its mask under a foreign name
             if re.match(r".*brats", path.parent.name, re.IGNORECASE):

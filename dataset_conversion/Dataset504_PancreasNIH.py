@@ -36,9 +36,6 @@ _LABEL_FOLDER = re.compile(r"label|mask|seg", re.IGNORECASE)
 
 def find_cases(files: Sequence[Path]) -> Found:
     """Cases by the number in the names of their files or of the folder of their DICOM series."""
-    labels = only(
-        "the label", ((_name(fit[1]), path) for path, fit in match(files, rf".*?(\d{{4}}){NIFTI}") if _is_label(path))
-    )
     forms = {"DICOM": _series(files), "NIfTI": _volumes(files), "h5": _arrays(files)}
     filled = {form: cases for form, cases in forms.items() if cases}
     if len(filled) > 1:
@@ -51,6 +48,9 @@ def find_cases(files: Sequence[Path]) -> Found:
             case: SourceCase((image,), H5Array(image.path, "label", H5_SPACING_MM)) for case, image in images.items()
         }
         return Found(cases, form=H5_FORM, rule=LabelRule(MAPS))  # values are no HU, and grids are equal
+    labels = only(
+        "the label", ((_name(fit[1]), path) for path, fit in match(files, rf".*?(\d{{4}}){NIFTI}") if _is_label(path))
+    )
     return Found(
         {
             case: SourceCase((image,), NiftiFile(labels[case]) if case in labels else None)
@@ -68,10 +68,11 @@ def _is_label(path: Path) -> bool:
 
 
 def _series(files: Sequence[Path]) -> dict[str, Source]:
-    """DICOM series: files with `.dcm` or no ending, below a folder of the case's name."""
+    """DICOM series: files with `.dcm`, a UID or no ending, below a folder of the case's name."""
     folders: dict[str, set[Path]] = defaultdict(set)
     for path in files:
-        if path.suffix.lower() not in (".dcm", "") or path.name.upper() in ("DICOMDIR", "LICENSE"):
+        # a name without ending that is a UID ends with a number
+        if not re.fullmatch(r"(\.dcm|\.\d+)?", path.suffix.lower()) or path.name.upper() in ("DICOMDIR", "LICENSE"):
             continue
         for parent in path.parents:
             fit = re.fullmatch(r"pancreas_?(\d{4})", parent.name, re.IGNORECASE)
@@ -82,7 +83,7 @@ def _series(files: Sequence[Path]) -> dict[str, Source]:
 
 
 def _volumes(files: Sequence[Path]) -> dict[str, Source]:
-    found = match(files, rf"(?:image|pancreas_?|img)?(\d{{4}}){NIFTI}")
+    found = match(files, rf"(?:image|pancreas_?)?(\d{{4}}){NIFTI}")
     return {
         case: NiftiFile(path)
         for case, path in only(

@@ -15,6 +15,7 @@ from nnunetv2_dycon.conversion.commands import converter_parser, run_script
 from nnunetv2_dycon.conversion.convert import Collection, Found, Report, convert
 from nnunetv2_dycon.conversion.source import NIFTI, match, only
 from nnunetv2_dycon.conversion.volumes import NiftiFile
+from nnunetv2_dycon.errors import DataError
 
 PREFIX = "img"
 ORGANS = (
@@ -37,6 +38,8 @@ ORGANS = (
 def find_cases(files: Sequence[Path]) -> Found:
     """Cases by number; files below RegData are left out, since they were registered and resampled."""
     raw = [path for path in files if "regdata" not in (part.lower() for part in path.parts)]
+    if files and not raw:
+        raise DataError(f"{files[0]} is of RegData, whose scans were registered and resampled; give RawData")
     images = only("the scan", ((f"{PREFIX}{fit[1]}", path) for path, fit in match(raw, rf"img(\d{{4}}){NIFTI}")))
     labels = only("the label", ((f"{PREFIX}{fit[1]}", path) for path, fit in match(raw, rf"label(\d{{4}}){NIFTI}")))
     return Found(

@@ -153,7 +153,7 @@ def plan_and_preprocess(
 
     # with nnUNet_n_proc_DA=0, which suits training, the planner sets 0 torch threads and crashes
     variables = {"nnUNet_n_proc_DA": "1", **(environment(root) if root else {})}
-    with mock.patch.dict(os.environ, variables), _no_pools(), contextlib.redirect_stdout(io.StringIO()):
+    with mock.patch.dict(os.environ, variables), no_pools(), contextlib.redirect_stdout(io.StringIO()):
         folder = Path(nnUNet_preprocessed, str(convert_id_to_dataset_name(dataset_id)))
         api.extract_fingerprint_dataset(dataset_id, FewSamples, num_processes=1, show_progress_bar=False)
         api.plan_experiment_dataset(dataset_id)
@@ -229,7 +229,7 @@ class _Here:
 
 
 @contextlib.contextmanager
-def _no_pools() -> Iterator[None]:
+def no_pools() -> Iterator[None]:
     from nnunetv2.utilities import utils
 
     with (

@@ -159,7 +159,7 @@ def by_position(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, li
             f"{name}: the label does not fit its CT, neither by position nor with turned axes (median "
             f"{_median(image.array, placed)} HU inside it); check that both are of the same case"
         )
-    _, axes, turned = min(candidates, key=lambda found: found[:2])
+    _, axes, turned = min(candidates, key=lambda found: found[0])  # of equals the one with the fewest turned axes
     how = f"axes {', '.join('xyz'[axis] for axis in axes)} turned" if axes else "voxel by voxel"
     return turned, [f"the label's position does not fit the CT; placed {how}, which does"]
 

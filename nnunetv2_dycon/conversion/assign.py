@@ -114,7 +114,7 @@ def parse_labeled(text: str | float | Path) -> Labeled:
         ) from None
     if 0 < number < 1:
         return number
-    if number >= 1 and number == int(number) and "." not in str(text).removesuffix(".0"):
+    if number >= 1 and number.is_integer() and "." not in str(text).removesuffix(".0"):
         return int(number)
     raise ConfigError(f"--labeled {text}: give a fraction between 0 and 1, a whole number of cases, all, or a file")
 

@@ -189,7 +189,7 @@ def convert(
     root, files = list_files(source, collection.inner)
     found = collection.find(files)
     if not found.cases:
-        raise DataError(f"{root} holds no case of {collection.name}: {looks_like(root, files)}")
+        raise DataError(f"{root} holds no case of {collection.name}: {looks_like(root, files, collection.name)}")
     _check_links(found.cases, root)
     chosen = find_protocol(protocol or collection.protocols[0], collection.protocols, collection.case_name)
     found = replace(found, cases=_as_spelled(found.cases, chosen))
@@ -258,7 +258,7 @@ def _tasks(collection: Collection, found: Found, roles: Assignment, target: Path
             rule=found.rule or collection.rule,
             empty=name in collection.empty,
             ending=ending,
-            work=target.with_name(f".{target.name}.converting"),
+            work=dataset.workspace(target).work,
         )
         for name, role in sorted(roles.role_of.items())
     ]
@@ -410,8 +410,9 @@ def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, 
     DataError
         If the target is taken, a case is bad (all bad ones are counted) or nothing can be written.
     """
+    if not dry_run:
+        dataset.settle(job.target, job.stamp)
     if not overwrite and _is_there(job):
-        dataset.clear_leftovers(job.target)
         return job.report("up to date")
     made_by = job.plan["converter"]
     if dry_run:

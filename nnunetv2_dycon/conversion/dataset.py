@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
+from nnunetv2_dycon.conversion.volumes import to_disk
 from nnunetv2_dycon.errors import ConfigError, DataError
 
 try:
@@ -53,6 +54,11 @@ class Workspace:
         return self.work / "reports"
 
 
+def workspace(target: Path) -> Workspace:
+    """Where the data set at `target` is built."""
+    return Workspace(target.with_name(f".{target.name}.converting"))
+
+
 def target_folder(dataset_id: int, name: str) -> Path:
     """Folder of a data set in nnUNet_raw.
 
@@ -78,7 +84,7 @@ def target_folder(dataset_id: int, name: str) -> Path:
 def conversion_of(target: Path) -> dict[str, Any]:
     """Content of a data set's conversion.json; empty where there is none that can be read."""
     try:
-        content = json.loads((target / "conversion.json").read_text())
+        content = json.loads((target / "conversion.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -140,8 +146,9 @@ def building(target: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
     DataError
         As `check_free`; if nnUNet_raw cannot be written, or another run builds the same data set.
     """
-    check_free(target, made_by=made_by, overwrite=overwrite)
-    space = Workspace(target.with_name(f".{target.name}.converting"))
+    space = workspace(target)
+    if not space.work.exists():  # refused before anything is made
+        check_free(target, made_by=made_by, overwrite=overwrite)
     try:
         space.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -149,7 +156,8 @@ def building(target: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
             f"Cannot write to {target.parent} ({error.strerror}): set nnUNet_raw to a folder of yours."
         ) from None
     with _locked(space.work):
-        _restore(target, space.work)
+        _settle(target, space.work)
+        check_free(target, made_by=made_by, overwrite=overwrite)
         try:
             _prepare(space, stamp)
             yield space
@@ -174,22 +182,37 @@ def _prepare(space: Workspace, stamp: str) -> None:
         part.unlink()
 
 
-def _restore(target: Path, work: Path) -> None:
-    """Bring back the data set that a killed run was about to replace."""
-    if (work / "old").exists() and not target.exists():
+def settle(target: Path, stamp: str) -> None:
+    """Bring back a data set that a killed run was about to replace, and remove what a run of this `stamp` left.
+
+    Only for a data set that needs no more work; `building` does the first on its own.
+    """
+    work = workspace(target).work
+    if not work.exists():
+        return
+    with _locked(work):
+        _settle(target, work)
+        note = work / "stamp"
+        if target.exists() and note.is_file() and note.read_text() == stamp and not (work / "data").exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _settle(target: Path, work: Path) -> None:
+    if not (work / "old").exists():
+        return
+    if target.exists():  # killed after the new one was in place
+        shutil.rmtree(work / "old")
+    else:
         os.rename(work / "old", target)
 
 
 def _put_in_place(target: Path, space: Workspace) -> None:
-    with suppress(AttributeError):  # Windows has none
-        os.sync()  # a rename may reach the disk before the content does
-    replaced = target.exists()
-    if replaced:
+    if target.exists():
         os.rename(target, space.work / "old")
     try:
         os.rename(space.data, target)
     except OSError:
-        _restore(target, space.work)
+        _settle(target, space.work)
         raise
     shutil.rmtree(space.work, ignore_errors=True)
 
@@ -199,11 +222,6 @@ def stale_preparation(target: Path) -> Path | None:
     preprocessed = nnUNet_preprocessed.get()
     folder = Path(preprocessed) / target.name if preprocessed else None
     return folder if folder is not None and folder.exists() else None
-
-
-def clear_leftovers(target: Path) -> None:
-    """Remove the workspace of a run that was killed after its data set was in place."""
-    shutil.rmtree(target.with_name(f".{target.name}.converting"), ignore_errors=True)
 
 
 @contextmanager
@@ -227,3 +245,4 @@ def _locked(work: Path) -> Iterator[None]:
 def write_json(path: Path, content: object) -> None:
     """Write one of the data set's descriptions."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    to_disk(path)

@@ -57,7 +57,7 @@ class CtSeries:
         with reading(chosen.folder):
             image = reader.Execute()
         image.SetSpacing((*image.GetSpacing()[:2], gap))
-        return from_sitk(image)
+        return from_sitk(image, str(chosen.folder))
 
     def _largest(self, found: list[_Series]) -> _Series:
         if not found:
@@ -75,9 +75,24 @@ class CtSeries:
 def _series(folder: Path) -> list[_Series]:
     import SimpleITK as sitk
 
+    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames
     with reading(folder):
         uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-        return [_Series(folder, uid, sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)) for uid in uids]
+        found = [_Series(folder, uid, names(str(folder), uid)) for uid in uids]
+    listed = {Path(name).name for series in found for name in series.files}
+    # the reader passes over what it cannot read, and a stack without its last slice looks whole
+    for path in sorted(folder.iterdir()):
+        if path.name not in listed and _should_be_slice(path):
+            raise DataError(f"{path} cannot be read as a slice of a series; fetch it again, or remove it if it is none")
+    return found
+
+
+def _should_be_slice(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    with reading(path), path.open("rb") as file:
+        start = file.read(132)
+    return path.suffix.lower() == ".dcm" or not start or start.endswith(b"DICM")
 
 
 def _in_order(series: _Series) -> tuple[list[str], float]:

@@ -44,16 +44,6 @@ class Protocol:
         """Whether every published labelled list is the head of the training list."""
         return all(self.train[:n] == cases for n, cases in self.labeled.items())
 
-    def without(self, dropped: set[str]) -> "Protocol":
-        """Return the protocol without some cases; what is said about counts does not change."""
-
-        def rest(cases: Sequence[str]) -> tuple[str, ...]:
-            return tuple(case for case in cases if case not in dropped)
-
-        labeled = {n: rest(cases) for n, cases in self.labeled.items()}
-        lists = (rest(self.train), rest(self.val), rest(self.test))
-        return Protocol(self.name, self.source, self.note, *lists, labeled)
-
 
 def find_protocol(name: str | Path, published: Sequence[str], canonical: Callable[[str], str]) -> Protocol:
     """Return a published protocol by its name, or that of a user's file.

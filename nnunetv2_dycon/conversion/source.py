@@ -15,8 +15,8 @@ _LOOKS = (
     (rf"strokecase\d{{4}}[^/]*_(dwi|adc|flair|msk){NIFTI}$", "ISLES-2022", "convert ISLES22"),
     (rf"_(flair|t1|t1ce|t2|seg){NIFTI}$", "BraTS", "convert BraTS19"),
     (r"(lgemri|laendo)\.nrrd$|mri_norm2\.h5$", "LA (2018 Atrial Segmentation Challenge)", "convert LA"),
-    (rf"pancreas_?\d{{4}}|(^|/)(image|label)\d{{4}}({NIFTI}|(_norm)?\.h5)$", "Pancreas-NIH", "convert PancreasNIH"),
-    (rf"(^|/)(img|label)\d{{4}}{NIFTI}$", "BTCV", "convert BTCV"),
+    (rf"(^|/)img\d{{4}}{NIFTI}$", "BTCV", "convert BTCV"),
+    (rf"pancreas_?\d{{4}}|(^|/)image\d{{4}}({NIFTI}|(_norm)?\.h5)$", "Pancreas-NIH", "convert PancreasNIH"),
     (r"case\d{4}\.npy\.h5$|slice\d{3}\.npz$", "TransUNet's preprocessed BTCV, whose slices and labels differ", ""),
     (r"btcv_h5/|\d{4}_(image|label)\.npy$", "a preprocessed BTCV (MagicNet, DHC), whose grid differs", ""),
     (r"brats[^/]*\.h5$", "SSL4MIS's preprocessed BraTS, cropped and normalised", ""),
@@ -54,7 +54,7 @@ def list_files(source: str | Path, inner: Collection[str] = ()) -> tuple[Path, l
         here = Path(folder)
         folders[:] = sorted(name for name in folders if not _is_junk(name))
         for name in folders:
-            inside(here / name, root)
+            _stays_in(here / name, root)
         real = here.resolve()
         if real in seen:  # a link to a folder that was walked already
             folders.clear()
@@ -69,20 +69,31 @@ def _is_junk(name: str) -> bool:
 
 
 def inside(path: Path, root: Path) -> Path:
-    """Return `path` if it is no link, or a link to something below `root`.
+    """Return `path` if neither it nor a file in it is a link to something that is not below `root`.
 
     Raises
     ------
     DataError
         If a link leads out of `root` or to nothing.
     """
-    if path.is_symlink():
-        target = path.resolve()
-        if not target.is_relative_to(root):
-            raise DataError(f"{path} is a link that leaves {root} (to {target}); put the real file or folder there")
-        if not target.exists():
-            raise DataError(f"{path} is a link to {target}, which does not exist; put the real file there")
+    _stays_in(path, root)
+    if path.is_dir():
+        for entry in path.iterdir():
+            _stays_in(entry, root)
     return path
+
+
+def _stays_in(path: Path, root: Path) -> None:
+    if not path.is_symlink():
+        return
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise DataError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist; put the real file there"
+        ) from error
+    if not target.is_relative_to(root):
+        raise DataError(f"{path} is a link that leaves {root} (to {target}); put the real file or folder there")
 
 
 def match(files: Iterable[Path], pattern: str) -> list[tuple[Path, re.Match[str]]]:
@@ -110,13 +121,15 @@ def only(kind: str, found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     return files
 
 
-def looks_like(root: Path, files: Sequence[Path]) -> str:
-    """Say, for an error, which collection a tree holds; never the one that was asked for."""
+def looks_like(root: Path, files: Sequence[Path], asked: str = "") -> str:
+    """Say, for an error, which collection a tree holds; never to type `asked`, which has been tried."""
     if not files:
         return "the folder is empty"
     names = ["/".join(path.relative_to(root).parts).lower() for path in files]
     for pattern, title, command in _LOOKS:
         if any(re.search(pattern, name) for name in names):
+            if command == f"convert {asked}":
+                return f"it looks like a part of {title} without the images; give the whole collection"
             advice = f"; type: nnUNetv2_dycon {command} ..." if command else "; it cannot be converted"
             return f"it looks like {title}{advice}"
     return f"it holds, for example, {files[0].relative_to(root)}"

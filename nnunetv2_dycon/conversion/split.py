@@ -215,8 +215,7 @@ def _task(data: _Data, case: str, role: str, target: Path) -> LinkTask:
             for path, end in ((label, ending), (beside, ".json"))
             if path.is_file()
         ]
-    work = target.with_name(f".{target.name}.converting")
-    return LinkTask(case, role, ending, work, (*images, *labels))
+    return LinkTask(case, role, ending, dataset.workspace(target).work, (*images, *labels))
 
 
 def _write_dataset_json(data: _Data, name: str, number: int, folder: Path) -> None:

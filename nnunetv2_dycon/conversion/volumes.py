@@ -17,11 +17,15 @@ from typing import Any, NamedTuple, Protocol
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
 from nnunetv2_dycon.errors import DataError
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # SimpleITK counts millimetres to the left and to the back
-_UNREADABLE = (OSError, EOFError, zlib.error, ValueError, ImageFileError, struct.error, KeyError, RuntimeError)
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, struct.error),
+    *(ImageFileError, HeaderDataError),
+)
 
 
 class Volume(NamedTuple):
@@ -105,8 +109,9 @@ class NiftiFile:
             size = self.path.stat().st_size
             if size == 0:
                 raise DataError(f"{self.path} is empty (0 bytes); fetch it again")
-            magic = self.path.open("rb").read(2)
-            packed, named = magic == b"\x1f\x8b", self.path.name.lower().endswith(".gz")
+            with self.path.open("rb") as file:
+                packed = file.read(2) == b"\x1f\x8b"
+            named = self.path.name.lower().endswith(".gz")
             if packed != named:
                 now, then = ("gzip", "no .gz") if packed else ("not gzip", ".gz")
                 raise DataError(f"{self.path} is {now} data but its name says {then}; rename it or fetch it again")
@@ -163,10 +168,11 @@ def put_nifti(source: NiftiFile, target: Path) -> str:
         part.unlink(missing_ok=True)
         if packed != wanted:
             _compress(source.path, part)
+            to_disk(part)
             how = "compressed"
         else:
             how = _link(source.path.resolve(), part)
-        os.replace(part, target)
+        _put(part, target)
     return how
 
 
@@ -176,8 +182,14 @@ def put_file(source: Path, target: Path) -> str:
     with writing(target):
         part.unlink(missing_ok=True)
         how = _link(source.resolve(), part)
-        os.replace(part, target)
+        _put(part, target)
     return how
+
+
+def _put(part: Path, target: Path) -> None:
+    # a killed run may have made this very link, and renaming one name of a file to another does nothing
+    target.unlink(missing_ok=True)
+    os.replace(part, target)
 
 
 def _link(source: Path, target: Path) -> str:
@@ -186,7 +198,14 @@ def _link(source: Path, target: Path) -> str:
         return "linked"
     except OSError:  # another file system, one without links, or a file of another user
         shutil.copyfile(source, target)
+        to_disk(target)
         return "copied"
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file's content is on disk: a rename may reach it sooner, and after a power cut look whole."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _compress(source: Path, target: Path) -> None:
@@ -205,16 +224,17 @@ def save(volume: Volume, target: Path) -> None:
         image = nib.Nifti1Image(volume.array, volume.affine)
         image.set_qform(volume.affine, 1)
         image.set_sform(volume.affine, 1)
+        image.header.set_xyzt_units("mm")
     else:
         header = volume.header.copy()
         header.set_data_dtype(volume.array.dtype)
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0
         image = nib.Nifti1Image(volume.array, None, header)
-    image.header.set_xyzt_units("mm")
     part = target.with_name(f".part.{target.name}")
     with writing(target):
         nib.save(image, part)
+        to_disk(part)
         os.replace(part, target)
 
 
@@ -257,7 +277,7 @@ class NrrdFile:
                 f"{self.path} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()} values a voxel; "
                 "give a 3-D image with one"
             )
-        return from_sitk(image)
+        return from_sitk(image, str(self.path))
 
 
 @dataclass(frozen=True)
@@ -289,7 +309,7 @@ class H5Array:
         if self.path.stat().st_size == 0:
             raise DataError(f"{self.path} is empty (0 bytes); fetch it again")
         with reading(self.path), h5py.File(self.path, "r") as file:
-            if self.key not in file:
+            if self.key not in set(file):  # `in file` would follow a link
                 raise DataError(f"{self.path} has no array {self.key!r} (it has: {', '.join(file) or 'none'})")
             if not isinstance(file.get(self.key, getlink=True), h5py.HardLink):
                 raise DataError(
@@ -303,7 +323,7 @@ class H5Array:
             array = data[()]
         if array.dtype == np.float16:
             array = array.astype(np.float32)
-        return Volume(array, _TO_RAS @ np.diag([self.spacing] * 3 + [1.0]))
+        return Volume(_smaller(array, str(self.path)), _TO_RAS @ np.diag([self.spacing] * 3 + [1.0]))
 
 
 def _h5py() -> Any:
@@ -314,20 +334,25 @@ def _h5py() -> Any:
     return h5py
 
 
-def from_sitk(image: Any) -> Volume:
-    """Voxels and geometry of a 3-D SimpleITK image."""
+def from_sitk(image: Any, name: str) -> Volume:
+    """Voxels and geometry of a 3-D SimpleITK image; `name` is for messages."""
     import SimpleITK as sitk
 
-    array = np.ascontiguousarray(sitk.GetArrayFromImage(image).T)
-    if array.dtype in (np.int64, np.uint64):  # few programs read 8-byte integers from NIfTI
-        smaller = array.astype(np.int32)
-        if not np.array_equal(smaller, array):
-            raise DataError("holds integers beyond 32 bits; convert it to a smaller type")
-        array = smaller
+    array = _smaller(np.ascontiguousarray(sitk.GetArrayFromImage(image).T), name)
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) @ np.diag(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
     return Volume(array, _TO_RAS @ affine)
+
+
+def _smaller(array: np.ndarray, name: str) -> np.ndarray:
+    """Whole numbers of 8 bytes in 4: few programs read 8-byte integers from NIfTI."""
+    if array.dtype.kind not in "iu" or array.dtype.itemsize < 8:
+        return array
+    smaller = array.astype(np.int32)
+    if not np.array_equal(smaller, array):
+        raise DataError(f"{name} holds integers beyond 32 bits; convert it to a smaller type")
+    return smaller
 
 
 def names_of(*sources: Source) -> str:
