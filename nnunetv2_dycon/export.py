@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 STOCK_TRAINER = "nnUNetTrainer"
 MODEL_FILES = ("plans.json", "dataset.json")
+MEAN_OF = ("student", "teacher")
 
 
 def export_model(
@@ -26,7 +27,7 @@ def export_model(
     configuration: str = "3d_fullres",
     folds: Sequence[int | str] = (0,),
     plans: str = "nnUNetPlans",
-    weights: Literal["teacher", "student"] = "teacher",
+    weights: Literal["teacher", "student", "mean"] = "teacher",
     output: str | Path = "",
     checkpoint: str = "checkpoint_final.pth",
 ) -> Path:
@@ -43,8 +44,10 @@ def export_model(
         Trainer name, with options, as trained.
     folds : sequence of int or 'all'
         Trained folds.
-    weights : {"teacher", "student"}
-        Whose weights become the model.
+    weights : {"teacher", "student", "mean"}
+        Whose weights become the model. In co-training the student is the first network and the teacher the second.
+        For the mean both are written, the teachers as further folds, numbered on from the largest: nnU-Net averages
+        the outputs of the folds that it is given, so it has to be given all of them.
     output : path
         Folder to write; it may not exist yet.
     checkpoint : str
@@ -82,14 +85,26 @@ def export_model(
             whole.mkdir()
             for name in MODEL_FILES:
                 shutil.copyfile(model / name, whole / name)
-            for fold in folds:
-                target = whole / f"fold_{fold}" / "checkpoint_final.pth"
+            for number, fold, kind in _members(folds, weights):
+                target = whole / f"fold_{number}" / "checkpoint_final.pth"
                 target.parent.mkdir()
-                write_checkpoint(_stock_checkpoint(model / f"fold_{fold}" / checkpoint, weights), target)
+                write_checkpoint(_stock_checkpoint(model / f"fold_{fold}" / checkpoint, kind), target)
             os.replace(whole, output)
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror}; give -o another folder.") from error
     return output
+
+
+def _members(folds: Sequence[int | str], weights: str) -> list[tuple[int | str, int | str, str]]:
+    """Return for each fold of the model its number, the trained fold it comes from, and whose weights it has."""
+    if weights != "mean":
+        return [(fold, fold, weights) for fold in folds]
+    student, teacher = MEAN_OF
+    first = 1 + max((int(fold) for fold in folds if fold != "all"), default=-1)
+    return [
+        *((fold, fold, student) for fold in folds),
+        *((first + i, fold, teacher) for i, fold in enumerate(folds)),
+    ]
 
 
 def _stock_checkpoint(path: Path, weights: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Everything beside the student network: its averaged teacher, the projection head, the tap on its encoder.
+"""Everything beside the student network: averaged teacher, second network, projection head, tap on the encoder.
 
 Shapes: `(B, C, *S)` is batch, channel, space (two or three axes). None of these parts changes the student's
 class or its state dict, so that stock nnU-Net can load what was trained.
@@ -7,6 +7,7 @@ class or its state dict, so that stock nnU-Net can load what was trained.
 import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from torch.nn.functional import leaky_relu, normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_dycon.errors import ConfigError
+
+Outputs = Tensor | Sequence[Tensor]
+
+PEER = 2_654_435_769  # far from any seed that is likely beside another, so that no student starts as this network
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -25,6 +30,11 @@ def unwrap(network: nn.Module) -> nn.Module:
             network = network._orig_mod
         else:
             return network
+
+
+def full_resolution(outputs: Outputs) -> Tensor:
+    """Return the output at the patch's own resolution, shape (B, C, *S), with or without deep supervision."""
+    return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
 
 
 def has_encoder_stages(network: nn.Module) -> bool:
@@ -70,7 +80,37 @@ def choose_stage(strides: Sequence[Sequence[int]], target: float = 8) -> int:
     return distances.index(min(distances))
 
 
-class Teacher(nn.Module):
+class Guide(nn.Module):
+    """A plain network as a source of targets: what it answers, without gradients.
+
+    Parameters
+    ----------
+    network : nn.Module
+        The network, not wrapped, held in `network`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits `(B, K, *S)` at full resolution of images `(B, C, *S)`."""
+        return full_resolution(self.network(x))
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Return the output of every encoder stage, finest first, without running the decoder."""
+        return self.network.encoder(x)
+
+    @torch.no_grad()
+    def features_and_logits(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+        """Return the output `(B, F, *G)` of one encoder stage and the logits `(B, K, *S)`, from one pass."""
+        skips = self.network.encoder(x)
+        return skips[stage], full_resolution(self.network.decoder(skips))
+
+
+class Teacher(Guide):
     """The exponential moving average of a student: always in eval mode, never with a gradient.
 
     `teacher.network.state_dict()` has the keys of the plain student.
@@ -86,13 +126,7 @@ class Teacher(nn.Module):
     """
 
     def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        plain = unwrap(student)
-        # A hook belongs to the student alone, and may hold a tensor with a graph, which deepcopy refuses:
-        # hand deepcopy an empty container for each of the student's.
-        hooks = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-        memo = {id(getattr(m, name)): type(getattr(m, name))() for m in plain.modules() for name in hooks}
-        self.network = deepcopy(plain, memo).requires_grad_(False)
+        super().__init__(_copied(student).requires_grad_(False))
         decoder = getattr(self.network, "decoder", None)
         if hasattr(decoder, "deep_supervision"):
             decoder.deep_supervision = False
@@ -146,21 +180,66 @@ class Teacher(nn.Module):
     def _buffers_of(self, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
         return _paired(self.network.buffers(), unwrap(student).buffers())
 
-    @torch.no_grad()
+
+class Peer(Guide):
+    """A second network of the student's architecture, with random weights of its own, to be trained beside it.
+
+    Layers are initialised as torch and the network's own `initialize` do it. No global random state moves, so that a
+    training with a second network draws what one without it draws.
+
+    Parameters
+    ----------
+    student : nn.Module
+        The network whose architecture to take, wrapped or not.
+    seed : int
+        Seed of the weights; they differ from those of a student that was made after `torch.manual_seed(seed)`.
+    """
+
+    def __init__(self, student: nn.Module, *, seed: int) -> None:
+        network = _copied(student).cpu()
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed((seed + PEER) % 2**32)  # it looks at 32 bits only
+        try:
+            for module in network.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            if hasattr(network, "initialize"):
+                network.apply(network.initialize)
+        finally:
+            torch.default_generator.set_state(state)
+        super().__init__(network)
+
+
+class Mean(nn.Module):
+    """The mean of what networks answer at full resolution: as nnU-Net predicts with several folds.
+
+    Parameters
+    ----------
+    networks : nn.Module
+        Plain networks, which stay the caller's.
+    """
+
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.decoder = SimpleNamespace(deep_supervision=False)  # nnU-Net switches it; the answer is the finest always
+        self.train(networks[0].training)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits `(B, K, *S)` at full resolution of images `(B, C, *S)`."""
-        return self.network(x)
+        """Return the mean logits `(B, K, *S)` of images `(B, C, *S)`."""
+        return sum(full_resolution(network(x)) for network in self.networks) / len(self.networks)
 
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """Return the output of every encoder stage, finest first, without running the decoder."""
-        return self.network.encoder(x)
 
-    @torch.no_grad()
-    def features_and_logits(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-        """Return the output `(B, F, *G)` of one encoder stage and the logits `(B, K, *S)`, from one pass."""
-        skips = self.network.encoder(x)
-        return skips[stage], self.network.decoder(skips)
+def _copied(student: nn.Module) -> nn.Module:
+    """Return a copy of the plain student without its forward hooks.
+
+    A hook belongs to the student alone, and may hold a tensor with a graph, which deepcopy refuses: it is handed an
+    empty container for each of the student's.
+    """
+    plain = unwrap(student)
+    hooks = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    memo = {id(getattr(m, name)): type(getattr(m, name))() for m in plain.modules() for name in hooks}
+    return deepcopy(plain, memo)
 
 
 def _paired(mine: Iterable[Tensor], its: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:

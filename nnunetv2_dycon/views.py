@@ -123,6 +123,12 @@ def make_view(
     return VIEWS[name](x_unlabeled, Labeled(x_labeled, target, ignore_label), generator)
 
 
+def noisy(x: Tensor, generator: Generator) -> Tensor:
+    """Return the images with clip(0.1 N(0, 1), -0.2, 0.2) added, the noise of mean teacher's usual recipe."""
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return x + noise.mul_(0.1).clamp_(-0.2, 0.2)
+
+
 def _weak(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
     """Return the same patch for both: all difference between them is in the weights."""
     return View(x, x, _identity, mixes=False)
@@ -130,8 +136,7 @@ def _weak(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
 
 def _noise(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
     """Return a view whose teacher sees clipped Gaussian noise, as in DyCON's released code."""
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return View(x, x + noise.mul_(0.1).clamp_(-0.2, 0.2), _identity, mixes=False)
+    return View(x, noisy(x, generator), _identity, mixes=False)
 
 
 def _intensity(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
@@ -155,7 +160,7 @@ def _cutmix(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
             "View 'cutmix' exchanges boxes between unlabelled patches, but a process has only one of them: "
             "use a trainer name with unlabeledbatch2 or more per process, or the view copy_paste."
         )
-    box = _random_box(x.shape, x.device, generator)
+    box = random_box(x.shape, x.device, generator)
 
     def mix(logits: Tensor) -> Tensor:
         _check_same_grid(logits, x)
@@ -180,7 +185,7 @@ def _copy_paste(x: Tensor, labeled: Labeled | None, generator: Generator) -> Vie
     order = torch.randperm(len(labeled.x), generator=generator, device=x.device)
     partner = order[torch.arange(len(x), device=x.device) % len(order)]
     truth = labeled.target[partner]
-    box = _random_box(x.shape, x.device, generator) & (truth >= 0)
+    box = random_box(x.shape, x.device, generator) & (truth >= 0)
     if labeled.ignore_label is not None:
         box &= truth != labeled.ignore_label
 
@@ -211,17 +216,31 @@ def _check_same_grid(logits: Tensor, x: Tensor) -> None:
         raise ValueError(f"Teacher logits {tuple(logits.shape)} do not lie on the grid of {tuple(x.shape)}.")
 
 
-def _random_box(shape: torch.Size, device: torch.device, generator: Generator) -> Tensor:
-    """Return masks `(B, 1, *S)`, True in one box per sample: side by `BOX_SIDE`, any position inside."""
+def random_box(
+    shape: torch.Size, device: torch.device, generator: Generator, side: tuple[float, float] = BOX_SIDE
+) -> Tensor:
+    """Return masks `(B, 1, *S)`, True in one box per sample: any position inside, `side` as a share of each axis.
+
+    Parameters
+    ----------
+    shape : torch.Size
+        That of the images, (B, C, *S).
+    device : torch.device
+        Where the mask is made, that of the generator.
+    generator : Generator
+        Source of sides and positions.
+    side : tuple of float
+        Smallest and largest side, in (0, 1], rounded to whole voxels.
+    """
     batch, space = shape[0], shape[2:]
     draws = torch.rand((2, len(space), batch, 1), generator=generator, device=device)
     box = torch.ones((batch, 1) + (1,) * len(space), dtype=torch.bool, device=device)
     for axis, size in enumerate(space):
-        side = draws[0, axis].mul(BOX_SIDE[1] - BOX_SIDE[0]).add(BOX_SIDE[0]).mul(size).round().clamp_(min=1)
+        voxels = draws[0, axis].mul(side[1] - side[0]).add(side[0]).mul(size).round().clamp_(min=1)
         # The minimum is for a product that float32 rounds up to the next whole number.
-        start = torch.minimum((draws[1, axis] * (size - side + 1)).floor(), size - side)
+        start = torch.minimum((draws[1, axis] * (size - voxels + 1)).floor(), size - voxels)
         grid = torch.arange(size, device=device)
-        inside = (grid >= start) & (grid < start + side)
+        inside = (grid >= start) & (grid < start + voxels)
         box = box & inside.view(batch, 1, *[size if a == axis else 1 for a in range(len(space))])
     return box
 

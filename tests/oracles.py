@@ -35,7 +35,9 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits - torch.logsumexp(logits, 0)
 
 
-def uncl(student: Tensor, teacher: Tensor, *, beta: float, entropy: str, guarded: bool) -> tuple[Tensor, Tensor]:
+def uncl(
+    student: Tensor, teacher: Tensor, *, beta: float, entropy: str, guarded: bool, focus: str = "confident"
+) -> tuple[Tensor, Tensor]:
     """Consistency and entropy part of UnCL (supplement Eq. 1, or the guarded form)."""
     consistency, entropies, n = 0.0, 0.0, 0
     unit = math.log(student.shape[1]) if guarded else 1.0
@@ -44,6 +46,8 @@ def uncl(student: Tensor, teacher: Tensor, *, beta: float, entropy: str, guarded
         h_s, h_t = entropy_of(log_p) / unit, entropy_of(log_q) / unit
         first, second = {"dual": (h_s, h_t), "teacher": (h_t, h_t), "student": (h_s, h_s)}[entropy]
         square = sum((p - q) ** 2 for p, q in zip(log_p.exp(), log_q.exp(), strict=True))
+        if focus == "uncertain":
+            first, second = 1 - first, 1 - second
         denominator = torch.exp(beta * first) + torch.exp(beta * second)
         if guarded:
             consistency = consistency + 2 / denominator.detach() * square
@@ -96,6 +100,42 @@ def soft_ce_dice(student: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
                 bottom[at[0], c] = bottom.get((at[0], c), 0.0) + w * (lp.exp() ** 2 + qc**2)
     dice = [(top[key] + 1) / (bottom[key] + 1) for key in top]
     return cross / len(places) + 1 - sum(dice) / len(dice)
+
+
+def pseudo_label(student: Tensor, teacher: Tensor, gate: float) -> tuple[Tensor, float]:
+    """Cross-entropy over all voxels and Dice over the kept ones, against argmax where max >= gate; share kept."""
+    q, weight = torch.zeros(teacher.shape, dtype=torch.float64), torch.zeros(teacher.shape[:1] + teacher.shape[2:])
+    for at in voxels(teacher):
+        p = log_probabilities(teacher[at]).exp().tolist()
+        best = max(range(len(p)), key=lambda c: p[c])
+        q[(at[0], best, *at[2:])] = 1.0
+        weight[(at[0], *at[2:])] = float(p[best] >= gate)
+    return soft_ce_dice(student, q, weight), weight.mean().item()
+
+
+def uamt(student: Tensor, teacher: Tensor, samples: list[Tensor], r: float) -> tuple[Tensor, float]:
+    """Mean squared norm over the voxels where the mean of the samples has entropy < (3/4 + r/4) ln C; their share."""
+    total, kept, places = 0.0, 0, voxels(student)
+    for at in places:
+        mean = sum(log_probabilities(s[at]).exp() for s in samples) / len(samples)
+        if -sum(p * math.log(p) for p in mean.tolist()) < (0.75 + 0.25 * r) * math.log(len(mean)):
+            p, q = log_probabilities(student[at]).exp(), log_probabilities(teacher[at]).exp()
+            total, kept = total + sum((a - b) ** 2 for a, b in zip(p, q, strict=True)), kept + 1
+    return total / kept, kept / len(places)
+
+
+def region_loss(student: Tensor, labels: Tensor, region: Tensor) -> Tensor:
+    """Cross-entropy as the mean over a region (B, *S), plus Dice over it by image and class, smoothed by its share."""
+    q = torch.stack([(labels == c).double() for c in range(student.shape[1])], 1)
+    cross = mean = 0.0
+    for at in voxels(student):
+        if region[(at[0], *at[2:])]:
+            cross = cross - (log_probabilities(student[at]) * q[at]).sum() / region.sum()
+    p, m, smooth = student.double().softmax(1), region.double(), region.double().mean()
+    for b, c in product(range(student.shape[0]), range(1, student.shape[1])):
+        top = 2 * (m[b] * p[b, c] * q[b, c]).sum() + smooth
+        mean = mean + 1 - top / ((m[b] * p[b, c] ** 2).sum() + (m[b] * q[b, c] ** 2).sum() + smooth)
+    return cross + mean / (student.shape[0] * (student.shape[1] - 1))
 
 
 def fecl_image(

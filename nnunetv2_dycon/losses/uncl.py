@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from nnunetv2_dycon.losses.voxels import check_pair, full_precision, voxel_blocks, wide_zeros, widen
 
 Entropy = Literal["dual", "teacher", "student"]
+Focus = Literal["confident", "uncertain"]
 
 # How often student and teacher entropy stand in the denominator and in the entropy term: a single entropy is counted
 # twice, so that the scale of the loss does not depend on the choice.
@@ -32,12 +33,13 @@ class UnCL(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """One form of the loss: exponent per nat of entropy, the counts above, and whether it is the guarded one."""
+    """One form of the loss: exponent per nat of entropy, the counts above, guarded or not, and its focus."""
 
     rate: float
     student: int
     teacher: int
     guarded: bool
+    uncertain: bool
 
 
 def uncl_literal(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, entropy: Entropy = "dual") -> UnCL:
@@ -83,12 +85,20 @@ def uncl_literal(student_logits: Tensor, teacher_logits: Tensor, *, beta: float,
     return _apply(student_logits, teacher_logits, beta, entropy, guarded=False)
 
 
-def uncl_guarded(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, entropy: Entropy = "dual") -> UnCL:
+def uncl_guarded(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float,
+    entropy: Entropy = "dual",
+    focus: Focus = "confident",
+) -> UnCL:
     """UnCL whose weight is a constant of the voxel and whose entropy term acts only where both networks agree.
 
     With H' = H / ln C the parts are `mean_i[ w |p_s - p_t|^2 ]`, `w = 2 / (exp(beta H'_s) + exp(beta H'_t))`
     detached, and `mean_i[ H'_s 1(argmax p_s = argmax p_t) ]`, which the caller multiplies by its own weight. Since w
-    is in (0, 1], the scale of the loss does not depend on beta or C.
+    is in (0, 1], the scale of the loss does not depend on beta or C. With focus "uncertain" 1 - H' stands for H'
+    in w, which then is 1 where the networks know nothing and exp(-beta) where they are certain.
 
     Parameters
     ----------
@@ -98,6 +108,8 @@ def uncl_guarded(student_logits: Tensor, teacher_logits: Tensor, *, beta: float,
         Entropy scale, >= 0, per unit of normalised entropy.
     entropy : {"dual", "teacher", "student"}
         Whose entropy weighs the voxels; the entropy part is always the student's.
+    focus : {"confident", "uncertain"}
+        Which voxels weigh most.
 
     Returns
     -------
@@ -107,7 +119,7 @@ def uncl_guarded(student_logits: Tensor, teacher_logits: Tensor, *, beta: float,
     Raises
     ------
     ValueError
-        If the shapes differ, there are fewer than 2 classes, or beta or entropy is out of range.
+        If the shapes differ, there are fewer than 2 classes, or beta, entropy or focus is out of range.
 
     References
     ----------
@@ -122,11 +134,18 @@ def uncl_guarded(student_logits: Tensor, teacher_logits: Tensor, *, beta: float,
     >>> [round(part.item(), 4) for part in uncl_guarded(student, teacher, beta=1.0)]
     [0.2689, 1.0]
     """
-    return _apply(student_logits, teacher_logits, beta, entropy, guarded=True)
+    return _apply(student_logits, teacher_logits, beta, entropy, guarded=True, focus=focus)
 
 
 @torch.no_grad()
-def entropy_weight(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, entropy: Entropy = "dual") -> Tensor:
+def entropy_weight(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float,
+    entropy: Entropy = "dual",
+    focus: Focus = "confident",
+) -> Tensor:
     """Weight w of the guarded form for each voxel, detached, in (0, 1].
 
     Parameters
@@ -137,11 +156,13 @@ def entropy_weight(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
         Entropy scale, >= 0, per unit of normalised entropy.
     entropy : {"dual", "teacher", "student"}
         Whose entropy weighs the voxels.
+    focus : {"confident", "uncertain"}
+        Which voxels weigh most.
 
     Returns
     -------
     Tensor, shape (B, *S)
-        1 where the chosen networks are certain, exp(-beta) where they know nothing.
+        1 where the chosen networks are certain, exp(-beta) where they know nothing; the reverse for "uncertain".
 
     Raises
     ------
@@ -156,7 +177,7 @@ def entropy_weight(student_logits: Tensor, teacher_logits: Tensor, *, beta: floa
     >>> round(entropy_weight(student, teacher, beta=1.0).item(), 4)
     0.5379
     """
-    form = _form(student_logits, teacher_logits, beta, entropy, guarded=True)
+    form = _form(student_logits, teacher_logits, beta, entropy, guarded=True, focus=focus)
     with full_precision(student_logits):
         out = widen(student_logits).new_empty(student_logits.shape[:1] + student_logits.shape[2:]).unsqueeze(1)
         for _, s, t, w in voxel_blocks(student_logits, teacher_logits, out):
@@ -177,8 +198,9 @@ class _Voxels:
         self.difference = self.p - q
         self.square = self.difference.square().sum(0)
         # The denominator stays a logarithm, so that no beta overflows; an entropy that does not count is log 0.
-        exponent_s = self.h_s * form.rate + (math.log(form.student) if form.student else -math.inf)
-        exponent_t = self.h_t * form.rate + (math.log(form.teacher) if form.teacher else -math.inf)
+        h_s, h_t = ((math.log(len(s)) - h if form.uncertain else h) for h in (self.h_s, self.h_t))
+        exponent_s = h_s * form.rate + (math.log(form.student) if form.student else -math.inf)
+        exponent_t = h_t * form.rate + (math.log(form.teacher) if form.teacher else -math.inf)
         log_denominator = torch.logaddexp(exponent_s, exponent_t)
         self.inverse = (-log_denominator).exp()
         self.student_share = (exponent_s - log_denominator).exp()
@@ -235,21 +257,25 @@ class _UnCL(torch.autograd.Function):
         return gradient, None, None
 
 
-def _apply(student: Tensor, teacher: Tensor, beta: float, entropy: Entropy, *, guarded: bool) -> UnCL:
+def _apply(
+    student: Tensor, teacher: Tensor, beta: float, entropy: Entropy, *, guarded: bool, focus: Focus = "confident"
+) -> UnCL:
     """Check the arguments and run the form."""
-    form = _form(student, teacher, beta, entropy, guarded=guarded)
+    form = _form(student, teacher, beta, entropy, guarded=guarded, focus=focus)
     return UnCL(*_UnCL.apply(student, teacher.detach(), form))
 
 
-def _form(student: Tensor, teacher: Tensor, beta: float, entropy: Entropy, *, guarded: bool) -> _Form:
+def _form(student: Tensor, teacher: Tensor, beta: float, entropy: Entropy, *, guarded: bool, focus: Focus) -> _Form:
     """Return the form for logits (B, C, *S), or raise ValueError."""
     check_pair(student, teacher)
     if entropy not in _COUNTS:
         raise ValueError(f"entropy {entropy!r}: choose dual, teacher or student.")
+    if focus not in ("confident", "uncertain"):
+        raise ValueError(f"focus {focus!r}: choose confident or uncertain.")
     if not (beta >= 0 and math.isfinite(beta)):
         raise ValueError(f"beta {beta}: give a finite number of at least 0.")
     rate = beta / math.log(student.shape[1]) if guarded else beta
-    return _Form(rate, *_COUNTS[entropy], guarded)
+    return _Form(rate, *_COUNTS[entropy], guarded, focus == "uncertain")
 
 
 def _entropy_factor(form: _Form, classes: int) -> float:

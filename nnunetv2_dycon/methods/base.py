@@ -1,9 +1,9 @@
-"""What a method is: its batch, its terms, its teacher. A method is one small file over this one.
+"""What a method is: its batch, its terms, its teacher, its view. A method is one small file over this one.
 
 Shapes: `(B, C, *S)` is batch, channel or class, space (2D or 3D).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -11,11 +11,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_dycon.networks import Teacher
+from nnunetv2_dycon.networks import Outputs, Teacher
 from nnunetv2_dycon.options import Settings, option
-from nnunetv2_dycon.schedules import ema_decay
-
-Outputs = Tensor | Sequence[Tensor]
+from nnunetv2_dycon.schedules import ema_decay, gaussian_ramp
+from nnunetv2_dycon.views import VIEWS, View, make_view
 
 
 class Term(NamedTuple):
@@ -81,7 +80,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TeacherSettings(Settings):
-    """Options of every method, since each keeps an averaged copy of the student."""
+    """Options of every method that keeps an averaged copy of the student."""
 
     ema: float | None = option(
         None,
@@ -92,9 +91,13 @@ class TeacherSettings(Settings):
     )
 
 
-def full_resolution(outputs: Outputs) -> Tensor:
-    """Return the output at the patch's own resolution, shape (B, C, *S), with or without deep supervision."""
-    return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+@dataclass(frozen=True)
+class ViewSettings(Settings):
+    """Options of every method that compares two looks at an unlabelled patch; further bases come after this one."""
+
+    ramp: float = option(0.4, low=0.0, high=1.0, help="fraction of the training over which unlabelled terms rise")
+    delay: float = option(0.02, low=0.0, high=1.0, help="fraction of the training before unlabelled terms begin")
+    view: str = option("noise", choices=tuple(VIEWS), help="what differs between student and teacher input")
 
 
 class Method(nn.Module):
@@ -105,6 +108,9 @@ class Method(nn.Module):
     backward pass so that only one graph is alive. The group that uses every head of the student comes last
     (distributed training needs that). Parameters of the method that require a gradient are optimised like the
     student's.
+
+    `teacher` is what gives the student its targets: the average, or a second network. Its weights have the student's
+    names and a key of their own in the checkpoint, and it is scored beside the student.
     """
 
     settings_type: ClassVar[type[Settings]] = TeacherSettings
@@ -122,6 +128,10 @@ class Method(nn.Module):
     def start(self, student: nn.Module) -> None:
         """Begin training: the teacher equals the student, also after pretrained weights were loaded."""
         self.teacher.sync(student)
+
+    def models(self, student: nn.Module) -> dict[str, nn.Module]:
+        """Return what can predict beside the plain student; final validation scores each in a sub-folder."""
+        return {"teacher": self.teacher.network}
 
     def groups(self, student: nn.Module, batch: Batch) -> tuple[Callable[[], Group], ...]:
         """Return the student passes of one step, in order."""
@@ -154,6 +164,29 @@ class Method(nn.Module):
     def after_step(self, student: nn.Module, step: int) -> None:
         """Move the teacher towards the plain student after optimiser step `step` (counted from 0)."""
         self.teacher.update(student, self.decay(step))
+
+
+class ViewMethod(Method):
+    """Base of the methods with `ViewSettings`: the ramp of their unlabelled terms and their view."""
+
+    def ramp(self, batch: Batch) -> float:
+        """Return the factor r(t) in [0, 1] of all unlabelled terms."""
+        return gaussian_ramp(batch.t, rampup=self.settings.ramp, delay=self.settings.delay)
+
+    def figures(self, t: float) -> dict[str, float]:
+        """Return the ramp at fraction `t` of the training, for the log."""
+        return {"ramp": gaussian_ramp(t, rampup=self.settings.ramp, delay=self.settings.delay)}
+
+    def view(self, batch: Batch) -> View:
+        """Return the student's and the teacher's input for the unlabelled patches."""
+        return make_view(
+            self.settings.view,
+            batch.x_u,
+            x_labeled=batch.x_l,
+            target=batch.y_l,
+            ignore_label=self.task.ignore_label,
+            generator=batch.generator,
+        )
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -47,6 +46,14 @@ from nnunetv2_dycon.options import Settings
 from nnunetv2_dycon.precision import require_bf16
 from nnunetv2_dycon.randomness import global_states, seed_everything, seed_from_here, set_global_states
 from nnunetv2_dycon.trainers.history import History, epoch_means, lost_classes
+from nnunetv2_dycon.trainers.ranks import (
+    average_gradients,
+    finite_everywhere,
+    mean_row,
+    share_weights,
+    sum_counts,
+    world_size,
+)
 from nnunetv2_dycon.trainers.state import compare_settings, restore, restore_random_states, state_of
 
 CLIP_NORM = 12.0  # as stock
@@ -113,9 +120,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.method.to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed + self.local_rank)
         parameters = self._method_parameters()
-        if self.is_ddp:
-            for tensor in parameters:
-                dist.broadcast(tensor.data, 0)
+        share_weights(parameters)
         if parameters:
             # An optimiser of its own, so that `optimizer_state` in the checkpoint stays stock's.
             self.method_optimizer = torch.optim.SGD(
@@ -200,7 +205,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def _unlabeled_loader(self, labeled: Any) -> IsolatedLoader:
         wanted = self.settings.unlabeledbatch
-        size = self.batch_size if not wanted else len(range(self.local_rank, wanted, _world_size()))
+        size = self.batch_size if not wanted else len(range(self.local_rank, wanted, world_size()))
         if size == 0:
             raise ConfigError(f"option unlabeledbatch{wanted} leaves no unlabelled patch for each of the GPUs.")
         dataset = self.dataset_class(str(self.unlabeled.folder), list(self.unlabeled.names))
@@ -263,7 +268,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         for index, group in enumerate(groups):
             with self._no_sync(index + 1 < len(groups)):
                 total = total + self._backward(group, figures)
-        if self._is_finite(total):
+        if finite_everywhere(total):
             self._optimize()
             self.method.after_step(unwrap(self.network), self.step)
             self.skipped_in_a_row = 0
@@ -311,28 +316,18 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         return loss.detach()
 
     def _optimize(self) -> None:
-        parameters = self._method_parameters()
-        if self.is_ddp:
-            for parameter in parameters:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= _world_size()
+        average_gradients(self._method_parameters())
         scaler = self.grad_scaler
         if scaler is not None:
             for optimizer in self._optimizers():
                 scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
-        if parameters:
-            nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        for module in self.method.children():  # each on its own: a joint norm would couple them
+            nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
         for optimizer in self._optimizers():
             optimizer.step() if scaler is None else scaler.step(optimizer)
         if scaler is not None:
             scaler.update()
-
-    def _is_finite(self, total: Tensor) -> bool:
-        finite = torch.isfinite(total).float()
-        if self.is_ddp:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        return bool(finite)
 
     def _skip(self, batch: dict) -> None:
         """Leave weights as they are; stop with the case ids when it does not pass."""
@@ -352,11 +347,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         steps = [{name: float(value) for name, value in figures.items()} for figures in self.figures]
         row = epoch_means(steps)
         row["skipped_steps"] = sum(step["skipped_steps"] for step in steps)
-        if self.is_ddp:
-            rows: list[Any] = [None] * _world_size()
-            dist.all_gather_object(rows, row)
-            row = epoch_means(rows)
-        self.epoch_row = row
+        self.epoch_row = mean_row(row)
 
     def validation_step(self, batch: dict) -> dict:
         """As stock for the student, and once more for the teacher."""
@@ -367,7 +358,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             copy = target
         with self._autocast() if self.settings.bf16 else nullcontext():
             outputs = super().validation_step({**batch, "target": copy})
-            with self._teacher_as_network():
+            with self._as_network(self.method.teacher.network):
                 teacher = super().validation_step(batch)
         return {**outputs, **{f"teacher_{name}": teacher[name] for name in ("tp_hard", "fp_hard", "fn_hard")}}
 
@@ -376,11 +367,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         super().on_validation_epoch_end(val_outputs)
         collated = collate_outputs(val_outputs)
         counts = np.stack([np.sum(collated[f"teacher_{name}"], 0) for name in ("tp_hard", "fp_hard", "fn_hard")])
-        if self.is_ddp:
-            parts: list[Any] = [None] * _world_size()
-            dist.all_gather_object(parts, counts)
-            counts = np.sum(parts, 0)
-        tp, fp, fn = counts
+        tp, fp, fn = sum_counts(counts)
         with np.errstate(invalid="ignore"):  # a class that is absent from all patches has no Dice
             teacher = 2 * tp / (2 * tp + fp + fn)
         student = self.logger.get_value("dice_per_class_or_region", step=-1)
@@ -395,7 +382,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         for name in lost_classes(self.history, self._class_names()) if self.method_type.uses_unlabeled else ():
             self.print_to_log_file(
                 f"WARNING: the teacher has lost class '{name}' (pseudo Dice 0). Its unlabelled targets now teach the "
-                "student that this class is absent; a later start helps, e.g. _delay0p3 in the trainer name."
+                "student that this class is absent; a later start helps: _delay0p3 in the name (BCP: _pretrain0p4)."
             )
         super().on_epoch_end()
         if self.local_rank == 0:
@@ -420,33 +407,39 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         return [names.get(str(list(k) if isinstance(k, tuple) else int(k)), str(k)) for k in kept]
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """As stock for the student; then the same for the teacher, in the sub-folder `teacher`."""
+        """As stock for the student; then for the method's other models, each in a sub-folder of its name."""
         super().perform_actual_validation(save_probabilities)
-        self.print_to_log_file("Final validation of the teacher:")
-        network, folders = unwrap(self.network), (self.output_folder, self.output_folder_base)
-        student = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        try:
-            network.load_state_dict(self.method.teacher.network.state_dict())
+        folders = self.output_folder, self.output_folder_base
+        for name, network in self.method.models(unwrap(self.network)).items():
+            self.print_to_log_file(f"Final validation, {name}:")
             # Both, since a cascade's first stage writes its predictions below the second.
-            self.output_folder = self.output_folder_base = os.path.join(folders[0], "teacher")
-            super().perform_actual_validation(save_probabilities)
-        finally:
-            self.output_folder, self.output_folder_base = folders
-            network.load_state_dict(student)
+            self.output_folder = self.output_folder_base = os.path.join(folders[0], name)
+            try:
+                with self._as_network(network):
+                    super().perform_actual_validation(save_probabilities)
+            finally:
+                self.output_folder, self.output_folder_base = folders
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """As stock, also for a network that is not wrapped where the student is."""
+        unwrap(self.network).decoder.deep_supervision = enabled
 
     @contextmanager
-    def _teacher_as_network(self) -> Iterator[None]:
-        student, teacher = self.network, self.method.teacher.network
-        self.network = teacher
-        deep = hasattr(teacher, "decoder") and hasattr(teacher.decoder, "deep_supervision")
-        if deep:
-            teacher.decoder.deep_supervision = self.enable_deep_supervision
+    def _as_network(self, network: nn.Module) -> Iterator[None]:
+        """Put a plain network in the student's place, to predict; it is left as it was."""
+        student, training = self.network, network.training
+        decoder = getattr(network, "decoder", None)
+        deep = getattr(decoder, "deep_supervision", None)
+        self.network = network.eval()
+        if deep is not None:
+            decoder.deep_supervision = self.enable_deep_supervision
         try:
             yield
         finally:
             self.network = student
-            if deep:
-                teacher.decoder.deep_supervision = False
+            network.train(training)
+            if deep is not None:
+                decoder.deep_supervision = deep
 
     # -------------------------------------------------------------------------------------------- checkpoints
     def save_checkpoint(self, filename: str) -> None:
@@ -462,7 +455,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         write_checkpoint(checkpoint, Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """As stock, then our key; a checkpoint without it starts the teacher from the student."""
+        """As stock, then our key; a checkpoint without it starts the method anew."""
         checkpoint, _ = read_checkpoint(Path(filename_or_checkpoint))
         state = checkpoint.get(KEY)
         if state is not None:
@@ -470,8 +463,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
         if state is None:
             self.print_to_log_file(
-                f"WARNING: {filename_or_checkpoint} has no '{KEY}' entry (another trainer wrote it): the teacher "
-                "starts from the student."
+                f"WARNING: {filename_or_checkpoint} has no '{KEY}' entry (another trainer wrote it): all but the "
+                "network starts as in a new training."
             )
             self.step = self.current_epoch * self.num_iterations_per_epoch
             self.method.start(unwrap(self.network))
@@ -494,7 +487,3 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         if self.settings.bf16:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

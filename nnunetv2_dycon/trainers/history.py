@@ -77,7 +77,16 @@ class History:
         os.replace(part, path)
 
 
-SHARES = ("ramp", "beta", "agreement", "patches_kept", "foreground_patches", "skipped_steps")
+SHARES = (
+    "ramp",
+    "beta",
+    "threshold",
+    "agreement",
+    "voxels_kept",
+    "patches_kept",
+    "foreground_patches",
+    "skipped_steps",
+)
 
 
 def lost_classes(history: History, classes: Sequence[str], *, learned: float = 0.1, lost: float = 0.01) -> list[str]:

@@ -11,16 +11,26 @@ from typing import NamedTuple
 from nnunetv2_dycon import options
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.methods.base import Method
+from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
+from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.dycon import PAPER, DyCON, DyCONSettings
+from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
 from nnunetv2_dycon.methods.labeled_only import LabeledOnly
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from nnunetv2_dycon.methods.pseudo_label import PseudoLabel, PseudoLabelSettings
+from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
 
 # Base name (without underscore: options begin at the first), method, settings that options depart from.
 TRAINERS: dict[str, tuple[type[Method], options.Settings]] = {
     "nnUNetTrainerLabeledOnly": (LabeledOnly, LabeledOnly.settings_type()),
     "nnUNetTrainerMeanTeacher": (MeanTeacher, MeanTeacherSettings()),
+    "nnUNetTrainerUAMT": (UAMT, UAMTSettings()),
+    "nnUNetTrainerPseudoLabel": (PseudoLabel, PseudoLabelSettings()),
+    "nnUNetTrainerBCP": (BCP, BCPSettings()),
+    "nnUNetTrainerCPS": (CPS, CPSSettings()),
     "nnUNetTrainerDyCON": (DyCON, DyCONSettings()),
     "nnUNetTrainerDyCONPaper": (DyCON, PAPER),
+    "nnUNetTrainerDyCONCPS": (DyCONCPS, DyCONCPSSettings()),
 }
 
 

@@ -47,7 +47,10 @@ def work(rank: int, root: str, method: str, poisoned: bool) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("method", "poisoned"), [("nnUNetTrainerMeanTeacher", False), ("nnUNetTrainerDyCON", True)])
+@pytest.mark.parametrize(
+    ("method", "poisoned"),
+    [("nnUNetTrainerMeanTeacher", False), ("nnUNetTrainerDyCON", True), ("nnUNetTrainerCPS", True)],
+)
 def test_ranks_hold_the_same_weights_and_see_different_patches(tmp_path: Path, method: str, poisoned: bool) -> None:
     names = make_dataset(tmp_path)
     write_splits(tmp_path, names.dataset, train=names.labeled[:3], val=names.labeled[3:])

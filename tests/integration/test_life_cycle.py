@@ -141,6 +141,26 @@ def test_the_teacher_of_the_export_is_the_teacher_of_the_training(data: Path, tr
     assert np.array_equal(predictions(tmp_path / "out")["l_03.nii.gz"], expected)
 
 
+def test_co_training_validates_and_predicts_with_both_networks_and_their_mean(data: Path, tmp_path: Path) -> None:
+    trainer = "nnUNetTrainerCPS_epochs1_iters30_valiters1_lr0p03"
+    run(data, "nnUNetv2_train", 901, "3d_fullres", 0, "-tr", trainer, "-device", "cpu")
+    fold = data / "nnUNet_results" / "Dataset901_Tiny" / f"{trainer}__nnUNetPlans__3d_fullres" / "fold_0"
+    case = tmp_path / "case"
+    case.mkdir()
+    (case / "l_03_0000.nii.gz").symlink_to(data / "nnUNet_raw/Dataset901_Tiny/imagesTr/l_03_0000.nii.gz")
+    seen = []
+    for weights, folder, folds in (("student", ".", (0,)), ("teacher", "teacher", (0,)), ("mean", "mean", (0, 1))):
+        model, output = tmp_path / f"model_{weights}", tmp_path / weights
+        run(data, "nnUNetv2_dycon", "export", "-d", 901, "-tr", trainer, "-f", 0, "-o", model, "--weights", weights)
+        predict = ("nnUNetv2_predict_from_modelfolder", "-i", case, "-o", output, "-m", model, "-f", *folds)
+        run(data, *predict, "-device", "cpu", "-npp", 1, "-nps", 1)
+        seen.append(predictions(output)["l_03.nii.gz"])
+        expected = predictions(fold / folder / "validation")["l_03.nii.gz"]
+        # The mean of sums in half precision is not the sum of means: a voxel between two classes may differ.
+        assert (seen[-1] != expected).mean() <= (0.001 if weights == "mean" else 0)
+    assert not np.array_equal(seen[0], seen[1])
+
+
 def test_export_of_a_fold_that_was_not_trained_says_what_to_type(data: Path, trained: Path, tmp_path: Path) -> None:
     said = run(data, "nnUNetv2_dycon", "export", "-d", 901, "-tr", TRAINER, "-f", 3, "-o", tmp_path / "model", ok=False)
     assert "type" in said or "train it first: nnUNetv2_train 901 3d_fullres 3" in said

@@ -21,6 +21,11 @@ METHODS = (
     "nnUNetTrainerMeanTeacher",
     "nnUNetTrainerDyCON",
     "nnUNetTrainerDyCON_viewcopy_paste_targetce_dice_onall",
+    "nnUNetTrainerPseudoLabel",
+    "nnUNetTrainerUAMT",
+    "nnUNetTrainerBCP",
+    "nnUNetTrainerCPS",
+    "nnUNetTrainerDyCONCPS",
 )
 HIDDEN = ("l_03", "l_04")
 VALIDATION = ("l_02",)

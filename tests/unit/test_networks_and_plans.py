@@ -31,33 +31,40 @@ def anisotropic(plans: dict) -> dict:
     return plans
 
 
+@pytest.mark.parametrize("method", ["DyCON", "DyCONCPS"])
 @pytest.mark.parametrize("change", [residual, anisotropic])
-def test_planned_variants_train(tiny: Path, change) -> None:
-    t = begin(make_trainer("nnUNetTrainerDyCON_epochs1_iters2", plans=change(plans_of(tiny))))
+def test_planned_variants_train(tiny: Path, change, method: str) -> None:
+    t = begin(make_trainer(f"nnUNetTrainer{method}_epochs1_iters2", plans=change(plans_of(tiny))))
     assert all(abs(step["loss"]) < 100 for step in steps(t, 2))
     t.validation_step(next(t.dataloader_val))
 
 
-def test_without_deep_supervision(tiny: Path) -> None:
-    t = make_trainer("nnUNetTrainerDyCON_epochs1_iters2")
+@pytest.mark.parametrize("method", ["DyCON", "DyCONCPS"])
+def test_without_deep_supervision(tiny: Path, method: str) -> None:
+    t = make_trainer(f"nnUNetTrainer{method}_epochs1_iters2")
     t.enable_deep_supervision = False
     begin(t)
     assert all(abs(step["loss"]) < 100 for step in steps(t, 2))
     t.validation_step(next(t.dataloader_val))
 
 
-@pytest.mark.parametrize("view", ["noise", "intensity", "cutmix", "copy_paste"])
-def test_2d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: str) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [*(f"DyCON_view{view}" for view in ("noise", "intensity", "cutmix", "copy_paste")), "BCP_pretrain0", "CPS"],
+)
+def test_2d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     for name, folder in environment(tmp_path).items():
         monkeypatch.setenv(name, folder)
     make_dataset(tmp_path, labeled=2, unlabeled=2, test=0)
     plan_and_preprocess(root=tmp_path, configurations=("2d",))
-    t = make_trainer(f"nnUNetTrainerDyCON_epochs1_iters1_view{view}", configuration="2d", fold="all")
+    t = make_trainer(f"nnUNetTrainer{method}_epochs1_iters1", configuration="2d", fold="all")
     done = steps(begin(t), 1)
     assert done[0]["unlabeled"].ndim == 4
 
 
-@pytest.mark.parametrize("method", ["nnUNetTrainerLabeledOnly", "nnUNetTrainerMeanTeacher", "nnUNetTrainerDyCON"])
+@pytest.mark.parametrize(
+    "method", ["LabeledOnly", "MeanTeacher", "DyCON", "PseudoLabel", "UAMT", "BCP", "CPS", "DyCONCPS"]
+)
 def test_memory_of_a_step_stays_near_stock(tiny: Path, method: str) -> None:
     """Exact allocator peaks of a second step, same plan, as many unlabelled patches as labelled ones."""
     plans = plans_of(tiny)
@@ -65,7 +72,7 @@ def test_memory_of_a_step_stays_near_stock(tiny: Path, method: str) -> None:
     entry["patch_size"] = [32, 32, 32]
     entry["architecture"]["arch_kwargs"]["features_per_stage"] = [16, 32, 64]
     peaks = []
-    for name in ("nnUNetTrainer", f"{method}_epochs1"):
+    for name in ("nnUNetTrainer", f"nnUNetTrainer{method}_epochs1"):
         t = begin(make_trainer(name, plans=plans))
         t.step = 10**6  # every term with its full weight
         batches = [next(t.dataloader_train) for _ in range(2)]

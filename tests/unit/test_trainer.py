@@ -10,12 +10,13 @@ import torch
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
 from nnunetv2_dycon.errors import ConfigError, DataError, DivergedError
+from nnunetv2_dycon.export import export_model
 from nnunetv2_dycon.methods.base import Term
 from nnunetv2_dycon.networks import unwrap
 from tests.training import begin, make_trainer, same, seed_all, steps
 
 SHORT = "epochs6_iters2_valiters1_save3"
-METHODS = (
+AVERAGING = (
     "nnUNetTrainerLabeledOnly",
     "nnUNetTrainerMeanTeacher",
     "nnUNetTrainerDyCON",
@@ -23,7 +24,13 @@ METHODS = (
     "nnUNetTrainerDyCON_viewcutmix_unclguarded_lambdah0p1",
     "nnUNetTrainerDyCON_viewcopy_paste_targetce_dice",
     "nnUNetTrainerMeanTeacher_viewintensity_targetce_dice",
+    "nnUNetTrainerDyCON_feclonlabeled_unclguarded_focusuncertain",
+    "nnUNetTrainerPseudoLabel",
+    "nnUNetTrainerUAMT_viewcutmix",
+    "nnUNetTrainerBCP",
 )
+CO_TRAINING = ("nnUNetTrainerCPS", "nnUNetTrainerCPS_viewcopy_paste", "nnUNetTrainerDyCONCPS_onall_unclguarded")
+METHODS = (*AVERAGING, *CO_TRAINING)
 USING_UNLABELED = METHODS[1:]
 
 
@@ -61,29 +68,41 @@ def test_arms_with_the_same_seed_see_the_same_labeled_patches(trainer) -> None:
 
 
 @pytest.mark.parametrize("method", USING_UNLABELED)
-def test_every_term_moves_the_student(trainer, method: str) -> None:
+def test_every_term_moves_the_student(trainer, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     seed_all(0)
-    t = begin(trainer(named(method, "epochs1_iters1_gate0" if "DyCON" in method else "epochs1_iters1")))
+    gated = "DyCON" in method or "PseudoLabel" in method  # nothing passes the gate of a teacher that knows nothing
+    t = begin(trainer(named(method, "epochs1_iters1_gate0" if gated else "epochs1_iters1")))
     steps(t, 1)
     t.step = 10**6  # schedules at their end: full weight
     steps(t, 1)
-    for parameter in t.method.teacher.network.parameters():  # a teacher that differs from the student
-        parameter.mul_(1.1)
-    t.step = 0 if t.method.ramp(t._batch(next(t.dataloader_train))) else 10**6
+    with torch.no_grad():
+        for parameter in t.method.teacher.network.parameters():  # a teacher that differs from the student
+            parameter.mul_(1.1)
+
+    def two_classes(probabilities: torch.Tensor, grid: tuple[int, ...], **_: object) -> torch.Tensor:
+        """Patches of two classes, which a teacher that knows nothing need not see."""
+        return (torch.arange(np.prod(grid)) % 2).expand(len(probabilities), -1)
+
+    monkeypatch.setattr("nnunetv2_dycon.methods.dycon.labels_from_probabilities", two_classes)
     groups = t.method.groups(t.network, t._batch(next(t.dataloader_train)))
     for group in groups:
         for name, term in group().terms.items():
             if term.weight == 0:  # the entropy part of guarded UnCL has weight lambda
                 continue
-            t.network.zero_grad()
+            learner, other = t.network, t.method.teacher.network
+            if name.endswith("_second"):
+                learner, other = other, learner
+            learner.zero_grad()
+            other.zero_grad()
             term.value.backward(retain_graph=True)
-            norms = [p.grad.norm() for p in t.network.parameters() if p.grad is not None]
+            norms = [p.grad.norm() for p in learner.parameters() if p.grad is not None]
+            assert all(p.grad is None for p in other.parameters()), name
             assert sum(norms) > 0, name
             assert all(torch.isfinite(norm) for norm in norms)
 
 
 @pytest.mark.parametrize("length", ["epochs100", "epochs9999"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", AVERAGING)
 def test_teacher_follows_the_closed_form_and_never_has_a_gradient(trainer, method: str, length: str) -> None:
     seed_all(1)
     t = begin(trainer(named(method, f"{length}_iters2")))
@@ -101,15 +120,26 @@ def test_teacher_follows_the_closed_form_and_never_has_a_gradient(trainer, metho
     assert not teacher.training
 
 
-def test_zero_weights_reduce_dycon_to_the_control(trainer) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        "DyCON_wuncl0_wfecl0",
+        "MeanTeacher_w0",
+        "PseudoLabel_w0",
+        "UAMT_w0",
+        "BCP_w0",
+        "CPS_w0",
+        "DyCONCPS_w0_wuncl0_wfecl0",
+    ],
+)
+def test_zero_weights_reduce_a_method_to_the_control(trainer, method: str) -> None:
     end = []
-    for name in ("nnUNetTrainerLabeledOnly", "nnUNetTrainerDyCON_wuncl0_wfecl0", "nnUNetTrainerMeanTeacher_w0"):
-        t = begin(trainer(named(name, "epochs2_iters2_seed5")))
+    for name in ("LabeledOnly", method):
+        t = begin(trainer(named(f"nnUNetTrainer{name}", "epochs2_iters2_seed5")))
         t.step = 2
         steps(t, 3)
         end.append(weights(t))
     assert same(end[0], end[1])
-    assert same(end[0], end[2])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -187,6 +217,44 @@ def test_checkpoint_is_whole_or_the_previous_one(trainer, monkeypatch: pytest.Mo
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("method", CO_TRAINING)
+def test_the_second_network_has_a_start_of_its_own_and_learns(trainer, method: str) -> None:
+    t = begin(trainer(named(method, "epochs2_iters2_seed5")))
+    student, second = weights(t), {k: v.clone() for k, v in t.method.teacher.network.state_dict().items()}
+    drawn = [k for k, v in student.items() if v.std() > 0]
+    assert len(drawn) > 5
+    assert [k for k in drawn if torch.equal(student[k], second[k])] == []
+    for k in drawn:
+        if student[k].numel() > 100:  # of the same kind: nnU-Net's initialisation
+            assert second[k].std().item() == pytest.approx(student[k].std().item(), rel=0.35)
+    again = begin(trainer(named(method, "epochs2_iters2_seed5")))
+    assert same(second, dict(again.method.teacher.network.state_dict()))
+    steps(t, 1)
+    moved = t.method.teacher.network.state_dict()
+    unmoved = [k for k in drawn if torch.equal(moved[k], second[k])]
+    assert unmoved == [k for k in drawn if torch.equal(weights(t)[k], student[k])]  # the coarsest head has weight 0
+
+
+def test_the_mean_of_both_networks_is_what_stock_predicts_with_them_as_folds(trainer, tmp_path: Path) -> None:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    t = begin(trainer(named("nnUNetTrainerCPS")))
+    steps(t, 1)
+    models = t.method.models(unwrap(t.network))
+    t.save_checkpoint(str(Path(t.output_folder, "checkpoint_final.pth")))
+    exported = export_model(901, named("nnUNetTrainerCPS"), weights="mean", output=tmp_path / "model")
+    image = torch.randn(1, 20, 18, 24)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), use_gaussian=False, use_mirroring=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(exported), (0, 1), "checkpoint_final.pth")
+    stock = predictor.predict_logits_from_preprocessed_data(image)
+    with t._as_network(models["mean"]):
+        t.set_deep_supervision_enabled(False)
+        predictor.network = t.network
+        ours = predictor.predict_sliding_window_return_logits(image)
+    torch.testing.assert_close(ours.float(), stock.float(), rtol=1e-2, atol=1e-3)  # stock adds up in float16
+    assert not t.network.training or models["teacher"].decoder.deep_supervision  # all left as it was
+
+
 def test_other_settings_are_refused_when_continuing(trainer, tmp_path: Path) -> None:
     t = begin(trainer(named("nnUNetTrainerDyCON")))
     path = tmp_path / "checkpoint.pth"
@@ -201,7 +269,7 @@ def test_checkpoint_of_another_trainer_starts_the_teacher_from_the_student(train
     stock.save_checkpoint(str(path))
     t = trainer(named("nnUNetTrainerDyCON"))
     t.load_checkpoint(str(path))
-    assert "teacher starts from the student" in capsys.readouterr().out
+    assert "all but the network starts as in a new training" in capsys.readouterr().out
     begin(t)
     assert same(t.method.teacher.network.state_dict(), weights(stock))
 
@@ -286,11 +354,12 @@ def test_bf16_trains_and_keeps_losses_in_float32(trainer) -> None:
     t.validation_step(next(t.dataloader_val))
 
 
-def test_compiled_student_gives_the_same_losses(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["nnUNetTrainerDyCON", "nnUNetTrainerDyCONCPS"])
+def test_compiled_student_gives_the_same_losses(trainer, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     runs, compile_ = [], torch.compile
     for compiled in (False, True):
         seed_all(4)
-        t = trainer(named("nnUNetTrainerDyCON"))
+        t = trainer(named(method))
         if compiled:
             monkeypatch.setattr(type(t), "_do_i_compile", lambda self: True)
             monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="aot_eager"))

@@ -272,9 +272,7 @@ def test_copy_paste_leaves_out_voxels_without_a_true_label(unknown, ignore_label
 @pytest.mark.parametrize(("space", "share"), [((48, 48, 48), (13 / 24) ** 3), ((160, 160), (13 / 24) ** 2)])
 def test_boxes_have_the_stated_sides_and_mean_share(space, share):
     shape = torch.Size((200, 1, *space))
-    box = torch.cat(
-        [views._random_box(torch.Size((20, *shape[1:])), torch.device("cpu"), seeded(s)) for s in range(10)]
-    )
+    box = torch.cat([views.random_box(torch.Size((20, *shape[1:])), torch.device("cpu"), seeded(s)) for s in range(10)])
     for axis, size in enumerate(space):
         others = tuple(2 + a for a in range(len(space)) if a != axis)
         sides = box.amax(others).sum((1, 2))
@@ -287,7 +285,7 @@ def test_boxes_have_the_stated_sides_and_mean_share(space, share):
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16])
 def test_boxes_reach_both_ends_of_an_axis_and_never_leave_it(size):
     shape = torch.Size((400, 1, size, 7))
-    rows = views._random_box(shape, torch.device("cpu"), seeded()).amax(3)[:, 0]
+    rows = views.random_box(shape, torch.device("cpu"), seeded()).amax(3)[:, 0]
     assert (rows.sum(1) >= 1).all()
     assert (rows.sum(1) <= max(1, math.ceil(size * 3 / 4))).all()
     assert rows[:, 0].any()

@@ -1,0 +1,367 @@
+"""Each method's terms on fixed tensors, with small networks, against its recipe written out slowly."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded
+from nnunetv2_dycon.methods.base import Batch, Group, Method, Task
+from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
+from nnunetv2_dycon.methods.cps import CPS, CPSSettings
+from nnunetv2_dycon.methods.dycon import DyCON, DyCONSettings
+from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
+from nnunetv2_dycon.methods.pseudo_label import PseudoLabel, PseudoLabelSettings
+from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
+from nnunetv2_dycon.networks import Peer
+from nnunetv2_dycon.options import Schedule
+from nnunetv2_dycon.views import noisy
+from tests import oracles
+from tests.oracles import relative_error
+
+CLASSES = 3
+SPACE = (3, 4, 5)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(seed: int, number: int = 2) -> Tensor:
+    return torch.randn(number, 1, *SPACE, generator=seeded(seed))
+
+
+class Net(nn.Module):
+    """A network that is unsure enough for every recipe to have something to choose."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, CLASSES, 3, padding=1)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=seeded(seed)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def made(method: type[Method], settings) -> tuple[Method, Net]:
+    """Return the method, built, and its student; the teacher has weights of its own."""
+    student = Net()
+    built = method(settings, Task(classes=CLASSES, seed=3))
+    built.build(student)
+    built.teacher.network.load_state_dict({k: v / 2 for k, v in Net(1).state_dict().items()})
+    return built, student
+
+
+def batch(t: float = 1.0, *, labels: Tensor | None = None) -> Batch:
+    if labels is None:
+        labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
+    return Batch(
+        x_l=images(3),
+        y_l=labels,
+        x_u=images(4),
+        supervised=lambda outputs: nn.functional.cross_entropy(outputs, labels[:, 0].long(), ignore_index=-1),
+        t=t,
+        generator=seeded(6),
+    )
+
+
+def check(group: Callable[[], Group], name: str, network: nn.Module, recipe: Callable[[nn.Module], Tensor]) -> Group:
+    """Compare value and gradient of one term with the recipe, a function of a copy of the network in float64."""
+    found = group()
+    term = found.terms[name]
+    gradients = torch.autograd.grad(term.value, list(network.parameters()), retain_graph=True)
+    copy = type(network)().double()
+    copy.load_state_dict(network.state_dict())
+    wanted = recipe(copy)
+    wanted_gradients = torch.autograd.grad(wanted, list(copy.parameters()))
+    assert wanted.item() > 0
+    assert relative_error(term.value, wanted) <= 1e-5
+    for ours, theirs in zip(gradients, wanted_gradients, strict=True):
+        assert relative_error(ours, theirs) <= 1e-5
+    return found
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.9])
+def test_pseudo_labels_are_the_teachers_where_it_is_sure(gate: float) -> None:
+    method, student = made(PseudoLabel, PseudoLabelSettings(view="weak", gate=gate, w=2.0))
+    data = batch()
+    target = method.teacher(data.x_u)
+    first, last = method.groups(student, data)
+    recipe = lambda net: oracles.pseudo_label(net(data.x_u.double()), target, gate)[0]  # noqa: E731
+    found = check(first, "pseudo", student, recipe)
+    kept = oracles.pseudo_label(target, target, gate)[1]
+    assert found.stats["voxels_kept"].item() == pytest.approx(kept)
+    assert 0.1 < kept < 0.9 or gate == 0
+    assert found.terms["pseudo"].weight == 2.0
+    assert set(last().terms) == {"supervised"}
+
+
+@pytest.mark.parametrize("t", [0.3, 1.0])
+def test_uamt_learns_where_the_noised_teacher_agrees_with_itself(t: float) -> None:
+    method, student = made(UAMT, UAMTSettings(view="noise", samples=3, ramp=0.0))
+    data = batch(t)
+    generator = seeded(6)  # as the method's: one noise for the target, then one for each sample
+    target, *samples = (method.teacher(noisy(data.x_u, generator)) for _ in range(4))
+    first, last = method.groups(student, data)
+    r = math.exp(-5 * (1 - t) ** 2)
+    recipe = lambda net: oracles.uamt(net(data.x_u.double()), target, samples, r)[0]  # noqa: E731
+    found = check(first, "consistency", student, recipe)
+    kept = oracles.uamt(target, target, samples, r)[1]
+    assert found.stats["voxels_kept"].item() == pytest.approx(kept)
+    assert 0.1 < kept < 0.9 or t == 1
+    assert set(last().terms) == {"supervised"}
+
+
+def test_uamt_without_a_certain_voxel_is_a_zero_on_the_graph() -> None:
+    method, student = made(UAMT, UAMTSettings(ramp=0.0))
+    for parameter in method.teacher.network.parameters():
+        parameter.zero_()  # every class alike: no voxel is below ln C
+    found = method.groups(student, batch())[0]().terms["consistency"].value
+    found.backward()
+    assert found.item() == 0
+    assert all(torch.count_nonzero(p.grad) == 0 for p in student.parameters())
+
+
+class Recorder(nn.Module):
+    """A network that remembers its input."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return self.network(x)
+
+
+def boxes_of(seen: Tensor, inside: Tensor, outside: Tensor) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """Find for each image its box of 2 x 3 x 3 voxels, which image the box came from and which the rest."""
+    boxes, origins = [], []
+    for image in seen:
+        ((box, i, o),) = (
+            (box, i, o)
+            for i, o in itertools.product(range(len(inside)), range(len(outside)))
+            if (box := image[0] == inside[i, 0]).sum() == 2 * 3 * 3 and torch.equal(image[0, ~box], outside[o, 0, ~box])
+        )
+        assert all(int(axis) in (2, 3) for axis in box.nonzero().amax(0) - box.nonzero().amin(0) + 1)
+        boxes.append(box)
+        origins.append((i, o))
+    return boxes, origins
+
+
+def test_bcp_pastes_both_ways_and_each_region_has_its_own_mean() -> None:
+    method, student = made(BCP, BCPSettings(pretrain=0.2, w=0.5, alpha=0.25))
+    labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
+    labels[0, 0, 1, :2] = -1  # not annotated
+    data = batch(0.2, labels=labels)
+    pseudo = method.teacher(data.x_u).argmax(1)
+    recorder = Recorder(student)
+    *mixes, last = method.groups(recorder, data)
+    for group, name in zip(mixes, ("in", "out"), strict=True):
+        found = group()
+        inside, outside = (data.x_u, data.x_l) if name == "in" else (data.x_l, data.x_u)
+        boxes, origins = boxes_of(recorder.seen, inside, outside)
+        box = torch.stack(boxes)
+        true = labels[[(o if name == "in" else i) for i, o in origins], 0]
+        guess = pseudo[[(i if name == "in" else o) for i, o in origins]]
+        assert {i for i, _ in origins} == {o for _, o in origins} == {0, 1}
+        region = box if name == "in" else ~box
+        for term, target, where in (
+            (f"{name}_labeled", true, ~region & (true >= 0)),
+            (f"{name}_pseudo", guess, region),
+        ):
+            recipe = lambda net, target=target, where=where: oracles.region_loss(  # noqa: E731
+                net(recorder.seen.double()), target, where
+            )
+            check(lambda found=found: found, term, student, recipe)
+        assert found.terms[f"{name}_labeled"].weight == 0.5
+        assert found.terms[f"{name}_pseudo"].weight == 0.125
+    assert set(last().terms) == {"supervised"}
+
+
+def test_bcp_begins_with_pastes_among_labelled_patches() -> None:
+    method, student = made(BCP, BCPSettings(pretrain=0.2, w=0.5))
+    data = batch(0.19)
+    recorder = Recorder(student)
+    first, last = method.groups(recorder, data)
+    found = first()
+    boxes, origins = boxes_of(recorder.seen, data.x_l, data.x_l)
+    assert all(i != o for i, o in origins)
+    truth = torch.stack(
+        [torch.where(box, data.y_l[i, 0], data.y_l[o, 0]) for box, (i, o) in zip(boxes, origins, strict=True)]
+    )
+    recipe = lambda net: oracles.region_loss(net(recorder.seen.double()), truth, truth >= 0)  # noqa: E731
+    check(lambda: found, "paste_labeled", student, recipe)
+    assert set(found.terms) == {"paste_labeled"}
+    assert set(last().terms) == {"supervised"}
+
+
+def test_cps_crosses_the_hard_labels_of_two_networks() -> None:
+    method, student = made(CPS, CPSSettings(w=2.0))
+    data, second = batch(), method.teacher.network
+    answers = [network(data.x_u).detach() for network in (student, second)]
+    groups = method.groups(student, data)
+    assert len(groups) == 4
+    for group, name, learner, target in (
+        (groups[0], "cps", student, answers[1]),
+        (groups[1], "cps_second", second, answers[0]),
+    ):
+        recipe = lambda net, target=target: oracles.pseudo_label(net(data.x_u.double()), target, 0.0)[0]  # noqa: E731
+        assert check(group, name, learner, recipe).terms[name].weight == 2.0
+    for group, name, learner in ((groups[2], "supervised_second", second), (groups[3], "supervised", student)):
+        (found,) = group().terms.items()
+        assert found[0] == name
+        assert found[1].value == data.supervised(learner(data.x_l))
+
+
+class Encoder(nn.Module):
+    strides = ((1, 1, 1),)
+    output_channels = (6,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv3d(1, 6, 3, padding=1)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.stages[0](x)]
+
+
+class Decoder(nn.Module):
+    deep_supervision = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(6, CLASSES, 1)
+
+    def forward(self, skips: list[Tensor]) -> Tensor:
+        return self.conv(skips[0])
+
+
+class UNet(nn.Module):
+    """Encoder and decoder of one stage: every voxel is a patch."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Encoder(), Decoder()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=seeded(seed)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+def contrast(method: DyCONCPS | DyCON, learner: UNet, guide: UNet, x: Tensor, labels: Tensor) -> Tensor:
+    """FeCL of a pair by the slow loops, with the method's own head."""
+    z, taught = (method.head(network.encoder(x)[0]) for network in (learner, guide))
+    weight = oracles.patch_weights(learner(x).detach(), SPACE)
+    return oracles.fecl(z, labels, taught, weight, tau=0.6, gamma=0.8, topk=5)
+
+
+def test_dycon_in_co_training_takes_each_network_as_the_others_teacher() -> None:
+    student = UNet(0)
+    settings = DyCONCPSSettings(
+        beta=Schedule(0.7), wuncl=2.0, wfecl=0.5, w=3.0, topk=5, anchors=0, gate=0.0, stage=0, view="weak"
+    )
+    method = DyCONCPS(settings, Task(classes=CLASSES, seed=3))
+    method.build(student)
+    second = method.teacher.network
+    second.load_state_dict(UNet(1).state_dict())
+    data, share = batch(), 0.5
+    groups = method.groups(student, data)
+    for (at, at_labeled), ending, learner, guide in (
+        ((0, 3), "", student, second),
+        ((1, 2), "_second", second, student),
+    ):
+        terms = groups[at]().terms
+        target = guide(data.x_u).detach()
+        consistency, entropy = oracles.uncl(learner(data.x_u), target, beta=0.7, entropy="dual", guarded=False)
+        rows = torch.tensor(oracles.probability_labels(target.softmax(1).numpy(), SPACE, 0.0, "majority"))
+        truth = data.y_l.flatten(1)
+        wanted = {
+            "uncl": (2.0, consistency),
+            "uncl_entropy": (2.0, entropy),
+            "cps": (3.0, oracles.pseudo_label(learner(data.x_u), target, 0.0)[0]),
+            "fecl_unlabeled": (0.5 * share, contrast(method, learner, guide, data.x_u, rows)),
+        }
+        assert set(terms) == {f"{name}{ending}" for name in wanted}
+        found = {**terms, **groups[at_labeled]().terms}
+        wanted["fecl_labeled"] = (0.5 * share, contrast(method, learner, guide, data.x_l, truth))
+        wanted["supervised"] = (1.0, data.supervised(learner(data.x_l)))
+        assert set(found) == {f"{name}{ending}" for name in wanted}
+        for name, (weight, value) in wanted.items():
+            term = found[f"{name}{ending}"]
+            assert term.weight == weight
+            assert relative_error(term.value, value) <= 1e-5, name
+            assert torch.autograd.grad(term.value, learner.encoder.stages[0].weight, retain_graph=True)[0].any()
+            unused = torch.autograd.grad(term.value, list(guide.parameters()), retain_graph=True, allow_unused=True)
+            assert all(gradient is None for gradient in unused)
+
+
+def dycon(student: nn.Module, **settings) -> DyCON:
+    method = DyCON(DyCONSettings(anchors=0, gate=0.0, stage=0, **settings), Task(classes=CLASSES))
+    method.build(student)
+    return method
+
+
+@pytest.mark.parametrize(
+    ("switches", "terms"),
+    [
+        ({}, {"uncl": 1.0, "uncl_entropy": 1.0, "fecl_unlabeled": 0.05, "fecl_labeled": 0.05}),
+        ({"wfecl": 0.0}, {"uncl": 1.0, "uncl_entropy": 1.0}),
+        ({"wuncl": 0.0}, {"fecl_unlabeled": 0.05, "fecl_labeled": 0.05}),
+        ({"wuncl": 0.0, "feclon": "labeled"}, {"fecl_labeled": 0.1}),
+        ({"feclon": "labeled", "view": "cutmix"}, {"uncl": 1.0, "uncl_entropy": 1.0, "fecl_labeled": 0.1}),
+        ({"uncl": "guarded", "feclon": "labeled"}, {"uncl": 1.0, "fecl_labeled": 0.1}),
+        ({"target": "ce_dice", "wfecl": 0.0, "focus": "uncertain"}, {"uncl": 1.0}),
+    ],
+)
+def test_switches_of_dycon_leave_the_terms_that_they_name(switches: dict, terms: dict[str, float]) -> None:
+    student = UNet()
+    found = {}
+    for group in dycon(student, **switches).groups(student, batch()):
+        found.update({name: term.weight for name, term in group().terms.items() if term.weight})
+    assert found == {"supervised": 1.0, **terms}
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("entropy", ["dual", "teacher", "student"])
+def test_uncertain_focus_turns_the_weight_round(classes: int, entropy: str) -> None:
+    student, teacher = (2.0 * torch.randn(2, classes, *SPACE, generator=seeded(seed)) for seed in (0, 1))
+    student.requires_grad_()
+    how = {"beta": 1.5, "entropy": entropy, "focus": "uncertain"}
+    wanted = oracles.uncl(student, teacher, guarded=True, **how)
+    for ours, theirs in zip(uncl_guarded(student, teacher, **how), wanted, strict=True):
+        assert relative_error(ours, theirs) <= 1e-5
+        gradients = (torch.autograd.grad(value, student, retain_graph=True)[0] for value in (ours, theirs))
+        assert relative_error(*gradients) <= 1e-5
+    sure, unsure = torch.tensor([40.0, -40.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
+    assert entropy_weight(unsure, unsure, beta=1.5, focus="uncertain").item() == pytest.approx(1.0)
+    assert entropy_weight(sure, sure, beta=1.5, focus="uncertain").item() == pytest.approx(math.exp(-1.5))
+    with pytest.raises(ValueError, match="choose confident or uncertain"):
+        entropy_weight(sure, sure, beta=1.0, focus="both")
+
+
+def test_literal_uncl_has_no_uncertain_focus() -> None:
+    with pytest.raises(ConfigError, match="add _unclguarded"):
+        dycon(UNet(), focus="uncertain")
+
+
+def test_a_second_network_draws_its_weights_apart_from_everything_else() -> None:
+    torch.manual_seed(11)
+    student = nn.Sequential(nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, affine=True), nn.Conv3d(4, CLASSES, 1))
+    before = torch.get_rng_state()
+    first, again, other = (Peer(student, seed=seed).network for seed in (11, 11, 12))
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+        if weight.std() > 0:
+            assert not torch.equal(weight, student.state_dict()[name])
+            assert not torch.equal(weight, other.state_dict()[name])
+    assert all(parameter.requires_grad for parameter in first.parameters())
