@@ -117,6 +117,15 @@ def test_turned_axes_are_undone_by_position_exactly(axes, noise) -> None:
     assert np.array_equal(slow_nearest(moving, image), label)
 
 
+@pytest.mark.parametrize("shift", [(2, 0, 0), (0, -1, 0), (1, 1, -1)])
+def test_a_shift_by_whole_voxels_moves_voxels(shift) -> None:
+    image = volume(np.zeros((5, 6, 4)), oblique((0.7, 0.8, 2.5), (10, 20, 30), 15))
+    moved = np.eye(4)
+    moved[:3, 3] = shift
+    moving = volume(np.random.default_rng(3).integers(1, 9, (5, 6, 4)), image.affine @ moved)
+    assert np.array_equal(resample(moving, image, order=0), slow_nearest(moving, image))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_nearest_neighbours_are_those_of_a_loop_over_millimetres(seed) -> None:
     rng = np.random.default_rng(seed)

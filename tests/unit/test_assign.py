@@ -142,6 +142,13 @@ def test_a_case_called_like_a_subject_is_not_of_it() -> None:
     assert {draw("abc", seed, groups, 1) for seed in range(9)} == {("b",)}  # the other two fit together or not at all
 
 
+def test_scans_of_a_subject_validate_together_though_only_one_is_in_the_smallest_list() -> None:
+    groups = {"t0": "one", "t5": "one", "t1": "two", "t6": "two"}
+    folds = roles(protocol(val=0), "all", groups=groups).folds
+    assert sorted(fold["val"] for fold in folds) == [["t0", "t5"], ["t1", "t6"]]
+    assert all(len(fold["train"]) == 8 for fold in folds)
+
+
 def test_different_seeds_give_different_draws() -> None:
     one = protocol(train=40, labeled=())
     assert len({roles(one, 4, seed).cases["labeled"] for seed in range(10)}) == 10

@@ -77,6 +77,16 @@ def test_a_used_link_must_lead_to_something_inside(tmp_path: Path) -> None:
         inside(root / "folder", root)
 
 
+def test_a_source_that_is_itself_a_link_is_its_folder(tmp_path: Path, monkeypatch) -> None:
+    touch(tmp_path, "root/store/1.nii")
+    (tmp_path / "root" / "used").symlink_to("store")
+    (tmp_path / "link").symlink_to("root")
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path / "link", "link", "root"):
+        top, files = list_files(source)
+        assert (top, len(files)) == (tmp_path / "root", 1)
+
+
 def test_names_are_matched_whole_and_whatever_their_case() -> None:
     files = [Path(n) for n in ("x/IMG0001.NII.GZ", "img0002.nii", "img0003.nii.gz.part", "aimg0004.nii")]
     assert [(p.name, fit[1]) for p, fit in match(files, r"img(\d{4})\.nii(?:\.gz)?")] == [
