@@ -78,7 +78,14 @@ if __name__ == "__main__":  # nnU-Net's finder imports every file of a folder th
             *(f"nnunetv2_dycon.{name}" for name in converters),
         ],
         package_dir={"nnunetv2_dycon.dataset_conversion": "dataset_conversion"},
-        package_data={"nnunetv2_dycon": ["_nnunet_ext/*.py", "conversion/published/*.json"]},
+        package_data={
+            "nnunetv2_dycon": [
+                "_nnunet_ext/*.py",
+                "conversion/published/*.json",
+                "evaluation/*.json",
+                "evaluation/*.html",
+            ]
+        },
         include_package_data=False,
         cmdclass={"build_py": BuildWithStartUp, "editable_wheel": EditableWithStartUp},
     )

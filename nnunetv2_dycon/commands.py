@@ -227,7 +227,7 @@ VERBS: dict[str, Verb] = {
             _argument("-c", dest="configuration", default="3d_fullres", help="configuration"),
             _argument("-f", dest="folds", nargs="+", type=_number_or_word, default=(0,), help="folds, or all"),
             _PLANS,
-            _argument("--weights", choices=("teacher", "student"), default="teacher", help="whose weights"),
+            _argument("--weights", choices=("teacher", "student", "mean"), default="teacher", help="whose weights"),
             _argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint file"),
             _argument("-o", dest="output", required=True, help="folder to write"),
         ),
@@ -258,5 +258,49 @@ VERBS: dict[str, Verb] = {
             _argument("--chill", action="store_true", help="score what is there where GT has more cases than PRED"),
         ),
         _show_scores,
+    ),
+    "compare": Verb(
+        "Compare runs on the test cases: table, statistics and pictures in one report.",
+        "nnunetv2_dycon.evaluation.compare:compare",
+        (
+            _dataset("dataset_id"),
+            _argument("-c", dest="configuration", default="3d_fullres", help="configuration"),
+            _argument(
+                "-f", dest="folds", nargs="+", type=_number_or_word, default=(0,), help="folds: labelled draws, or all"
+            ),
+            _PLANS,
+            _argument(
+                "--runs",
+                nargs="+",
+                required=True,
+                help="trainer names (* for anything), results folders, folders of predictions, RUN=FOLDER for its own",
+            ),
+            _argument("--baseline", help="the run to compare with (default: the first)"),
+            _argument("-o", dest="output", required=True, help="folder to write"),
+            _argument(
+                "--weights", nargs="+", choices=("student", "teacher"), default=("student",), help="whose weights"
+            ),
+            _argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint file"),
+            _argument("--predict", action="store_true", help="predict test cases where predictions are missing"),
+            _argument("--disable_tta", dest="mirroring", action="store_false", help="predictions without mirroring"),
+            _argument("--save_probabilities", action="store_true", help="with --predict: for calibration"),
+            _argument("-device", help="for --predict: cuda, cpu or mps (default: cuda where there is any)"),
+            _argument(
+                "--published",
+                nargs="?",
+                const="auto",
+                help="add published results: the data set's name in published_results.json, or nothing to find it",
+            ),
+            _argument("--truth", dest="truth_folder", help="true label maps of the test cases (default: labelsTs)"),
+            _argument(
+                "--convention",
+                choices=("mm", "literature"),
+                default="mm",
+                help="literature: voxel units and MedPy's definitions, as most papers",
+            ),
+            _argument("-np", dest="processes", type=int, help="worker processes"),
+            _OVERWRITE,
+        ),
+        _show_path,
     ),
 }

@@ -13,7 +13,7 @@ from nnunetv2_dycon.conversion.check import check
 from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.dataset_conversion import converter
 from tests import collections
-from tests.datasets import no_pools, environment, plan_and_preprocess
+from tests.datasets import environment, no_pools, plan_and_preprocess
 from tests.training import begin, make_trainer, steps
 
 pytestmark = pytest.mark.slow

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "doctor": BASE | {"_register", "precision", "trainers"},
     "conversion": BASE | {"data"},
     "dataset_conversion": BASE | {"conversion"},
-    "evaluation": BASE | {"data"},
+    "evaluation": BASE | {"data", "checkpoint"},  # the facts of a run; torch is imported where one is read
     "commands": BASE
     | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"},
 }

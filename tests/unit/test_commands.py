@@ -15,9 +15,14 @@ from nnunetv2_dycon.options import Settings, describe
 REQUIRED = {
     "doctor": [],
     "trainers": [],
+    "convert": ["LA"],
+    "split": ["-d", "4", "--as", "604", "--labeled", "10"],
+    "check": ["-d", "604"],
     "preprocess_unlabeled": ["-d", "501"],
     "phantom": ["-d", "501"],
     "export": ["-d", "501", "-tr", "nnUNetTrainerDyCON", "-o", "out"],
+    "evaluate": ["labelsTs", "predictions"],
+    "compare": ["-d", "501", "--runs", "nnUNetTrainer", "-o", "out"],
 }
 
 
@@ -35,7 +40,7 @@ def called(monkeypatch):
 
     for name, verb in commands.VERBS.items():
         module, function = verb.target.split(":")
-        result = [types.SimpleNamespace(name="a", ok=True, text="b")] if name == "doctor" else []
+        result = [types.SimpleNamespace(name="a", ok=True, text="b")] if name in ("doctor", "check") else []
         fake = types.ModuleType(module)
         setattr(fake, function, stand_in(name, result))
         monkeypatch.setitem(sys.modules, module, fake)
@@ -70,7 +75,7 @@ def test_every_verb_has_parameters_of_its_function_and_their_defaults(verb):
     given = REQUIRED[verb][::2]
     for flags, keywords in commands.VERBS[verb].arguments:
         parameter = keywords.get("dest", flags[-1].lstrip("-"))
-        if not set(flags) & set(given):
+        if flags[0].startswith("-") and not set(flags) & set(given):
             assert arguments[parameter] == parameters[parameter].default, parameter
     needed = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
     assert needed <= set(arguments)
@@ -128,7 +133,7 @@ def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
 
     for name in TRAINERS:
         assert f"\n{name}: " in printed
-    assert printed.count("0p5to0p05") == 1  # beta of DyCON
+    assert printed.count("0p5to0p05") == 2  # beta of DyCON, and of DyCON in co-training
     assert printed.count("5to0p5 ") == 1  # beta of the preset
 
 

@@ -1,0 +1,1 @@
+"""Scores of predictions against truth, in numbers that other tools and papers can be laid beside."""

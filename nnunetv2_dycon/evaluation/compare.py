@@ -1,0 +1,191 @@
+"""Several runs on the same test cases: checked to be alike, scored, compared, reported."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunetv2_dycon import parallel
+from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.evaluation.comparison import make_comparison
+from nnunetv2_dycon.evaluation.figures import Images
+from nnunetv2_dycon.evaluation.label_files import case_files, read_labels
+from nnunetv2_dycon.evaluation.metrics import Convention
+from nnunetv2_dycon.evaluation.predict import predict as predict_run
+from nnunetv2_dycon.evaluation.report import REPORT_FILE, write_report
+from nnunetv2_dycon.evaluation.runs import Place, Run, Weights, check_alike, find_baseline, find_runs
+from nnunetv2_dycon.evaluation.scores import evaluate
+from nnunetv2_dycon.evaluation.tables import choose_published
+from nnunetv2_dycon.folders import environment_folder
+
+logger = logging.getLogger(__name__)
+
+
+def compare(
+    dataset_id: int | str,
+    runs: Sequence[str],
+    baseline: str | None = None,
+    output: str | Path = "",
+    configuration: str = "3d_fullres",
+    *,
+    folds: Sequence[int | str] = (0,),
+    plans: str = "nnUNetPlans",
+    checkpoint: str = "checkpoint_final.pth",
+    weights: Sequence[Weights] = ("student",),
+    predict: bool = False,
+    mirroring: bool = True,
+    save_probabilities: bool = False,
+    device: str | None = None,
+    published: str | None = None,
+    truth_folder: str | Path | None = None,
+    convention: Convention = "mm",
+    processes: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Compare runs on the test cases of a data set and write a report.
+
+    Parameters
+    ----------
+    dataset_id : int or str
+        Data set number or name.
+    runs : sequence of str
+        Trainer names (`*` stands for anything), results folders, folders of predictions, or RUN=FOLDER for the
+        predictions of RUN in FOLDER. Runs whose trainer names differ in `seed` alone are one method.
+    baseline : str, optional
+        The run that the others are compared with; by default the first.
+    output : path
+        Folder to write: report.html, report.md with figures/, tables.tex, results.csv, and scores/ with every case.
+    configuration, folds, plans, checkpoint
+        Which trainings of a trainer name, as in nnU-Net. Several folds are several labelled draws.
+    weights : sequence of {"student", "teacher"}
+        Whose predictions; each is a row. The baseline is its first.
+    predict : bool
+        Predict test cases that have no prediction yet, into `test/` of the fold's folder.
+    mirroring : bool
+        Whether these predictions are (or were) averaged over mirrored ones.
+    save_probabilities : bool
+        Write probabilities with new predictions; the report shows calibration where every run has them.
+    device : str, optional
+        For predictions; by default CUDA where there is any.
+    published : str, optional
+        Add published results: the data set's name in published_results.json, or "auto" to find it.
+    truth_folder : path, optional
+        True label maps of the test cases; by default labelsTs of the raw data set.
+    convention : {"mm", "literature"}
+        Of the distances.
+    processes : int, optional
+        Worker processes of the evaluation; by default as many as processors, 8 at most.
+    overwrite : bool
+        Replace the folder where it is a report.
+
+    Returns
+    -------
+    Path
+        The HTML report.
+
+    Raises
+    ------
+    DataError
+        If runs are not alike, not finished or not predicted, or a file cannot be read or written.
+    ConfigError
+        If an option has no possible value.
+    """
+    output = Path(output)
+    _check_output(output, overwrite)
+    processes = parallel.default_processes() if processes is None else processes
+    dataset = _dataset_name(dataset_id)
+    raw = environment_folder("nnUNet_raw") / dataset
+    truth = raw / "labelsTs" if truth_folder is None else Path(truth_folder)
+    labels = read_labels(raw / "dataset.json", truth)
+    cases = case_files(truth, labels.ending)
+    place = Place(dataset, configuration, plans, tuple(folds), checkpoint)
+    found = _unique([run for text in runs for run in find_runs(text, place, weights, mirroring)])
+    reference = find_baseline(runs[0] if baseline is None else baseline, found)
+    rows = choose_published(dataset if published == "auto" else published, _labeled(found)) if published else []
+    for run in found:
+        if not run.predictions.is_dir():
+            _predict(run, predict, raw / "imagesTs", mirroring, device, save_probabilities)
+    predicted = {str(run.predictions): case_files(run.predictions, labels.ending) for run in found}
+    check_alike(found, cases, predicted)
+    images = Images(truth, raw / "imagesTs" if (raw / "imagesTs").is_dir() else None, labels)
+    title = f"Comparison on {dataset.split('_', 1)[-1]}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        whole = Path(scratch, "report")
+        scored = []
+        for number, run in enumerate(found):
+            logger.info("%d of %d: %s, %s", number + 1, len(found), run.method, run.predictions)
+            scores = whole / "scores" / f"{number:02d}_{run.facts.trainer or run.predictions.name}_{run.facts.weights}"
+            scores.mkdir(parents=True)
+            settings = {"convention": convention, "dataset_json": raw / "dataset.json"}
+            with _quiet(evaluate.__module__):  # it would name a folder that is moved at the end
+                scored.append((run, evaluate(truth, run.predictions, output=scores, processes=processes, **settings)))
+        write_report(whole, title, make_comparison(scored, reference), images, rows)
+        _replace(whole, output)
+    return output / REPORT_FILE
+
+
+@contextmanager
+def _quiet(module: str) -> Iterator[None]:
+    other = logging.getLogger(module)
+    level = other.level
+    other.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        other.setLevel(level)
+
+
+def _dataset_name(dataset_id: int | str) -> str:
+    try:
+        return maybe_convert_to_dataset_name(dataset_id)
+    except (RuntimeError, TypeError) as error:
+        raise DataError(
+            f"no data set {dataset_id} in nnUNet_raw, nnUNet_preprocessed or nnUNet_results, or several; check -d"
+        ) from error
+
+
+def _labeled(runs: Sequence[Run]) -> list[int | None]:
+    return [run.facts.labeled_count for run in runs]
+
+
+def _unique(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs, each once: a pattern may name one that is named besides."""
+    found = list({(str(run.predictions.absolute()), run.facts.weights): run for run in reversed(runs)}.values())[::-1]
+    if len(found) < 2:
+        raise ConfigError("--runs names one run only; give at least two")
+    return found
+
+
+def _predict(
+    run: Run, wanted: bool, images: Path, mirroring: bool, device: str | None, save_probabilities: bool
+) -> None:
+    if not wanted:
+        raise DataError(f"{run.name} has no predictions in {run.predictions}; type --predict, or RUN=FOLDER")
+    if not images.is_dir():
+        raise DataError(f"{images} does not exist: there is nothing to predict; put the test images there")
+    logger.info("predicting the test cases with %s, fold %s", run.method, run.facts.fold)
+    predict_run(run, images, mirroring=mirroring, device=device, save_probabilities=save_probabilities)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / REPORT_FILE).is_file():
+        raise DataError(f"{output} exists and is no report; give -o another folder")
+    if not overwrite:
+        raise DataError(f"{output} holds a report; type --overwrite to replace it, or give -o another folder")
+
+
+def _replace(whole: Path, output: Path) -> None:
+    try:
+        if output.exists():
+            shutil.rmtree(output)  # a report, or empty: checked at the start
+        os.replace(whole, output)
+    except OSError as error:
+        raise DataError(f"cannot write {output} ({error.strerror}); give -o another folder") from error

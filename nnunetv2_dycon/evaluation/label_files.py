@@ -1,0 +1,245 @@
+"""Label maps on disk, whole and with labels that the data set knows, in any format that nnU-Net's readers read."""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from numpy.typing import NDArray
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.metrics import Structure
+
+DATASET_FILE = "dataset.json"
+_NIFTI = (".nii", ".nii.gz")
+_NIFTI_READERS = ("SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient")
+
+
+class LabelMap(NamedTuple):
+    """A label map and where it lies.
+
+    Attributes
+    ----------
+    labels : unsigned integer array, shape (X, Y, Z), or (X, Y) for a 2D image
+        Axes in the order of nnU-Net's arrays.
+    spacing : tuple of float
+        Voxel size in mm, one number an axis.
+    origin, direction : array or None
+        As the file has them; None in formats that have none.
+    """
+
+    labels: NDArray
+    spacing: tuple[float, ...]
+    origin: NDArray[np.float64] | None
+    direction: NDArray[np.float64] | None
+
+
+class Labels(NamedTuple):
+    """What a dataset.json says about label maps.
+
+    Attributes
+    ----------
+    structures : tuple of Structure
+        nnU-Net's regions if there are any, else its labels; without the background.
+    values : frozenset of int
+        Values that a truth may hold.
+    ignore : int or None
+        The value of voxels that count nowhere; no prediction may hold it.
+    ending : str
+        File ending.
+    reader : type or None
+        nnU-Net's reader; None for NIfTI.
+    reorient : bool
+        Whether nnU-Net turns the axes of this data set's files before it compares them.
+    """
+
+    structures: tuple[Structure, ...]
+    values: frozenset[int]
+    ignore: int | None
+    ending: str
+    reader: type[BaseReaderWriter] | None
+    reorient: bool
+
+
+def read_labels(path: Path, folder: Path) -> Labels:
+    """Labels, ignore label and file format that a dataset.json names.
+
+    Parameters
+    ----------
+    path : Path
+        The dataset.json.
+    folder : Path
+        Where label maps are: for .tif, nnU-Net's choice of a reader depends on what is in the first.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read, or has no labels or endings that can be used.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); give another with -djfile") from error
+    try:
+        ending, named = content["file_ending"], dict(content["labels"])
+        ignore = named.pop("ignore", None)
+        spans = {name: tuple(map(int, v)) if isinstance(v, list) else (int(v),) for name, v in named.items()}
+        structures = _structures(named, spans)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f'{path} must have "file_ending" and "labels" such as {{"background": 0, "organ": 1}}; '
+            "mend it or give another with -djfile"
+        ) from error
+    values = {value for span in spans.values() for value in span} | ({ignore} - {None})
+    if not structures or min(values) < 0:
+        raise DataError(f'{path}: "labels" must name at least one label above 0 and none below; mend it')
+    wanted = content.get("overwrite_image_reader_writer")
+    ours = ending.lower() in _NIFTI and wanted in (None, "None", *_NIFTI_READERS)
+    reader = None if ours else _nnunet_reader(content, folder)
+    return Labels(structures, frozenset(values), ignore, ending, reader, ours and "Reorient" in str(wanted))
+
+
+def _structures(named: Mapping[str, Any], spans: Mapping[str, tuple[int, ...]]) -> tuple[Structure, ...]:
+    """As nnU-Net's label manager: as soon as one entry has several values, all entries are regions."""
+    if not any(len(span) > 1 for span in spans.values()):
+        return tuple(Structure(str(s[0]), name, s) for name, s in sorted(spans.items(), key=lambda i: i[1]) if s[0])
+    return tuple(
+        Structure(str(span if isinstance(named[name], list) else span[0]), name, span)
+        for name, span in spans.items()
+        if set(span) != {0}
+    )
+
+
+def _nnunet_reader(content: Mapping[str, Any], folder: Path) -> type[BaseReaderWriter]:
+    example = min(map(str, folder.glob("*.tif")), default=None) if content["file_ending"].lower() == ".tif" else None
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a traceback for every reader that does not fit
+            return determine_reader_writer_from_dataset_json(dict(content), example, verbose=False)
+    except RuntimeError as error:
+        what = f"{example} cannot be read as" if example else "nnU-Net has no reader for"
+        raise DataError(f'{what} {content["file_ending"]}; correct "file_ending" in {DATASET_FILE}') from error
+
+
+def read_label_map(path: Path, labels: Labels, *, truth: bool) -> LabelMap:
+    """Read one label map.
+
+    Raises
+    ------
+    DataError
+        If the file is unreadable or truncated, or holds anything but the data set's label values.
+    """
+    try:
+        values, spacing, origin, direction = (_read_nifti if labels.reader is None else _read_other)(path, labels)
+    except MemoryError:
+        raise
+    except Exception as error:  # every format and reader has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise DataError(f"{path} cannot be read ({reason[-200:]}); restore or replace it") from error
+    if values.ndim not in (2, 3) or not values.size or values.dtype.kind not in "biuf":
+        kind = f"shape {values.shape} and type {values.dtype}"
+        raise DataError(f"{path} has {kind}, which is no label map (probabilities, colours?); give label maps")
+    if not all(0 < step < np.inf for step in spacing):
+        raise DataError(f"{path} has spacing {_numbers(spacing)}; correct its header")
+    known = labels.values if truth else labels.values - {labels.ignore}
+    return LabelMap(_as_labels(values, path, known), spacing, origin, direction)
+
+
+def _read_nifti(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...], NDArray, NDArray]:
+    """Read without nnU-Net's readers: these take a truncated file for a whole one and need the memory of floats."""
+    image = nibabel.load(path)
+    if labels.reorient:
+        image = nibabel.as_closest_canonical(image)
+    values = np.asanyarray(image.dataobj)
+    while values.ndim > 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    spacing = tuple(float(step) for step in image.header.get_zooms()[: values.ndim])
+    steps = np.linalg.norm(image.affine[:3, :3], axis=0)
+    direction = image.affine[:3, :3] / np.where(steps > 0, steps, 1)
+    return values.T, spacing[::-1], image.affine[:3, 3], direction
+
+
+def _read_other(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...], NDArray | None, NDArray | None]:
+    values, properties = labels.reader().read_seg(str(path))
+    spacing = tuple(map(float, properties["spacing"]))
+    where = properties.get("sitk_stuff", {})
+    values = values[0] if len(values) == 1 else values
+    # the first axis that nnU-Net gives to a 2D image, with a spacing of 999 times the largest
+    if len(values) == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
+        values, spacing = values[0], spacing[1:]
+    return values, spacing, *(np.asarray(where[key]) if key in where else None for key in ("origin", "direction"))
+
+
+def _as_labels(values: NDArray, path: Path, known: Collection[int]) -> NDArray:
+    """Return the values in the smallest unsigned type, refused if they are no known labels."""
+    top = max(known)
+    small = np.min_scalar_type(top)
+    out = None if values.dtype == small else np.empty(values.shape, small)
+    for at, part in enumerate(values):  # by slices: a file of floats is large enough
+        if part.dtype.kind == "f" and not np.array_equal(part, np.rint(part)):
+            odd = part[part != np.rint(part)].flat[0]
+            raise DataError(f"{path} holds {odd:g}, so probabilities or intensities; give label maps")
+        lowest, highest = part.min(), part.max()
+        if lowest < 0 or highest > top:
+            raise _unknown(path, lowest if lowest < 0 else highest, known)
+        if out is not None:
+            out[at] = part
+    labels = values if out is None else out
+    if len(known) <= top:  # there are gaps
+        unknown = set(np.unique(labels).tolist()) - set(known)
+        if unknown:
+            raise _unknown(path, min(unknown), known)
+    return labels
+
+
+def _unknown(path: Path, value: float, known: Collection[int]) -> DataError:
+    return DataError(
+        f"{path} holds the value {value:g}, not a label of the data set ({_numbers(sorted(known))}); "
+        "convert the file or give the right -djfile"
+    )
+
+
+def same_geometry(truth: LabelMap, prediction: LabelMap) -> str | None:
+    """Return how the prediction's geometry differs from the truth's, None if it is the same.
+
+    Headers lose digits on their way through formats: spacing may differ by a thousandth, an entry of the direction
+    by 0.001, the origin by a tenth of the smallest voxel size.
+    """
+    if truth.labels.shape != prediction.labels.shape:
+        return f"shape {prediction.labels.shape} instead of {truth.labels.shape}"
+    limits = {"spacing": 1e-3 * min(truth.spacing), "direction": 1e-3, "origin": 0.1 * min(truth.spacing)}
+    for key, limit in limits.items():
+        one, other = getattr(truth, key), getattr(prediction, key)
+        if one is not None and other is not None and not np.allclose(one, other, rtol=0, atol=limit):
+            return f"{key} {_numbers(np.ravel(other))} instead of {_numbers(np.ravel(one))}"
+    return None
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)
+
+
+def case_files(folder: Path, ending: str) -> dict[str, Path]:
+    """Label maps of a folder by case name, sorted.
+
+    Raises
+    ------
+    DataError
+        If there is no such folder, or no such file in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; give the folder with the label maps")
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(ending) and path.is_file())
+    if files:
+        return {path.name.removesuffix(ending): path for path in files}
+    if any(folder.glob("*.npz")):
+        raise DataError(f"{folder} holds probabilities (.npz) and no {ending}; predict without --save_probabilities")
+    endings = sorted({re.sub(r"^[^.]*", "", path.name) for path in folder.iterdir()} - {""})
+    there = f", only {', '.join(endings[:3])}" if endings else ""
+    raise DataError(f"{folder} holds no file ending in {ending}{there}; give the folder with the label maps")

@@ -1,0 +1,81 @@
+"""Predictions of test cases that a run does not have yet, by nnU-Net's own predictor in a process of its own."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.runs import Run, write_run_file
+
+_PREDICT = (
+    "import sys, torch; from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as go; "
+    "sys.argv += [] if '-device' in sys.argv or torch.cuda.is_available() else ['-device', 'cpu']; go()"
+)
+_EXPORT = "import sys; from nnunetv2_dycon.commands import main; sys.exit(main())"
+
+
+def predict(
+    run: Run, images: Path, *, mirroring: bool, device: str | None = None, save_probabilities: bool = False
+) -> None:
+    """Write the run's predictions of all images, whole or not at all, with the facts beside them.
+
+    Parameters
+    ----------
+    run : Run
+        A training; the teacher's weights are exported first, since stock nnU-Net predicts with the student's.
+    images : Path
+        Folder of test images.
+    mirroring : bool
+        Average over mirrored predictions, as nnU-Net does.
+    device : str, optional
+        As -device of nnU-Net; by default CUDA where there is any, else the processor.
+    save_probabilities : bool
+        Write .npz files too, which calibration needs.
+
+    Raises
+    ------
+    DataError
+        If the run is a folder of predictions, or one of nnU-Net's commands ends with an error.
+    """
+    if run.training is None:
+        raise DataError(f"{run.name} is a folder of predictions: it cannot be predicted; name its training")
+    run.predictions.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".predict.", dir=run.predictions.parent) as scratch:
+        model, fold, checkpoint = run.training.parent, str(run.facts.fold), str(run.facts.checkpoint)
+        if run.facts.weights == "teacher":
+            model = _export_teacher(run, Path(scratch, "model"))
+            checkpoint = "checkpoint_final.pth"
+        out = Path(scratch, "predictions")
+        options = ["-npp", "1", "-nps", "1", *([] if mirroring else ["--disable_tta"])]
+        options += [*(["-device", device] if device else []), *(["--save_probabilities"] if save_probabilities else [])]
+        files = ["-i", str(images), "-o", str(out), "-m", str(model), "-f", fold, "-chk", checkpoint]
+        _call(_PREDICT, [*files, *options], run)
+        write_run_file(out, run.facts)
+        try:
+            os.replace(out, run.predictions)
+        except OSError as error:
+            raise DataError(f"cannot write {run.predictions} ({error.strerror}); delete it or move it away") from error
+
+
+def _export_teacher(run: Run, model: Path) -> Path:
+    folder = run.training.parent
+    trainer, plans, configuration = folder.name.split("__")
+    arguments = ["export", "-d", folder.parent.name, "-tr", trainer, "-c", configuration, "-p", plans]
+    arguments += ["-f", str(run.facts.fold), "-chk", str(run.facts.checkpoint), "--weights", "teacher"]
+    _call(_EXPORT, [*arguments, "-o", str(model)], run, nnUNet_results=str(folder.parent.parent))
+    return model
+
+
+def _call(script: str, arguments: Sequence[str], run: Run, **environment: str) -> None:
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, errors="replace"
+    )
+    if done.returncode:
+        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1].strip()
+        raise DataError(
+            f"prediction with {run.method}, fold {run.facts.fold}, failed ({last[:200]}); try nnUNetv2_predict"
+        )

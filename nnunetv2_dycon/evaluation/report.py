@@ -1,0 +1,117 @@
+"""The report of a comparison: one HTML file that needs nothing else, and its parts as Markdown, LaTeX, CSV and PNG."""
+
+import base64
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from nnunetv2_dycon import __version__
+from nnunetv2_dycon.evaluation.comparison import ALL, Comparison
+from nnunetv2_dycon.evaluation.figures import (
+    Images,
+    Picture,
+    box_plots,
+    calibration,
+    overlays,
+    paired_lines,
+    training_curves,
+)
+from nnunetv2_dycon.evaluation.tables import (
+    OTHER_PROTOCOL,
+    Table,
+    class_table,
+    difference_table,
+    facts_table,
+    latex,
+    main_table,
+    markdown,
+    results_csv,
+)
+
+REPORT_FILE = "report.html"
+
+
+def write_report(
+    folder: Path, title: str, comparison: Comparison, images: Images, published: Sequence[dict] = ()
+) -> None:
+    """Write report.html, report.md with figures/, tables.tex and results.csv into an existing folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to write.
+    title : str
+        Heading of the report.
+    comparison : Comparison
+        Numbers.
+    images : Images
+        Voxels, for overlays and calibration.
+    published : sequence of dict
+        Rows of published_results.json for the main table.
+    """
+    found = [main_table(comparison, published), class_table(comparison), difference_table(comparison)]
+    tables = [table for table in (*found, facts_table(comparison)) if table is not None and table.rows]
+    made = [box_plots(comparison), paired_lines(comparison), calibration(comparison, images)]
+    pictures = [p for p in (*made, overlays(comparison, images), training_curves(comparison)) if p is not None]
+    introduction = _introduction(comparison)
+    (folder / "figures").mkdir(exist_ok=True)
+    for picture in pictures:
+        (folder / "figures" / f"{picture.name}.png").write_bytes(picture.png)
+    contents = {
+        REPORT_FILE: html(title, introduction, tables, pictures),
+        "report.md": as_markdown(title, introduction, tables, pictures),
+        "tables.tex": "\n".join(map(latex, tables)),
+        "results.csv": results_csv(comparison),
+    }
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def html(title: str, introduction: Sequence[str], tables: Sequence[Table], pictures: Sequence[Picture]) -> str:
+    """Return the report as one HTML file, pictures inside, readable without scripts."""
+    template = files("nnunetv2_dycon.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    return environment.from_string(template).render(
+        title=title,
+        introduction=introduction,
+        tables=tables,
+        pictures=[{**p._asdict(), "data": base64.b64encode(p.png).decode()} for p in pictures],
+        mark=OTHER_PROTOCOL,
+    )
+
+
+def as_markdown(title: str, introduction: Sequence[str], tables: Sequence[Table], pictures: Sequence[Picture]) -> str:
+    """Return the report as Markdown with its pictures in figures/."""
+    parts = [f"# {title}", *introduction, *(markdown(table).rstrip() for table in tables)]
+    for p in pictures:
+        parts.append(f"### {p.title}\n\n![{p.alt}](figures/{p.name}.png)\n\n{p.caption}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _introduction(comparison: Comparison) -> list[str]:
+    methods, baseline = comparison.methods, comparison.methods[0]
+    names = dict.fromkeys(m.runs[0].facts.trainer or m.name for m in methods)
+    runs = [run for method in methods for run in method.runs]
+    dataset = next((run.facts.dataset for run in runs if run.facts.dataset), "an unnamed data set")
+    return [
+        f"{len(methods)} methods in {len(runs)} runs on {len(comparison.cases)} test cases of {dataset}; baseline: "
+        f"{baseline.short}. Written by nnunetv2_dycon {__version__}.",
+        f"Trainers, the first run of each: {', '.join(names)}.",
+        _verdict(comparison),
+    ]
+
+
+def _verdict(comparison: Comparison) -> str:
+    """Return in one sentence which differences of the mean Dice to the baseline hold."""
+    kinds: dict[str, list[str]] = {"higher": [], "lower": [], "no difference that holds": []}
+    for method in comparison.methods[1:]:
+        result = comparison.results[method.name, ALL, "dice"]
+        kind = "no difference that holds" if not result.holds else "higher" if result.difference.mean > 0 else "lower"
+        kinds[kind].append(method.short)
+    found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+    return (
+        f"Mean Dice against {comparison.methods[0].short}, by the rule below. {found[0].upper()}{found[1:]}. What does "
+        "not hold may be there and too small for these cases and runs to show."
+    )

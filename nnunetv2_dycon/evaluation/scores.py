@@ -1,0 +1,382 @@
+"""Predictions of a folder against their truth: a table of all cases, a summary, and nnU-Net's own summary.json."""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import statistics
+import tempfile
+import types
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunetv2_dycon import __version__, parallel
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.label_files import (
+    DATASET_FILE,
+    Labels,
+    case_files,
+    read_label_map,
+    read_labels,
+    same_geometry,
+)
+from nnunetv2_dycon.evaluation.metrics import (
+    DISTANCES,
+    OVERLAPS,
+    Convention,
+    Counts,
+    Protocol,
+    Score,
+    Status,
+    f1,
+    precision,
+    recall,
+    score_case,
+)
+
+logger = logging.getLogger(__name__)
+
+METRICS = (*OVERLAPS, *DISTANCES, "volume_error_ml", "lesion_f1")
+
+Scored = list[tuple[Score, Counts]]
+
+
+class _Task(NamedTuple):
+    case: str
+    truth: Path
+    prediction: Path
+    labels: Labels
+    protocol: Protocol
+
+
+def evaluate(
+    truth_folder: str | Path,
+    prediction_folder: str | Path,
+    dataset_json: str | Path | None = None,
+    output: str | Path | None = None,
+    processes: int = 8,
+    *,
+    convention: Convention = "mm",
+    tolerance: float = 2.0,
+    lesions: bool = False,
+    distances: bool = True,
+    chill: bool = False,
+) -> list[Score]:
+    """Score every case of a folder of predictions.
+
+    Writes scores.csv (all cases), scores.json (what `summarize` returns) and nnU-Net's summary.json, all or none;
+    with the literature's convention the first two are scores_literature.csv and scores_literature.json.
+
+    Parameters
+    ----------
+    truth_folder, prediction_folder : path
+        Folders of label maps with the same file names.
+    dataset_json : path, optional
+        Names labels, regions, the ignore label and the file ending. By default dataset.json in the folder of the
+        predictions, where nnU-Net leaves a copy, else beside the folder of the truth.
+    output : path, optional
+        Folder for the three files; by default that of the predictions.
+    processes : int
+        Worker processes.
+    convention, tolerance, lesions, distances
+        See `Protocol`.
+    chill : bool
+        Score the predictions that are there, where the truth has more cases.
+
+    Returns
+    -------
+    list of Score
+        One a case and structure, by case.
+
+    Raises
+    ------
+    DataError
+        If folders or files do not fit together, or a file cannot be read or written.
+    ConfigError
+        If an option has no possible value.
+    """
+    protocol = Protocol(convention, tolerance, distances, lesions)
+    truth_folder, prediction_folder = Path(truth_folder), Path(prediction_folder)
+    output = prediction_folder if output is None else Path(output)
+    path = _dataset_file(truth_folder, prediction_folder) if dataset_json is None else Path(dataset_json)
+    labels = read_labels(path, truth_folder)
+    truths, predictions = (case_files(folder, labels.ending) for folder in (truth_folder, prediction_folder))
+    _check_names(truths, predictions, truth_folder, prediction_folder, chill)
+    _check_writable(output)
+    tasks = [_Task(case, truths[case], file, labels, protocol) for case, file in predictions.items()]
+    done: dict[str, Scored] = {}
+    with closing(parallel.run(_score_files, tasks, processes)) as results:
+        for task, scored in tqdm(results, total=len(tasks), desc="Scoring cases"):
+            done[task.case] = scored
+    rows = [score for task in tasks for score, _ in done[task.case]]
+    stem = "scores" if convention == "mm" else f"scores_{convention}"
+    of_nnunet = nnunet_summary([(task.truth, task.prediction, done[task.case]) for task in tasks])
+    files = {
+        f"{stem}.csv": _csv(rows),
+        f"{stem}.json": json.dumps(
+            {"truth": str(truth_folder), "predictions": str(prediction_folder), **summarize(rows)},
+            indent=2,
+            allow_nan=False,
+        ),
+        "summary.json": json.dumps(of_nnunet, indent=4, sort_keys=True),
+    }
+    _write(output, files)
+    logger.info("%d of %d cases scored; written: %s", len(tasks), len(truths), output / f"{{{','.join(files)}}}")
+    return rows
+
+
+def _score_files(task: _Task) -> Scored:
+    truth = read_label_map(task.truth, task.labels, truth=True)
+    prediction = read_label_map(task.prediction, task.labels, truth=False)
+    difference = same_geometry(truth, prediction)
+    if difference:
+        raise DataError(f"{task.prediction} has {difference} of {task.truth}; write it in the truth's geometry")
+    return score_case(
+        truth.labels,
+        prediction.labels,
+        truth.spacing,
+        task.labels.structures,
+        case=task.case,
+        ignore=task.labels.ignore,
+        protocol=task.protocol,
+    )
+
+
+def _dataset_file(truth_folder: Path, prediction_folder: Path) -> Path:
+    places = (prediction_folder / DATASET_FILE, truth_folder.absolute().parent / DATASET_FILE)
+    for path in places:
+        if path.is_file():
+            return path
+    raise DataError(f"neither {places[0]} nor {places[1]} exists; name the data set's own with -djfile")
+
+
+def _check_names(
+    truths: Mapping[str, Path],
+    predictions: Mapping[str, Path],
+    truth_folder: Path,
+    prediction_folder: Path,
+    chill: bool,
+) -> None:
+    missing, extra = sorted(truths.keys() - predictions.keys()), sorted(predictions.keys() - truths.keys())
+    if len(missing) == len(truths):
+        one, other = next(iter(truths.values())), next(iter(predictions.values()))
+        raise DataError(
+            f"{truth_folder} and {prediction_folder} share no file name ({one.name}, {other.name}); "
+            "give the truth of these cases, or rename the files"
+        )
+    if extra:
+        raise DataError(
+            f"{predictions[extra[0]]} has no truth in {truth_folder}{_more(extra)}; add it or remove the file"
+        )
+    if missing and not chill:
+        raise DataError(
+            f"{prediction_folder} has no {truths[missing[0]].name}{_more(missing)}; "
+            "predict it, or type --chill to score the others alone"
+        )
+
+
+def _more(cases: Sequence[str]) -> str:
+    return f" (and {len(cases) - 1} more)" if len(cases) > 1 else ""
+
+
+# ---- summaries -------------------------------------------------------------------------------------------------
+
+
+def summarize(rows: Collection[Score]) -> dict[str, Any]:
+    """Statistics of every structure over its cases, and their means over structures.
+
+    Parameters
+    ----------
+    rows : collection of Score
+        Of one evaluation.
+
+    Returns
+    -------
+    dict
+        "convention", "nsd_tolerance_mm", "version", "classes", "mean_over_classes". A class has name, number of cases
+        n, cases by status, and for each metric n, mean, sd (of a sample), median and the quartiles q1 and q3 of the
+        cases in which it is defined: Dice, IoU and NSD wherever one of the masks is not empty, so that the mean Dice
+        is nnU-Net's, distances only for status "ok". Distances have a penalized_mean besides, in which missed and
+        false alarms count as the image's diagonal. Where lesions were counted there are their numbers over all
+        cases, with precision, recall and F1 from these. In "mean_over_classes" every class that has a mean counts
+        the same. In the literature's convention keys end in "_voxels" instead of "_mm".
+
+    Raises
+    ------
+    DataError
+        If there are no rows, or some of another evaluation.
+    """
+    protocols = sorted({(row.convention, row.nsd_tolerance_mm) for row in rows})
+    if len(protocols) != 1:
+        raise DataError(f"rows of {len(protocols)} conventions or tolerances {protocols}; summarize one evaluation")
+    convention, tolerance = protocols[0]
+    classes: dict[str, dict[str, Any]] = {}
+    for label in dict.fromkeys(row.label for row in rows):
+        classes[label] = _summarize_class([row for row in rows if row.label == label])
+    return {
+        "convention": convention,
+        column("nsd_tolerance_mm", convention): tolerance,
+        "version": __version__,
+        "mean_over_classes": {
+            column(metric, convention): {
+                key: _mean([c[column(metric, convention)][key] for c in classes.values()])
+                for key in (("mean", "penalized_mean") if metric in DISTANCES else ("mean",))
+            }
+            for metric in METRICS
+        },
+        "classes": classes,
+    }
+
+
+def _summarize_class(rows: Sequence[Score]) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "name": rows[0].name,
+        "n": len(rows),
+        "status": {status: sum(row.status == status for row in rows) for status in get_args(Status)},
+    }
+    for metric in METRICS:
+        entry = _statistics([getattr(row, metric) for row in rows])
+        if metric in DISTANCES:
+            measured = any(row.nsd is not None for row in rows)
+            entry["penalized_mean"] = _mean([row.penalized(metric) for row in rows]) if measured else None
+        summary[column(metric, rows[0].convention)] = entry
+    counted = [row for row in rows if row.lesion_tp is not None]
+    if counted:
+        tp, fp, fn = (sum(getattr(row, f"lesion_{key}") for row in counted) for key in ("tp", "fp", "fn"))
+        rates = {"precision": precision(tp, fp), "recall": recall(tp, fn), "f1": f1(tp, fp, fn)}
+        summary["lesions"] = {"tp": tp, "fp": fp, "fn": fn, **rates}
+    return summary
+
+
+def _statistics(values: Sequence[float | None]) -> dict[str, Any]:
+    there = [value for value in values if value is not None]
+    q1, median, q3 = np.percentile(there, (25, 50, 75)).tolist() if there else (None,) * 3
+    sd = statistics.stdev(there) if len(there) > 1 else None
+    return {"n": len(there), "mean": _mean(values), "sd": sd, "median": median, "q1": q1, "q3": q3}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    numbers = [math.nan if value is None else value for value in values]
+    # nnU-Net's function, to its last digit
+    return None if all(map(math.isnan, numbers)) else float(np.nanmean(numbers))
+
+
+def nnunet_summary(cases: Sequence[tuple[Path, Path, Scored]]) -> dict[str, Any]:
+    """Return what nnU-Net's evaluation writes to summary.json; its own code would import torch in every worker.
+
+    Parameters
+    ----------
+    cases : sequence of (truth file, prediction file, result of `score_case`)
+        In the order of the file.
+    """
+    per_case = [
+        {
+            "reference_file": str(truth),
+            "prediction_file": str(prediction),
+            "metrics": {score.label: _nnunet_metrics(counts) for score, counts in scored},
+        }
+        for truth, prediction, scored in cases
+    ]
+    labels, keys = per_case[0]["metrics"], _nnunet_metrics(Counts(0, 0, 0, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a structure that no case has: nan, as nnU-Net writes it
+        means = {
+            label: {key: float(np.nanmean([case["metrics"][label][key] for case in per_case])) for key in keys}
+            for label in labels
+        }
+    foreground = {key: float(np.mean([mean[key] for mean in means.values()])) for key in keys}
+    return {"metric_per_case": per_case, "mean": means, "foreground_mean": foreground}
+
+
+def _nnunet_metrics(counts: Counts) -> dict[str, float]:
+    tp, fp, fn, tn = counts
+    union = tp + fp + fn
+    dice, iou = (2 * tp / (union + tp), tp / union) if union else (math.nan, math.nan)
+    return {"Dice": dice, "IoU": iou, "FP": fp, "TP": tp, "FN": fn, "TN": tn, "n_pred": fp + tp, "n_ref": fn + tp}
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def column(field: str, convention: Convention) -> str:
+    """Return the name of a field in files: what is in voxels is not called mm."""
+    return field if convention == "mm" or not field.endswith("_mm") else field.removesuffix("mm") + "voxels"
+
+
+def _columns(convention: Convention) -> list[str]:
+    return [column(field.name, convention) for field in fields(Score)]
+
+
+def _csv(rows: Sequence[Score]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_columns(rows[0].convention))
+    writer.writerows(map(astuple, rows))  # numbers with all their digits, None as nothing
+    return text.getvalue()
+
+
+def read_scores(path: str | Path) -> list[Score]:
+    """Return the rows of a table that `evaluate` has written.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read or is no such table.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *lines = list(csv.reader(file)) or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read ({error}); type: nnUNetv2_dycon evaluate") from error
+    if header not in [_columns(convention) for convention in get_args(Convention)]:
+        raise DataError(f"{path} has not the columns of a table of scores; type: nnUNetv2_dycon evaluate")
+    kinds = [_kind(hint) for hint in get_type_hints(Score).values()]
+    names = [field.name for field in fields(Score)]
+    rows = []
+    for number, line in enumerate(lines, 2):
+        try:
+            cells = (kind(cell) if cell else None for kind, cell in zip(kinds, line, strict=True))
+            rows.append(Score(**dict(zip(names, cells, strict=True))))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: {error}; type: nnUNetv2_dycon evaluate") from error
+    return rows
+
+
+def _kind(hint: Any) -> type:
+    """Return what makes a value of a cell: `float` for `float | None`, `str` for a literal."""
+    kind = get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    return kind if kind in (int, float) else str
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix=".scores.", dir=folder) as scratch:
+            for name, text in files.items():
+                Path(scratch, name).write_text(text, encoding="utf-8")
+            for name in files:
+                os.replace(Path(scratch, name), folder / name)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> DataError:
+    return DataError(f"cannot write into {folder} ({error.strerror}); give -o another folder")

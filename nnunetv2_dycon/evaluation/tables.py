@@ -1,0 +1,321 @@
+"""Tables of a comparison, in the form that papers use, as Markdown, LaTeX and CSV."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.evaluation.comparison import ALL, METRICS, Comparison, Method, Result, run_mean
+from nnunetv2_dycon.evaluation.metrics import DISTANCES, OVERLAPS
+from nnunetv2_dycon.evaluation.statistics import LEVEL, Spread, spread
+
+UNKNOWN = "not recorded"
+NOTHING = "–"
+TITLES = {"dice": "Dice", "iou": "IoU", "hd95_mm": "HD95", "asd_mm": "ASD"}
+OTHER_PROTOCOL = "‡"
+_CSV_COLUMNS = (
+    *("method", "weights", "label", "class", "metric", "unit", "convention"),
+    *("runs", "mean", "sd", "lowest", "highest"),
+    *("baseline", "difference", "low", "high", "p_holm", "holds", "best", "cases", "left_out"),
+)
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "–": "--",
+    "‡": r"$\ddagger$",
+}
+_LATEX |= {"−": "$-$", **{sign: f"\\{sign}" for sign in "%_#&${}"}}
+
+
+class Cell(NamedTuple):
+    """Text of a cell, and its marks: ahead of all others (bold), differs from the baseline (star)."""
+
+    text: str
+    best: bool = False
+    star: bool = False
+
+
+class Table(NamedTuple):
+    """A table to be rendered; `notes` stand below it."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]
+    notes: tuple[str, ...] = ()
+
+
+# ---- content ---------------------------------------------------------------------------------------------------
+
+
+def main_table(comparison: Comparison, published: Sequence[dict[str, Any]] = ()) -> Table:
+    """Return method, cases and the paper's four metrics; published rows are marked as another protocol.
+
+    Where a structure was missed or invented there are their numbers and HD95 with the image's diagonal in their place.
+    """
+    counted = any(comparison.status(m, s) for m in comparison.methods for s in ("missed", "false_alarm"))
+    rows = []
+    for method in comparison.methods:
+        cells = [Cell(method.short), *_case_cells(method), Cell(str(len(method.runs)))]
+        for metric in METRICS:
+            result = comparison.results[method.name, ALL, metric]
+            cells.append(_result_cell(result, metric, best=result.best))
+        if counted:
+            penalized = [run_mean(scores, ALL, "hd95_mm", penalized=True) for scores in method.scores]
+            cells.append(Cell(_mean_text(spread([v for v in penalized if v is not None]), "hd95_mm")))
+            cells += [Cell(str(comparison.status(method, status))) for status in ("missed", "false_alarm")]
+        rows.append(tuple(cells))
+    header = ["Method", "Labelled", "Unlabelled", "Runs", *(column_title(k, comparison.unit) for k in METRICS)]
+    if counted:
+        header += [f"HD95 with penalty ({comparison.unit}) ↓", "Missed", "False alarms"]
+    notes = [_reading(comparison), _distances(comparison)]
+    if published:
+        rows += [_published_row(row, len(header)) for row in published]
+        notes.append(_published_note(published))
+    return Table("Test cases", tuple(header), rows, tuple(notes))
+
+
+def class_table(comparison: Comparison) -> Table | None:
+    """Return average Dice and ASD and the Dice of each class; None where there is one class only."""
+    if len(comparison.labels) < 2:
+        return None
+    rows = []
+    for method in comparison.methods:
+        cells = [Cell(method.short)]
+        for label, metric in ((ALL, "dice"), (ALL, "asd_mm"), *((label, "dice") for label in comparison.labels)):
+            result = comparison.results[method.name, label, metric]
+            cells.append(_result_cell(result, metric, best=result.best))
+        rows.append(tuple(cells))
+    header = ("Method", "Average Dice (%) ↑", f"Average ASD ({comparison.unit}) ↓")
+    names = (f"{name} (%) ↑" for name in comparison.labels.values())
+    note = "Dice of each class; marks as above, p corrected over all classes, metrics and methods."
+    return Table("Classes", (*header, *names), rows, (note,))
+
+
+def difference_table(comparison: Comparison) -> Table:
+    """Return the paired differences to the baseline with interval, corrected p and whether they hold."""
+    rows = []
+    for method in comparison.methods[1:]:
+        for metric in METRICS:
+            result = comparison.results[method.name, ALL, metric]
+            if result.difference is None:
+                continue
+            d = result.difference
+            interval = NOTHING if d.low is None else f"{_signed(d.low, metric)} to {_signed(d.high, metric)}"
+            p = NOTHING if result.p is None else "< 0.001" if result.p < 0.001 else f"{result.p:.3f}"
+            holds = "yes" if result.holds else "no"
+            texts = (column_title(metric, comparison.unit), _signed(d.mean, metric), interval, p, holds, str(d.n))
+            rows.append((Cell(method.short), *map(Cell, texts), Cell(str(result.left_out))))
+    header = ("Method", "Metric", "Difference", f"{LEVEL:.0%} interval", "p (Holm)", "Holds", "Cases", "Left out")
+    notes = (
+        f"Method minus {comparison.methods[0].short}, case by case (mean over runs and classes). Interval: BCa "
+        "bootstrap over cases. p: Wilcoxon's signed-rank test, two-sided, Holm's correction over this table; none "
+        f"under six cases. A difference holds if the interval leaves out 0, p is below {1 - LEVEL:.2f} and no pair of "
+        "runs points the other way. The test knows these runs alone: with few of them it says little about other "
+        "seeds and labelled draws. Left out: cases times classes without a value in one of the two.",
+    )
+    return Table(f"Differences to {comparison.methods[0].short}", header, rows, notes)
+
+
+def facts_table(comparison: Comparison) -> Table:
+    """Return what is known of each run."""
+    rows = []
+    for method in comparison.methods:
+        for run in method.runs:
+            facts = run.facts
+            versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+            texts = (
+                facts.weights,
+                facts.labeled_count,
+                facts.unlabeled,
+                facts.steps,
+                facts.patches,
+                facts.checkpoint,
+                None if facts.mirroring is None else "yes" if facts.mirroring else "no",
+                facts.seed if facts.seed is not None or facts.trainer is None else "not set",
+                None if facts.seconds_per_step is None else f"{facts.seconds_per_step:.3g}",
+                facts.hardware,
+                facts.fold,
+                facts.plans,
+                versions or None,
+            )
+            rows.append((Cell(method.short), *(Cell(UNKNOWN if text is None else str(text)) for text in texts)))
+    header = ("Method", "Weights", "Labelled", "Unlabelled", "Steps", "Labelled patches seen", "Checkpoint")
+    header += ("Mirroring", "Seed", "Seconds per step", "Hardware", "Fold", "Plans", "Versions")
+    notes = (
+        "Seconds per step: median over epochs, the epoch's validation included. Plans: digest of what the plans build "
+        f"and prepare. {UNKNOWN.capitalize()}: the run's files do not say.",
+    )
+    return Table("Runs", header, rows, notes)
+
+
+def _case_cells(method: Method) -> list[Cell]:
+    columns = ([run.facts.labeled_count for run in method.runs], [run.facts.unlabeled for run in method.runs])
+    return [Cell("/".join(UNKNOWN if v is None else str(v) for v in dict.fromkeys(values))) for values in columns]
+
+
+def column_title(metric: str, unit: str) -> str:
+    """Return a metric's heading with its unit and the direction that is better."""
+    return f"{TITLES[metric]} (%) ↑" if metric in OVERLAPS else f"{TITLES[metric]} ({unit}) ↓"
+
+
+def _result_cell(result: Result, metric: str, *, best: bool) -> Cell:
+    return Cell(_mean_text(result.mean, metric), best, result.holds)
+
+
+def _mean_text(mean: Spread | None, metric: str) -> str:
+    if mean is None:
+        return NOTHING
+    scale = 1.0 if metric in DISTANCES else 100.0
+    text = f"{scale * mean.mean:.2f}"
+    return text if mean.sd is None else f"{text} ± {scale * mean.sd:.2f}"
+
+
+def _signed(value: float, metric: str) -> str:
+    text = f"{(1.0 if metric in DISTANCES else 100.0) * value:+.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", "−")
+
+
+def _reading(comparison: Comparison) -> str:
+    return (
+        f"{len(comparison.cases)} test cases. Mean over cases, then classes, then runs; ± standard deviation over runs "
+        f"(seeds and labelled draws). Bold: ahead of every other method and each difference holds. *: the difference "
+        f"to {comparison.methods[0].short} holds (see the table of differences)."
+    )
+
+
+def _distances(comparison: Comparison) -> str:
+    if comparison.convention == "mm":
+        text = "Distances in mm; HD95 is the larger of the two directions, ASD leads from prediction to truth."
+    else:
+        text = "Distances in voxels with MedPy's definitions, as most papers print them."
+    return f"{text} Means are over structures that both masks have; comparisons count a missed one as the diagonal."
+
+
+def read_published() -> list[dict[str, Any]]:
+    """Return the published results: facts with their source."""
+    text = files("nnunetv2_dycon.evaluation").joinpath("published_results.json").read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def choose_published(name: str, labeled: Sequence[int | None]) -> list[dict[str, Any]]:
+    """Return published rows of a data set; those with as many labelled cases as the runs, where there are any.
+
+    Parameters
+    ----------
+    name : str
+        A name in the file, or one of nnU-Net's that holds it, such as Dataset503_LA.
+    labeled : sequence of int or None
+        Numbers of labelled cases of the runs.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such data set.
+    """
+    rows = read_published()
+    known = dict.fromkeys(row["dataset"] for row in rows)
+    words = re.split(r"[\W_]", re.sub(r"^Dataset\d+_", "", name).lower())
+    keys = {dataset: re.split(r"\W", dataset.lower())[0] for dataset in known}  # pancreas of Pancreas-CT
+    found = [dataset for dataset, key in keys.items() if any(_same_name(word, key) for word in words)]
+    if len(found) != 1:
+        raise ConfigError(f"--published {name}: there are results of {', '.join(known)}; give one of these names")
+    own = [row for row in rows if row["dataset"] == found[0]]
+    return [row for row in own if row["labelled"] in labeled] or own
+
+
+def _same_name(word: str, key: str) -> bool:
+    return word == key or (len(key) > 3 and word.startswith(key))  # PancreasNIH; but LA is in no longer word
+
+
+def _published_row(row: dict[str, Any], width: int) -> tuple[Cell, ...]:
+    numbers = (NOTHING if row[key] is None else f"{row[key]:.2f}" for key in ("dice", "jaccard", "hd95", "asd"))
+    texts = [f"{row['method']} {OTHER_PROTOCOL}", str(row["labelled"]), str(row["unlabelled"]), NOTHING, *numbers]
+    return tuple(map(Cell, texts + [NOTHING] * (width - len(texts))))
+
+
+def _published_note(rows: Sequence[dict[str, Any]]) -> str:
+    origins: dict[str, list[str]] = {}
+    for row in rows:
+        origins.setdefault(f"{row['protocol']}; {row['source']}", []).append(row["method"])
+    sources = (f"{', '.join(dict.fromkeys(methods))}: {origin}" for origin, methods in origins.items())
+    return (
+        f"{OTHER_PROTOCOL} Published under another protocol (other networks, checkpoints, crops, mostly distances in "
+        f"voxels): not comparable with the rows above. {'. '.join(sources)}."
+    )
+
+
+# ---- forms -----------------------------------------------------------------------------------------------------
+
+
+def markdown(table: Table) -> str:
+    """Return the table as Markdown, its notes below."""
+
+    def cell(c: Cell) -> str:
+        text = c.text.replace("|", r"\|").replace("*", r"\*")
+        return (f"**{text}**" if c.best else text) + (r"\*" if c.star else "")
+
+    lines = [f"### {table.title}", "", _row(table.header), _row(["---"] * len(table.header))]
+    lines += [_row([cell(c) for c in row]) for row in table.rows]
+    for note in table.notes:
+        lines += ["", note.replace("*:", r"\*:")]
+    return "\n".join(lines) + "\n"
+
+
+def _row(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def latex(table: Table) -> str:
+    """Return the table as LaTeX for the package booktabs."""
+
+    def cell(c: Cell) -> str:
+        text = _escape(c.text)
+        return (rf"\textbf{{{text}}}" if c.best else text) + ("$^{*}$" if c.star else "")
+
+    columns = "l" + "c" * (len(table.header) - 1)
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escape(table.title)}. {_escape(' '.join(table.notes))}}}"]
+    lines += [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        " & ".join(map(_escape, table.header)) + r" \\",
+        r"\midrule",
+    ]
+    lines += [" & ".join(cell(c) for c in row) + r" \\" for row in table.rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+
+def _escape(text: str) -> str:
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def results_csv(comparison: Comparison) -> str:
+    """Return every result, one a line, numbers with all their digits; overlaps are fractions."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for (name, label, metric), result in comparison.results.items():
+        method = next(m for m in comparison.methods if m.name == name)
+        unit = comparison.unit if metric in DISTANCES else "1"
+        d = result.difference or (None,) * 5
+        head = [method.runs[0].facts.trainer or name, method.runs[0].facts.weights, label or "mean over classes"]
+        head += [comparison.labels.get(label, ""), metric.removesuffix("_mm"), unit, comparison.convention]
+        numbers = list(result.mean or (0, None, None, None, None))
+        tail = [
+            comparison.methods[0].name,
+            d[1],
+            d[2],
+            d[3],
+            result.p,
+            result.holds,
+            result.best,
+            d[0],
+            result.left_out,
+        ]
+        writer.writerow([*head, *numbers, *tail])
+    return text.getvalue()

@@ -1,0 +1,153 @@
+import math
+
+import numpy as np
+import pytest
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.comparison import ALL, make_comparison, run_mean
+from nnunetv2_dycon.evaluation.metrics import Score
+from tests.madeup_runs import a_run
+
+CASES = [f"c{i}" for i in range(8)]
+
+
+def score(case, label="1", dice=0.5, distance=2.0, status="ok", **other):
+    """Return a score whose empty masks have what `score_case` gives them."""
+    if status != "ok":
+        distance = None
+        dice = None if status == "both_empty" else 0.0
+    fields = {"iou": dice, "hd95_mm": distance, "asd_mm": distance, "assd_mm": distance, "nsd": dice}
+    volumes = dict.fromkeys(("volume_truth_ml", "volume_pred_ml", "volume_error_ml"), 1.0)
+    rest = {"nsd_tolerance_mm": 2.0, "diagonal_mm": 100.0, "name": f"name {label}", **volumes, **fields, **other}
+    return Score(case=case, label=label, dice=dice, status=status, **rest)
+
+
+def scores(dice, label="1", **other):
+    return [score(case, label, d, **other) for case, d in zip(CASES, dice, strict=True)]
+
+
+def result(comparison, method, metric="dice", label=ALL):
+    return comparison.results[f"{method} (student)", label, metric]
+
+
+DICE = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85]
+
+
+def test_means_are_over_cases_then_classes_then_runs():
+    one = [*scores([0.5] * 8), *scores([0.5] * 4 + [1.0] * 4, "2")]
+    other = [*scores([0.25] * 8), *scores([0.25] * 8, "2")]
+    compared = make_comparison([(a_run("a", seed=0), one), (a_run("a", seed=1), other)], "a (student)")
+    found = result(compared, "a").mean
+    assert found[:2] == (2, (0.625 + 0.25) / 2)
+    assert found.sd == pytest.approx(np.std([0.625, 0.25], ddof=1))
+    assert result(compared, "a", label="2").mean.mean == pytest.approx((0.75 + 0.25) / 2)
+
+
+def test_identical_runs_differ_by_nothing_and_have_no_mark():
+    compared = make_comparison([(a_run("a"), scores(DICE)), (a_run("b"), scores(DICE))], "a (student)")
+    found = result(compared, "b")
+    assert (found.difference.mean, found.p, found.holds, found.best) == (0.0, 1.0, False, False)
+    assert not result(compared, "a").best
+
+
+def test_a_method_that_is_ahead_in_every_case_is_best_and_the_baseline_is_first():
+    better = scores([d + 0.05 + 0.001 * i for i, d in enumerate(DICE)], distance=1.0)
+    compared = make_comparison([(a_run("b"), better), (a_run("a"), scores(DICE))], "a (student)")
+    assert [method.name for method in compared.methods] == ["a (student)", "b (student)"]
+    found = result(compared, "b")
+    assert found.difference.mean == pytest.approx(0.0535)
+    assert (found.holds, found.best) == (True, True)
+    assert result(compared, "b", "asd_mm").best  # smaller is better
+    assert not result(compared, "a").best
+    assert not result(compared, "a", "asd_mm").best
+    assert result(compared, "a").difference is None
+
+
+def test_a_lead_that_one_seed_contradicts_is_not_marked():
+    runs = [(a_run(name, seed=s), scores(DICE)) for name in "a" for s in (0, 1)]
+    good, bad = ([d + shift + 0.001 * i for i, d in enumerate(DICE)] for shift in (0.1, -0.02))
+    compared = make_comparison(
+        [*runs, (a_run("b", seed=1), scores(bad)), (a_run("b", seed=0), scores(good))], "a (student)"
+    )
+    found = result(compared, "b")
+    assert found.difference.low > 0
+    assert found.p < 0.05
+    assert (found.holds, found.best) == (False, False)
+
+
+def test_seeds_are_paired_by_their_number():
+    low, high = [0.5 * d for d in DICE], [d + 0.1 for d in DICE]
+    noise = [0.01 + 0.001 * i for i in range(8)]
+    a = [(a_run("a", seed=0), scores(low)), (a_run("a", seed=1), scores(high))]
+    b = [(a_run("b", seed=s), scores(np.add(v, noise))) for s, v in ((1, high), (0, low))]
+    assert result(make_comparison([*a, *b], "a (student)"), "b").holds
+    unmatched = [(a_run("b", seed=s + 5), found) for s, (_, found) in enumerate(b)]
+    assert not result(make_comparison([*a, *unmatched], "a (student)"), "b").holds  # all pairs then
+
+
+def test_five_cases_have_no_p_and_no_mark():
+    few = [score(case, dice=d) for case, d in zip(CASES[:5], DICE, strict=False)]
+    more = [score(case, dice=d + 0.1) for case, d in zip(CASES[:5], DICE, strict=False)]
+    found = result(make_comparison([(a_run("a"), few), (a_run("b"), more)], "a (student)"), "b")
+    assert (found.difference.n, found.difference.p, found.holds, found.best) == (5, None, False, False)
+    assert found.difference.low == pytest.approx(0.1)
+
+
+def test_a_missed_structure_costs_the_diagonal_where_methods_are_compared():
+    one = scores(DICE)
+    other = [score("c0", status="missed"), *one[1:]]
+    compared = make_comparison([(a_run("a"), one), (a_run("b"), other)], "a (student)")
+    assert result(compared, "b", "hd95_mm").mean.mean == 2.0  # of the others
+    assert result(compared, "b", "hd95_mm").difference.mean == pytest.approx(98 / 8)
+    method = compared.methods[1]
+    assert run_mean(method.scores[0], ALL, "hd95_mm", penalized=True) == pytest.approx((100 + 7 * 2) / 8)
+    assert (compared.status(method, "missed"), compared.status(method, "ok")) == (1, 7)
+    assert compared.per_case(method, "hd95_mm")["c0"] == 100.0
+
+
+def test_a_false_alarm_counts_against_a_structure_that_is_rightly_empty():
+    empty = [score("c0", status="both_empty"), *scores(DICE)[1:]]
+    alarm = [score("c0", status="false_alarm"), *scores(DICE)[1:]]
+    compared = make_comparison([(a_run("a"), empty), (a_run("b"), alarm), (a_run("c"), empty)], "a (student)")
+    found = result(compared, "b")
+    assert (found.difference.mean, found.left_out) == (pytest.approx(-1 / 8), 0)
+    assert (result(compared, "b", "asd_mm").left_out, result(compared, "b", "asd_mm").difference.n) == (1, 7)
+    assert (result(compared, "c").left_out, result(compared, "c").difference.n) == (1, 7)
+
+
+def test_a_metric_that_is_defined_nowhere_has_no_result():
+    nothing = [score(case, status="both_empty") for case in CASES]
+    found = result(make_comparison([(a_run("a"), nothing), (a_run("b"), nothing)], "a (student)"), "b")
+    assert (found.mean, found.difference, found.holds, found.left_out) == (None, None, False, 8)
+
+
+def test_corrections_are_made_over_methods_and_metrics():
+    rng = np.random.default_rng(2)
+    runs = [(a_run(name), scores(np.clip(DICE + rng.normal(0.02, 0.03, 8), 0, 1))) for name in "abc"]
+    compared = make_comparison(runs, "a (student)")
+    raw = [r.difference.p for r in compared.results.values() if r.difference]
+    smallest = min(raw)
+    assert len(raw) == 2 * 4
+    assert min(r.p for r in compared.results.values() if r.p is not None) == pytest.approx(min(1.0, 8 * smallest))
+
+
+def test_an_undefined_value_is_no_zero():
+    assert run_mean({("c0", "1"): score("c0", status="both_empty"), ("c1", "1"): score("c1")}, ALL, "dice") == 0.5
+    assert run_mean({("c0", "1"): score("c0", dice=math.nan)}, ALL, "dice") is None
+
+
+@pytest.mark.parametrize("other", [scores(DICE)[:-1], scores(DICE, "2"), scores(DICE, convention="literature")])
+def test_scores_of_other_cases_classes_or_conventions_are_refused(other):
+    with pytest.raises(DataError, match="b was scored on other cases or classes than a"):
+        make_comparison([(a_run("a"), scores(DICE)), (a_run("b"), other)], "a (student)")
+
+
+def test_a_difference_seen_from_the_other_method_is_turned_round():
+    noisy = np.clip(np.add(DICE, [0.1, 0.0, 0.02, 0.2, 0.05, -0.04, 0.01, 0.03]), 0, 1)
+    compared = make_comparison([(a_run("a"), scores(DICE)), (a_run("b"), scores(noisy))], "a (student)")
+    a, b = compared.methods
+    there, back = (compared._difference(one, other, ALL, "dice") for one, other in ((b, a), (a, b)))
+    assert there.paired.low < there.paired.mean < there.paired.high
+    assert (back.paired.low, back.paired.high) == (-there.paired.high, -there.paired.low)
+    assert (back.paired.mean, back.paired.p) == (-there.paired.mean, there.paired.p)
+    assert back.of_runs == (-there.of_runs[0],)

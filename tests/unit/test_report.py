@@ -1,0 +1,206 @@
+import itertools
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation import figures
+from nnunetv2_dycon.evaluation.comparison import make_comparison
+from nnunetv2_dycon.evaluation.figures import (
+    Images,
+    Picture,
+    calibration,
+    overlays,
+    reliability_counts,
+    training_curves,
+)
+from nnunetv2_dycon.evaluation.label_files import read_labels
+from nnunetv2_dycon.evaluation.report import as_markdown, html
+from nnunetv2_dycon.evaluation.scores import evaluate
+from nnunetv2_dycon.evaluation.tables import Cell, Table
+from tests.madeup_runs import CASES, a_run, make_dataset, make_predictions
+
+TABLE = Table("Title <1>", ("Method", "Dice"), [(Cell("<script>"), Cell("1.0", True, True))], ("note & more",))
+PICTURE = Picture("boxes", "Boxes", b"\x89PNG", 'alt "text"', "caption")
+
+
+class Page(HTMLParser):
+    """Collects the start tags of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    return make_dataset(tmp_path, monkeypatch)
+
+
+def compared(raw, tmp_path, *, probabilities=False, **facts):
+    """Return a comparison of two predictions, the second worse, and where its voxels are."""
+    runs = []
+    for shift, name in enumerate("ab"):
+        folder = make_predictions(tmp_path / f"of_{name}", shift, probabilities=probabilities)
+        scored = evaluate(raw / "labelsTs", folder, raw / "dataset.json", tmp_path / f"s{name}", processes=1)
+        runs.append((a_run(name, str(folder), **facts), scored))
+    labels = read_labels(raw / "dataset.json", raw / "labelsTs")
+    return make_comparison(runs, "a (student)"), Images(raw / "labelsTs", raw / "imagesTs", labels)
+
+
+def test_the_page_needs_nothing_else_and_says_what_is_in_its_pictures():
+    page = Page(html("A <b>", ["introduction"], [TABLE], [PICTURE]))
+    assert not page.of("script")
+    assert not page.of("link")
+    assert [image["src"][:22] for image in page.of("img")] == ["data:image/png;base64,"]
+    assert [image["alt"] for image in page.of("img")] == ['alt "text"']
+    assert all(cell.get("scope") == "col" for cell in page.of("th"))
+    targets = {attributes["id"] for attributes in page.of("h2")}
+    assert {link["href"].removeprefix("#") for link in page.of("a")} == targets
+
+
+def test_names_are_text_on_the_page_and_marks_are_shown():
+    text = html("A <b>", [], [TABLE], [])
+    assert "<b>" not in text
+    assert "&lt;script&gt;" in text
+    assert "<strong>1.0</strong>" in text
+    assert re.search(r"<abbr [^>]*>\*</abbr>", text)
+
+
+def test_rows_of_another_protocol_look_different():
+    row = (Cell("DyCON ‡"), Cell("90.0"))
+    assert '<tr class="published">' in html("", [], [TABLE._replace(rows=[row])], [])
+    assert '<tr class="published">' not in html("", [], [TABLE], [])
+
+
+def test_markdown_names_the_picture_files():
+    text = as_markdown("Title", ["introduction"], [TABLE], [PICTURE])
+    assert '![alt "text"](figures/boxes.png)' in text
+    assert text.startswith("# Title\n\nintroduction\n\n### Title <1>")
+
+
+# ---- pictures
+
+
+def luminance(color):
+    """Return the relative luminance of WCAG 2."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def test_overlay_colours_differ_in_lightness():
+    """As steps of contrast, which need no hue."""
+    levels = sorted(luminance(color) for color in (figures.GREEN, figures.RED, figures.BLUE, figures.YELLOW))
+    assert all((high + 0.05) / (low + 0.05) > 1.45 for low, high in itertools.pairwise(levels))
+
+
+def test_an_overlay_colours_each_kind_of_voxel():
+    true = np.array([[0, 1, 1, 0, 1]])
+    predicted = np.array([[0, 1, 0, 1, 2]])
+    found = figures._colored(true, predicted)[0]
+    assert found[0].tolist() == [0, 0, 0, 0]
+    for at, color in ((1, figures.GREEN), (2, figures.BLUE), (3, figures.RED), (4, figures.YELLOW)):
+        assert found[at, :3] == pytest.approx(to_rgb(color))
+
+
+def test_overlays_name_best_median_and_worst_case(raw, tmp_path):
+    comparison, images = compared(raw, tmp_path)
+    picture = overlays(comparison, images)
+    dice = {c: sum(comparison.per_case(m, "dice")[c] for m in comparison.methods) for c in CASES}
+    best, worst = max(dice.values()), min(dice.values())
+    named = re.search(r"(test_\d+) \(best\), (test_\d+) \(median\), (test_\d+) \(worst\)", picture.alt).groups()
+    assert dice[named[0]] == best
+    assert dice[named[2]] == worst
+    assert dice[named[1]] == sorted(dice.values(), reverse=True)[len(CASES) // 2]
+    assert picture.png.startswith(b"\x89PNG")
+
+
+def test_overlays_do_without_images_and_with_an_empty_case(raw, tmp_path):
+    comparison, images = compared(raw, tmp_path)
+    overlays(comparison, images._replace(images=None))
+    assert figures._box(np.zeros((4, 5), bool)) == (slice(None), slice(None))
+
+
+def test_no_title_of_an_overlay_covers_another_or_is_cut(raw, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    comparison, images = compared(raw, tmp_path)
+    names = [f"nnUNetTrainerDyCON_beta{i}p5to0p05_wuncl{i}p5_wfecl{i}p25_gamma{i}p5" for i in range(6)]
+    runs = [(a_run(name, str(tmp_path / "of_b")), evaluated(comparison)) for name in names]
+    overlays(make_comparison(runs, f"{names[0]} (student)"), images)
+    figure = drawn[0]
+    figure.canvas.draw()
+    boxes = [axis.title.get_window_extent() for axis in figure.axes[:7]]
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+    assert boxes[0].x0 > 0
+    assert boxes[-1].x1 < figure.bbox.x1
+    assert max(box.y1 for box in boxes) < figure.bbox.y1
+
+
+def evaluated(comparison):
+    return list(comparison.methods[1].scores[0].values())
+
+
+def test_a_long_name_is_broken_into_lines_and_nothing_is_lost():
+    text = figures._wrapped("DyCON_beta0p5to0p05_viewcopy_paste (student)")
+    assert max(map(len, text.split("\n"))) <= 22
+    assert text.replace("\n", "").replace(" ", "") == "DyCON_beta0p5to0p05_viewcopy_paste(student)"
+
+
+def test_every_plot_says_what_it_shows(raw, tmp_path):
+    comparison, _ = compared(raw, tmp_path)
+    for picture in (figures.box_plots(comparison), figures.paired_lines(comparison)):
+        assert picture.png.startswith(b"\x89PNG")
+        assert all(word in picture.alt for word in ("Dice (%)", "HD95 (mm)"))
+        assert picture.caption
+
+
+def test_reliability_gives_the_worked_example(raw):
+    labels = read_labels(raw / "dataset.json", raw / "labelsTs")
+    #  truth 1 right at .8; truth 0 called 2 at .6 (wrong); truth 0 called 0: does not count; truth 2 called 0 at .5
+    probabilities = np.array([[0.1, 0.2, 0.9, 0.5], [0.8, 0.2, 0.05, 0.1], [0.1, 0.6, 0.05, 0.4]])
+    count, confidence, right = reliability_counts(probabilities, np.array([1, 0, 0, 2]), labels)
+    assert (count[8], count[6], count[5], count.sum()) == (1, 1, 1, 3)
+    assert confidence[[8, 6, 5]].tolist() == [0.8, 0.6, 0.5]
+    assert right[[8, 6, 5]].tolist() == [1, 0, 0]
+    with pytest.raises(DataError, match=r"shape \(3, 4\) do not fit 3 labels and a truth of shape \(5,\)"):
+        reliability_counts(probabilities, np.zeros(5, int), labels)
+
+
+def test_calibration_is_shown_where_there_are_probabilities(raw, tmp_path):
+    comparison, images = compared(raw, tmp_path, probabilities=True)
+    # the first method is always right, and its voxels say 0.8
+    assert "a 20.0 %" in calibration(comparison, images).alt
+    (comparison.methods[1].runs[0].predictions / f"{CASES[3]}.npz").unlink()
+    assert " b " not in calibration(comparison, images).alt
+    (comparison.methods[0].runs[0].predictions / f"{CASES[3]}.npz").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"test_03\.npz holds no probabilities"):
+        calibration(comparison, images)
+
+
+def test_without_probabilities_and_logs_two_pictures_fall_away(raw, tmp_path):
+    comparison, images = compared(raw, tmp_path)
+    assert calibration(comparison, images) is None
+    assert training_curves(comparison) is None
+
+
+def test_a_training_is_drawn_once_for_student_and_teacher(raw, tmp_path):
+    comparison, _ = compared(raw, tmp_path)
+    runs = []
+    for name in ("a", "b"):
+        for weights in ("student", "teacher"):
+            run = a_run(
+                name, weights=weights, curves={"training loss": [1.0, 0.5], "teacher's pseudo Dice": [0.1, 0.2]}
+            )
+            runs.append((run, list(comparison.methods[0].scores[0].values())))
+    assert "for 2 trainings of a, b." in training_curves(make_comparison(runs, "a (student)")).alt

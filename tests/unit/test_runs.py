@@ -1,0 +1,309 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.runs import (
+    Facts,
+    Place,
+    check_alike,
+    find_baseline,
+    find_runs,
+    plans_digest,
+    read_run_file,
+    read_training,
+    resolved_plans,
+    short_names,
+    write_run_file,
+)
+from tests.madeup_runs import (
+    CASES,
+    DATASET,
+    LABELED,
+    PLANS,
+    VALIDATION,
+    a_run,
+    make_dataset,
+    make_predictions,
+    make_training,
+    write_splits,
+)
+
+PLACE = Place(DATASET)
+DYCON = "nnUNetTrainerDyCON_epochs4"
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    make_dataset(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def find(text, weights=("student",), mirroring=True, place=PLACE):
+    return find_runs(text, place, weights, mirroring)
+
+
+# ---- facts
+
+
+def test_facts_of_our_trainer_are_those_of_its_files(root):
+    facts = read_training(make_training(root, DYCON, seed=7, unlabeled="12"))
+    assert (facts.trainer, facts.dataset, facts.configuration, facts.fold) == (DYCON, DATASET, "3d_fullres", "0")
+    assert (facts.labeled, facts.validation, facts.labeled_count) == (LABELED, VALIDATION, 3)
+    assert (facts.unlabeled, facts.epochs, facts.steps, facts.batch, facts.patches) == (12, 4, 20, 2, 40)
+    assert (facts.checkpoint, facts.seed, facts.has_teacher, facts.hardware) == ("checkpoint_final.pth", 7, True, "cpu")
+    assert facts.seconds_per_step == pytest.approx(4 / 5)  # epochs take 2, 3, 4 and 5 s
+    assert facts.versions == {"nnunetv2_dycon": "0.1.0", "nnunetv2": "2.8.1", "torch": "2.0"}
+    assert facts.curves["pseudo Dice"] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert facts.curves["teacher's pseudo Dice"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_facts_of_a_stock_trainer_leave_open_what_it_does_not_record(root):
+    facts = read_training(make_training(root, "nnUNetTrainer", ours=False))
+    assert (facts.unlabeled, facts.steps, facts.seed, facts.has_teacher) == (0, 20, None, False)
+    assert facts.versions == {"torch": "2.0"}
+
+
+def test_a_later_log_does_not_hide_the_number_of_unlabelled_images(root):
+    folder = make_training(root, DYCON, unlabeled="12")
+    (folder / "training_log_2026_1_1_00_00_00.txt").write_text("validation again\n")
+    assert read_training(folder).unlabeled == 12
+
+
+def test_without_a_split_file_numbers_come_from_the_log_and_names_are_open(root, monkeypatch):
+    folder = make_training(root, DYCON)
+    monkeypatch.delenv("nnUNet_preprocessed")
+    facts = read_training(folder)
+    assert (facts.labeled, facts.labeled_count) == (None, 3)
+
+
+# ---- names
+
+
+def test_a_run_is_found_by_trainer_name_results_folder_and_fold_folder(root):
+    folder = make_training(root, DYCON)
+    for text in (DYCON, str(folder.parent), str(folder)):
+        (run,) = find(text)
+        assert run.training == folder
+        assert run.predictions == folder / "test" / "checkpoint_final_student"
+
+
+def test_a_star_stands_for_all_seeds_which_are_one_method(root):
+    for seed in range(3):
+        make_training(root, f"nnUNetTrainerDyCON_seed{seed}_bf16", seed=seed)
+    runs = find("nnUNetTrainerDyCON_seed*_bf16")
+    assert [run.facts.seed for run in runs] == [0, 1, 2]
+    assert {run.method for run in runs} == {"nnUNetTrainerDyCON_bf16 (student)"}
+
+
+def test_a_folder_of_predictions_is_a_run_of_which_nothing_is_known(tmp_path):
+    folder = make_predictions(tmp_path / "theirs")
+    (run,) = find(str(folder))
+    assert (run.training, run.predictions, run.method) == (None, folder, "theirs")
+    assert run.facts == Facts(dataset=DATASET)
+
+
+def test_predictions_made_elsewhere_are_given_to_their_run(root, tmp_path):
+    folder = make_training(root, DYCON)
+    theirs = make_predictions(tmp_path / "theirs")
+    (run,) = find(f"{DYCON}={theirs}")
+    assert (run.training, run.predictions, run.facts.steps, run.facts.mirroring) == (folder, theirs, 20, None)
+    with pytest.raises(DataError, match="several runs"):
+        find(f"{DYCON}={theirs}", ("student", "teacher"))
+
+
+def test_predictions_with_and_without_mirroring_lie_apart(root):
+    make_training(root, DYCON)
+    assert find(DYCON, mirroring=False)[0].predictions.name == "checkpoint_final_student_nomirror"
+
+
+def test_a_wrong_name_is_refused_with_the_nearest(root):
+    make_training(root, DYCON)
+    with pytest.raises(DataError, match=f"the nearest there is {DYCON}"):
+        find("nnUNetTrainerDyCON_epoch4")
+    with pytest.raises(DataError, match="is no folder"):
+        find("no/such")
+
+
+def test_student_and_teacher_are_two_runs_and_stock_has_one(root):
+    make_training(root, DYCON)
+    make_training(root, "nnUNetTrainer", ours=False)
+    both = ("student", "teacher")
+    assert [run.facts.weights for run in find(DYCON, both)] == ["student", "teacher"]
+    assert [run.facts.weights for run in find("nnUNetTrainer", both)] == ["student"]
+    with pytest.raises(DataError, match="holds no teacher"):
+        find("nnUNetTrainer", ("teacher",))
+
+
+def test_the_facts_travel_with_the_predictions(root, tmp_path):
+    facts = read_training(make_training(root, DYCON))
+    away = make_predictions(tmp_path / "away")
+    write_run_file(away, facts)
+    assert read_run_file(away) == facts
+    assert find(str(away))[0].facts == facts
+    (away / "run.json").write_text('{"other": 1}')
+    with pytest.raises(DataError, match="was not written by"):
+        read_run_file(away)
+
+
+def test_predictions_of_an_older_training_are_refused(root):
+    folder = make_training(root, DYCON)
+    (run,) = find(DYCON)
+    write_run_file(make_predictions(run.predictions), run.facts)
+    find(DYCON)
+    state = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    torch.save({**state, "network_weights": {"w": torch.ones(1)}}, folder / "checkpoint_final.pth")
+    with pytest.raises(DataError, match="predicted with another state"):
+        find(DYCON)
+
+
+def test_predictions_of_the_other_weights_are_refused(root):
+    make_training(root, DYCON)
+    student, teacher = find(DYCON, ("student", "teacher"))
+    write_run_file(make_predictions(teacher.predictions), student.facts)
+    with pytest.raises(DataError, match="was predicted by the student; type --weights student"):
+        find(DYCON, ("teacher",))
+
+
+# ---- refusals of one run
+
+
+def test_the_best_checkpoint_of_a_training_that_goes_on_is_refused(root):
+    folder = make_training(root, DYCON, checkpoint="checkpoint_best.pth", done=2)
+    assert read_training(folder, "checkpoint_best.pth").steps == 10
+    (folder / "checkpoint_final.pth").unlink()
+    with pytest.raises(DataError, match=r"not a finished training \(no checkpoint_final\.pth, only checkpoint_best"):
+        read_training(folder, "checkpoint_best.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"checkpoint": "checkpoint_latest.pth"}, "no checkpoint_final.pth, only checkpoint_latest"),
+        ({"done": 3}, "epoch 3 of 4"),
+    ],
+)
+def test_a_training_that_is_not_finished_is_refused_with_the_command(root, options, reason):
+    make_training(root, DYCON, **options)
+    with pytest.raises(DataError, match=rf"not a finished training \({reason}.*nnUNetv2_train .* -tr {DYCON} --c"):
+        find(DYCON)
+
+
+def test_an_unreadable_checkpoint_is_refused(root):
+    folder = make_training(root, DYCON)
+    whole = (folder / "checkpoint_final.pth").read_bytes()
+    (folder / "checkpoint_final.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="cannot be read as a checkpoint"):
+        find(DYCON)
+
+
+def test_a_missing_plans_file_and_a_missing_length_are_refused(root):
+    folder = make_training(root, "nnUNetTrainer", ours=False)
+    (folder / "debug.json").unlink()
+    with pytest.raises(DataError, match="says not how long"):
+        read_training(folder)
+    (folder.parent / "plans.json").write_text("{")
+    with pytest.raises(DataError, match=r"plans\.json cannot be read"):
+        read_training(folder)
+
+
+def test_a_split_that_changed_after_the_training_is_refused(root):
+    folder = make_training(root, DYCON)
+    write_splits(root, [{"train": [*LABELED, "more"], "val": list(VALIDATION)}])
+    with pytest.raises(DataError, match=r"trained on 3 .* has 4 and 1; restore the split file"):
+        read_training(folder)
+
+
+# ---- refusals of unlike runs
+
+
+def alike(*runs, cases=CASES, predicted=None):
+    check_alike(runs, cases, {str(run.predictions): predicted or cases for run in runs})
+
+
+def test_like_runs_pass_with_seeds_and_draws():
+    other = {"labeled": ("train_5",), "fold": "1", "plans": "bbbbbbbb"}
+    alike(*(a_run(name, seed=s, **draw) for name in "ab" for s in (0, 1) for draw in ({}, other)))
+
+
+def test_other_test_cases_are_refused():
+    runs = (a_run("a"), a_run("b"))
+    predicted = {str(runs[0].predictions): CASES, str(runs[1].predictions): CASES[:-1]}
+    with pytest.raises(DataError, match=r"b has other test cases: .* lacks test_09"):
+        check_alike(runs, CASES, predicted)
+    with pytest.raises(DataError, match="has extra, which has no truth"):
+        alike(a_run("a"), predicted=[*CASES, "extra"])
+
+
+def test_other_labelled_cases_are_refused():
+    with pytest.raises(DataError, match=r"b \(fold 0\) was trained on 2 labelled cases that a .* was not trained on"):
+        alike(a_run("a"), a_run("b", labeled=LABELED[:2]))
+    with pytest.raises(DataError, match="was not trained on"):
+        alike(a_run("a"), a_run("a", labeled=("x",), seed=1), a_run("b"))
+    with pytest.raises(DataError, match="was not trained on"):
+        alike(a_run("a", labeled=None), a_run("b", labeled=None, labeled_count=4))
+
+
+def test_other_plans_are_refused():
+    with pytest.raises(DataError, match=r"b was trained with other plans \(bbbb\) than a \(aaaaaaaa\)"):
+        alike(a_run("a"), a_run("b", plans="bbbb"))
+
+
+def test_a_checkpoint_chosen_on_test_cases_is_refused():
+    best = {"checkpoint": "checkpoint_best.pth"}
+    with pytest.raises(DataError, match=r"checkpoint_best\.pth of a was chosen on the test cases test_00"):
+        alike(a_run("a", validation=("test_00",), **best))
+    alike(a_run("a", **best))  # on others: allowed
+    alike(a_run("a", validation=("test_00",)))  # the final one is not chosen
+
+
+def test_a_run_trained_on_test_cases_is_refused():
+    with pytest.raises(DataError, match="was trained on the test cases test_03"):
+        alike(a_run("a", labeled=("test_03",)))
+
+
+def test_other_checkpoints_and_mirroring_in_one_arm_are_refused():
+    with pytest.raises(DataError, match=r"differ in checkpoint: checkpoint_final\.pth in a, checkpoint_best\.pth in b"):
+        alike(a_run("a"), a_run("b", checkpoint="checkpoint_best.pth"))
+    with pytest.raises(DataError, match=r"differ in mirroring: True in a, False in b; .*--disable_tta"):
+        alike(a_run("a"), a_run("b", mirroring=False))
+
+
+def test_what_is_not_recorded_is_not_refused():
+    alike(a_run("a"), a_run("b", labeled=None, labeled_count=None, plans=None, checkpoint=None, mirroring=None))
+
+
+# ---- plans and names
+
+
+def test_the_digest_of_plans_sees_what_matters_alone():
+    renamed = {**PLANS, "dataset_name": "Dataset999_Other"}
+    assert plans_digest(PLANS, "3d_fullres") == plans_digest(renamed, "3d_fullres")
+    other = json.loads(json.dumps(PLANS))
+    other["configurations"]["3d_fullres"]["batch_size"] = 3
+    assert plans_digest(PLANS, "3d_half") != plans_digest(other, "3d_half")  # inherited
+    shifted = {**PLANS, "foreground_intensity_properties_per_channel": {"0": {"mean": 2.0}}}
+    assert plans_digest(PLANS, "3d_fullres") != plans_digest(shifted, "3d_fullres")
+    assert resolved_plans(PLANS, "3d_half") == {"batch_size": 2, "patch_size": [8, 8, 8]}
+    with pytest.raises(DataError, match="has no configuration 2d, only 3d_fullres, 3d_half"):
+        resolved_plans(PLANS, "2d")
+
+
+def test_the_baseline_is_a_run_a_trainer_or_a_method():
+    runs = [a_run("nnUNetTrainer_seed0"), a_run("nnUNetTrainerDyCON_seed0")]
+    for text in ("nnUNetTrainer_seed0", "nnUNetTrainer", "nnUNetTrainer (student)"):
+        assert find_baseline(text, runs) == "nnUNetTrainer (student)"
+    with pytest.raises(DataError, match="names none of the runs; give one of nnUNetTrainer, nnUNetTrainerDyCON"):
+        find_baseline("nnUNetTrainerMeanTeacher", runs)
+    with pytest.raises(DataError, match="names several methods; give one of nnUNetTrainer, nnUNetTrainerDyCON"):
+        find_baseline("nnUNetTrainer*", [replace(run, name="nnUNetTrainer*") for run in runs])
+
+
+def test_short_names_keep_what_tells_methods_apart():
+    names = ["nnUNetTrainerDyCON_bf16_beta1 (student)", "nnUNetTrainerDyCON_bf16_beta2 (student)"]
+    assert list(short_names(names).values()) == ["DyCON_beta1", "DyCON_beta2"]
+    both = ["nnUNetTrainer_bf16 (student)", "nnUNetTrainer_bf16 (teacher)"]
+    assert list(short_names(both).values()) == ["nnU-Net (student)", "nnU-Net (teacher)"]
+    assert short_names(["a", "a_b"]) == {"a": "a", "a_b": "a_b"}

@@ -1,0 +1,176 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.evaluation import tables
+from nnunetv2_dycon.evaluation.comparison import make_comparison
+from nnunetv2_dycon.evaluation.tables import (
+    Cell,
+    Table,
+    choose_published,
+    class_table,
+    difference_table,
+    facts_table,
+    latex,
+    main_table,
+    markdown,
+    read_published,
+    results_csv,
+)
+from tests.madeup_runs import a_run
+from tests.unit.test_comparison import DICE, score, scores
+
+
+def texts(table):
+    return [[cell.text for cell in row] for row in table.rows]
+
+
+@pytest.fixture
+def compared():
+    better = [d + 0.05 + 0.001 * i for i, d in enumerate(DICE)]
+    runs = [(a_run("nnUNetTrainer", seed=s), scores([d + 0.01 * s for d in DICE])) for s in (0, 1)]
+    runs += [(a_run("nnUNetTrainerDyCON", seed=s, unlabeled=72), scores(better, distance=1.5)) for s in (0, 1)]
+    return make_comparison(runs, "nnUNetTrainer (student)")
+
+
+def test_the_main_table_has_the_papers_columns(compared):
+    table = main_table(compared)
+    expected = ("Method", "Labelled", "Unlabelled", "Runs", "Dice (%) ↑", "IoU (%) ↑", "HD95 (mm) ↓", "ASD (mm) ↓")
+    assert table.header == expected
+    # 0.675 and 0.685: mean 68.00, deviation 0.01 / sqrt 2
+    assert texts(table)[0] == ["nnU-Net", "3", "0", "2", "68.00 ± 0.71", "68.00 ± 0.71", "2.00 ± 0.00", "2.00 ± 0.00"]
+    assert texts(table)[1][:5] == ["DyCON", "3", "72", "2", "72.85 ± 0.00"]
+    assert (table.rows[1][4].best, table.rows[1][4].star) == (True, True)
+    assert (table.rows[0][4].best, table.rows[0][4].star) == (False, False)
+
+
+def test_one_run_has_no_spread_and_voxels_are_not_called_mm():
+    one = [(a_run(name), scores(DICE, convention="literature")) for name in "ab"]
+    table = main_table(make_comparison(one, "a (student)"))
+    assert table.rows[0][4].text == "67.50"
+    assert "HD95 (voxels) ↓" in table.header
+    assert "MedPy" in " ".join(table.notes)
+
+
+def test_missed_structures_are_counted_beside_the_distances():
+    missed = [score("c0", status="missed"), *scores(DICE)[1:]]
+    table = main_table(make_comparison([(a_run("a"), scores(DICE)), (a_run("b"), missed)], "a (student)"))
+    assert table.header[8:] == ("HD95 with penalty (mm) ↓", "Missed", "False alarms")
+    assert [row[6:] for row in texts(table)] == [
+        ["2.00", "2.00", "2.00", "0", "0"],
+        ["2.00", "2.00", "14.25", "1", "0"],
+    ]
+
+
+def test_classes_have_a_column_each_and_one_class_has_no_table(compared):
+    assert class_table(compared) is None
+    both = [*scores(DICE), *scores([0.5] * 8, "2")]
+    table = class_table(make_comparison([(a_run("a"), both), (a_run("b"), both)], "a (student)"))
+    assert table.header[1:] == ("Average Dice (%) ↑", "Average ASD (mm) ↓", "name 1 (%) ↑", "name 2 (%) ↑")
+    assert texts(table)[0] == ["a", "58.75", "2.00", "67.50", "50.00"]
+
+
+def test_differences_have_interval_p_and_verdict(compared):
+    row = texts(difference_table(compared))[0]
+    assert row[:3] == ["DyCON", "Dice (%) ↑", "+4.85"]
+    assert row[4] == "0.031"  # the smallest p of eight cases, 2 / 256, times four metrics
+    assert row[5:] == ["yes", "8", "0"]
+    assert texts(difference_table(compared))[2][2] == "−0.50"
+
+
+def test_under_six_cases_p_is_left_open():
+    few = [(a_run(name), scores(DICE)[:5]) for name in "ab"]
+    assert texts(difference_table(make_comparison(few, "a (student)")))[0][2:6] == ["0.00", "0.00 to 0.00", "–", "no"]
+
+
+def test_facts_that_are_not_recorded_are_called_so(compared):
+    table = facts_table(compared)
+    row = dict(zip(table.header, texts(table)[0], strict=True))
+    assert (row["Weights"], row["Labelled"], row["Mirroring"], row["Seed"]) == ("student", "3", "yes", "0")
+    assert (row["Steps"], row["Seconds per step"], row["Versions"]) == ("not recorded",) * 3
+    assert len(table.rows) == 4
+
+
+def test_published_rows_are_marked_with_their_protocol_and_source(compared):
+    published = choose_published("Dataset503_LA", [8])
+    table = main_table(compared, published)
+    added = table.rows[2:]
+    assert len(added) == len(published) > 0
+    assert all(row[0].text.endswith(" ‡") and not any(cell.best for cell in row) for row in added)
+    assert {row[1].text for row in added} == {"8"}
+    assert "another protocol" in table.notes[-1]
+    assert all(row["protocol"] in table.notes[-1] and row["source"] in table.notes[-1] for row in published)
+    assert {len(row) for row in table.rows} == {len(table.header)}
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("Dataset501_ISLES22", "ISLES22"),
+        ("Dataset502_BraTS19_10pct", "BraTS19"),
+        ("LA", "LA"),
+        ("Dataset504_PancreasNIH", "Pancreas-CT"),
+        ("Pancreas-CT", "Pancreas-CT"),
+        ("btcv", "BTCV"),
+    ],
+)
+def test_published_results_are_found_by_the_data_sets_name(name, found):
+    assert {row["dataset"] for row in choose_published(name, [None])} == {found}
+
+
+@pytest.mark.parametrize("name", ["Dataset604_Hippocampus", "Dataset600_Labeled", "Dataset7_Atlas"])
+def test_a_data_set_without_published_results_is_refused_with_the_names(name):
+    with pytest.raises(ConfigError, match="there are results of ISLES22, BraTS19, LA, "):
+        choose_published(name, [8])
+
+
+def test_every_published_number_has_a_source_and_a_protocol():
+    for row in read_published():
+        assert row["source"]
+        assert row["protocol"]
+        assert all(row[key] is None or 0 < row[key] <= 100 for key in ("dice", "jaccard"))
+        assert {type(row["labelled"]), type(row["unlabelled"])} == {int}
+
+
+def test_the_published_results_are_installed_with_the_package():
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    assert '"evaluation/*.json"' in setup
+    assert '"evaluation/*.html"' in setup
+    assert json.loads((Path(tables.__file__).parent / "published_results.json").read_text())
+
+
+TABLE = Table(
+    "A & B",
+    ("M_1", "Dice (%) ↑"),
+    [(Cell("x|y"), Cell("1.0 ± 0.5", True, True)), (Cell("z"), Cell("–"))],
+    ("note *: y",),
+)
+
+
+def test_markdown_marks_and_escapes():
+    lines = markdown(TABLE).splitlines()
+    assert lines[2:6] == ["| M_1 | Dice (%) ↑ |", "| --- | --- |", r"| x\|y | **1.0 ± 0.5**\* |", "| z | – |"]
+    assert lines[-1] == r"note \*: y"
+
+
+def test_latex_marks_and_escapes():
+    text = latex(TABLE)
+    assert r"M\_1 & Dice (\%) $\uparrow$ \\" in text
+    assert r"x|y & \textbf{1.0 $\pm$ 0.5}$^{*}$ \\" in text
+    assert r"\caption{A \& B. note *: y}" in text
+    assert r"\begin{tabular}{lc}" in text
+
+
+def test_the_csv_has_all_digits_of_every_result(compared):
+    rows = list(csv.DictReader(io.StringIO(results_csv(compared))))
+    assert len(rows) == len(compared.results) == 8
+    first = next(row for row in rows if row["method"] == "nnUNetTrainerDyCON" and row["metric"] == "dice")
+    found = compared.results["nnUNetTrainerDyCON (student)", "", "dice"]
+    assert float(first["mean"]) == found.mean.mean
+    assert (float(first["low"]), float(first["p_holm"])) == (found.difference.low, found.p)
+    assert (first["unit"], first["holds"], first["runs"], first["cases"]) == ("1", "True", "2", "8")
+    assert {row["unit"] for row in rows if row["metric"] == "hd95"} == {"mm"}
