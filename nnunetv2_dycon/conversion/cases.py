@@ -12,7 +12,17 @@ import numpy as np
 
 from nnunetv2_dycon.conversion.align import Fit, map_values, on_grid, present, resample, same_grid
 from nnunetv2_dycon.conversion.dataset import IMAGES, LABELS, Workspace
-from nnunetv2_dycon.conversion.volumes import NiftiFile, Source, Volume, names_of, put_file, put_nifti, save, writing
+from nnunetv2_dycon.conversion.volumes import (
+    NiftiFile,
+    Source,
+    Volume,
+    WriteError,
+    names_of,
+    put_file,
+    put_nifti,
+    save,
+    writing,
+)
 from nnunetv2_dycon.errors import DataError
 
 
@@ -107,13 +117,21 @@ class Task(ABC):
         """Write the outputs; returns the report ("how" of each image, "notes", ...)."""
 
     def write(self) -> str | None:
-        """Write the case and its report; returns what is wrong with it, None if it is done."""
+        """Write the case and its report; returns what is wrong with it, None if it is done.
+
+        Raises
+        ------
+        WriteError
+            If nothing can be written.
+        """
         try:
             report = self.make()
             part = self._report.with_suffix(".part")
             with writing(part):
                 part.write_text(json.dumps(report))
                 os.replace(part, self._report)
+        except WriteError:
+            raise
         except DataError as error:
             return str(error)
         return None

@@ -28,6 +28,10 @@ _UNREADABLE = (
 )
 
 
+class WriteError(DataError):
+    """Nothing more can be written: the other cases would fail as well."""
+
+
 class Volume(NamedTuple):
     """Voxels and where they are.
 
@@ -244,7 +248,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(
+        raise WriteError(
             f"cannot write {path}: {error.strerror or error}; check its permissions and the free space, "
             "or let nnUNet_raw point elsewhere"
         ) from error

@@ -828,7 +828,8 @@ def test_a_full_disk_is_said_and_nothing_is_left(raw, source, monkeypatch, name,
         monkeypatch.setattr(
             Path, "write_text", lambda self, *a, **k: full() if self.suffix == ".part" else real(self, *a, **k)
         )
-    refused(raw, form, source, "No space left on device")
+    text = refused(raw, form, source, "No space left on device")
+    assert "cases are bad" not in text  # the first one ends it
 
 
 def test_several_bad_cases_are_counted(raw, source) -> None:
