@@ -306,8 +306,12 @@ def write_series(
     positions: Sequence[float] | None = None,
     skip_tags: Sequence[str] = (),
     first: int = 1,
+    tilt: float = 0.0,
 ) -> list[Path]:
-    """A DICOM series, slice by slice; names and instance numbers run against the positions."""
+    """A DICOM series, slice by slice; names and instance numbers run against the positions.
+
+    `tilt` displaces each slice by so many mm against the one before, as a tilted gantry does.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     depth = array.shape[2]
@@ -321,7 +325,7 @@ def write_series(
             "0020|000e": uid,
             "0008|0018": f"{uid}.{k + first}",
             "0020|0013": str(depth - k),
-            "0020|0032": f"{_CT_ORIGIN[0]}\\{_CT_ORIGIN[1]}\\{z}",
+            "0020|0032": f"{_CT_ORIGIN[0]}\\{_CT_ORIGIN[1] + tilt * k}\\{z}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
             "0028|1052": "-1024",
             "0028|1053": "1",

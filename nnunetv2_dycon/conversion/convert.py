@@ -390,7 +390,12 @@ class Job:
     @property
     def stamp(self) -> str:
         """Changes with the plan, and when a source file was changed."""
-        times = [path.stat().st_mtime_ns for task in self.tasks for path in task.sources]
+        times = [
+            file.stat().st_mtime_ns
+            for task in self.tasks
+            for path in task.sources
+            for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ()))
+        ]
         return _hash(f"{self.fingerprint} {times}")
 
     def report(self, state: str, notes: Sequence[str] = ()) -> Report:

@@ -1,5 +1,6 @@
 """CT series as DICOM files, one file a slice."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,28 +98,55 @@ def _should_be_slice(path: Path) -> bool:
 
 def _in_order(series: _Series) -> tuple[list[str], float]:
     """Files by position along the normal of the slices, and the distance of neighbours in mm."""
-    placed = []
-    for name in series.files:
-        header = _header(Path(name))
-        along = np.reshape(_numbers(header, _ORIENTATION, name, 6), (2, 3))
-        placed.append((float(np.dot(np.cross(*along), _numbers(header, _POSITION, name, 3))), name))
-        modality = header.GetMetaData(_MODALITY).strip() if header.HasMetaDataKey(_MODALITY) else ""
-        if modality not in ("CT", ""):
-            raise DataError(f"{name} is a {modality} image; a CT series is needed")
-    placed.sort()
+    placed = sorted(_placed(series.files))
     if len(placed) < 2:
         raise DataError(f"{series.folder} has a series of one slice; fetch it again")
-    gaps = np.diff([where for where, _ in placed])
+    names = [name for _, name, _ in placed]
+    heights = np.array([height for height, _, _ in placed])
+    gaps = np.diff(heights)
     usual = float(np.median(gaps))
-    for (where, name), (_, following), gap in zip(placed, placed[1:], gaps, strict=False):
+    for name, following, height, gap in zip(names, names[1:], heights, gaps, strict=False):
         if gap < 0.1 * usual or usual <= 0:
-            raise DataError(f"{name} and {following} are slices at the same position ({where:.2f} mm); remove one")
+            raise DataError(f"{name} and {following} are slices at the same position ({height:.2f} mm); remove one")
         if gap > 1.5 * usual:
             raise DataError(
                 f"{series.folder} lacks slices: {gap:.2f} mm from {Path(name).name} to {Path(following).name}, "
                 f"elsewhere {usual:.2f} mm; fetch it again"
             )
-    return [name for _, name in placed], float(gaps.mean())
+    _check_straight(series.folder, heights, np.array([aside for _, _, aside in placed]))
+    return names, float(gaps.mean())
+
+
+def _placed(files: Sequence[str]) -> Iterator[tuple[float, str, tuple[float, ...]]]:
+    """Yield each slice's position along its normal in mm, its file, and the rest of its position."""
+    for name in files:
+        header = _header(Path(name))
+        modality = header.GetMetaData(_MODALITY).strip() if header.HasMetaDataKey(_MODALITY) else ""
+        if modality not in ("CT", ""):
+            raise DataError(f"{name} is a {modality} image; a CT series is needed")
+        normal = np.cross(*np.reshape(_numbers(header, _ORIENTATION, name, 6), (2, 3)))
+        position = _numbers(header, _POSITION, name, 3)
+        height = float(np.dot(normal, position))
+        yield height, name, tuple(position - height * normal)
+
+
+def _check_straight(folder: Path, heights: np.ndarray, asides: np.ndarray) -> None:
+    """Refuse a stack that a grid with right angles and one distance of slices does not describe.
+
+    Raises
+    ------
+    DataError
+        If slices are displaced against each other (a tilted gantry), or lie half a slice from even steps.
+    """
+    step = float(np.diff(heights).mean())
+    if np.abs(asides - asides[0]).max() > 0.5 * step:
+        raise DataError(
+            f"{folder} has slices that are displaced sideways (a tilted gantry); straighten the series first"
+        )
+    even = heights[0] + step * np.arange(len(heights))
+    off = np.abs(heights - even).max()
+    if off > 0.5 * step:
+        raise DataError(f"{folder} has uneven steps: a slice is {off:.2f} mm from its place; resample the series first")
 
 
 def _header(path: Path) -> Any:

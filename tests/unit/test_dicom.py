@@ -93,6 +93,20 @@ def test_a_missing_slice_is_said_with_its_neighbours(tmp_path, scan, missing) ->
     assert files[missing + 1].name in text
 
 
+def test_a_tilted_stack_is_refused_and_rounding_is_not(tmp_path, scan) -> None:
+    write_series(tmp_path / "tilted", scan, tilt=0.4)
+    assert "tilted gantry" in refused(tmp_path / "tilted")
+    write_series(tmp_path / "rounded", scan, tilt=0.001)
+    assert np.array_equal(read(tmp_path / "rounded").array, scan)
+
+
+def test_uneven_steps_that_no_grid_describes_are_refused(tmp_path, scan) -> None:
+    depth = scan.shape[2]
+    steps = [1.0] * (depth // 2) + [1.4] * (depth - depth // 2 - 1)
+    write_series(tmp_path, scan, positions=list(np.cumsum([0.0, *steps])))
+    assert "uneven steps" in refused(tmp_path)
+
+
 def test_a_doubled_slice_is_said_with_both_files(tmp_path, scan) -> None:
     files = write_series(tmp_path, scan)
     (tmp_path / "copy.dcm").write_bytes(files[3].read_bytes())
