@@ -530,6 +530,26 @@ def test_what_a_killed_run_left_is_continued_to_the_same_tree(raw, source, monke
     assert [p.name for p in raw.iterdir()] == [f"Dataset700_{form.collection}"]
 
 
+def test_a_source_that_was_changed_after_a_kill_is_read_again(raw, source, monkeypatch) -> None:
+    form = FORMS["pancreas-dicom"]
+    lay_out("pancreas-dicom", source)
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nnunetv2_dycon.conversion.convert._describe", kill)
+        with pytest.raises(Killed):
+            run(form, source)
+    path = find(source, AN_IMAGE["pancreas-dicom"])
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + bytes((content[-2] ^ 1, content[-1])))  # one voxel, in place
+    run(form, source)
+    changed = tree(raw)
+    run(form, source, overwrite=True)
+    assert tree(raw) == changed
+
+
 class Killed(BaseException):
     """What ends a run as a kill does: nothing is removed."""
 
