@@ -163,6 +163,7 @@ def test_a_geometry_that_cannot_be_used_is_refused(tmp_path, array, value) -> No
     refused(NiftiFile(path), "no usable geometry")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:nibabel")
 def test_a_header_with_any_byte_changed_is_read_or_refused(tmp_path, array) -> None:
     path = tmp_path / "a.nii"
     write_nifti(path, array, AFFINE)
