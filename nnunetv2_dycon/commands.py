@@ -218,6 +218,32 @@ VERBS: dict[str, Verb] = {
         ),
         _show_path,
     ),
+    "self_train": Verb(
+        "Train with stock nnU-Net, pseudo-label the unlabelled images, train anew: the reference at equal compute.",
+        "nnunetv2_dycon.self_training:self_train",
+        (
+            _dataset("dataset_id"),
+            _argument("--as", dest="new_ids", nargs="+", type=int, required=True, help="free ids, one for each round"),
+            _argument("-tr", dest="trainer", default="nnUNetTrainer", help="or nnUNetTrainerLabeledOnly, with options"),
+            _argument("-c", dest="configuration", default="3d_fullres", help="configuration"),
+            _argument("-f", dest="fold", type=_number_or_word, default=0, help="fold, or all"),
+            _PLANS,
+            _argument(
+                "--epochs", nargs="+", type=int, default=(1000,), help="total of all trainings, or one number for each"
+            ),
+            _argument(
+                "--repeat",
+                type=_number_or_word,
+                default="half",
+                help="how often a round lists each labelled case; half: half of all patches are labelled; 1: pooled",
+            ),
+            _argument("--keep_empty", action="store_true", help="train on empty pseudo-labels too"),
+            _argument("-device", help="cuda, cpu or mps (default: cuda where there is any)"),
+            _argument("-np", dest="processes", type=int, help="worker processes"),
+            _argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, write nothing"),
+        ),
+        _show_path,
+    ),
     "export": Verb(
         "Write a model folder that predicts with stock nnU-Net, on a machine without this package.",
         "nnunetv2_dycon.export:export_model",

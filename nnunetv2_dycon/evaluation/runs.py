@@ -46,6 +46,8 @@ class Facts:
         Digest of the planned configuration: equal where network, patch, spacing and intensities are.
     checkpoint_digest : str or None
         Start of the SHA-256 of the checkpoint file.
+    self_training : int or None
+        Round of self-training; its steps are those of all rounds so far, its pseudo-labelled cases are `unlabeled`.
     curves : dict
         Series by epoch: training loss, validation loss, pseudo Dice, teacher's pseudo Dice.
     """
@@ -71,6 +73,7 @@ class Facts:
     hardware: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     plans: str | None = None
+    self_training: int | None = None
     curves: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -95,6 +98,7 @@ class Run:
     def method(self) -> str:
         """What runs that differ by seed or labelled draw alone have in common."""
         base = self.facts.trainer or self.predictions.name
+        base += "" if self.facts.self_training is None else f"_self{self.facts.self_training}"
         return re.sub(r"_seed\d+(?=_|\Z)", "", base) + (f" ({self.facts.weights})" if self.facts.weights else "")
 
 
@@ -219,7 +223,7 @@ def read_training(folder: Path, checkpoint: str = _FINAL) -> Facts:
     planned = resolved_plans(plans, configuration)
     labeled, validation, count, unlabeled = _cases(folder, plans["dataset_name"])
     logged = state.get("logging") or {}
-    return Facts(
+    facts = Facts(
         trainer=trainer or state["trainer_name"],
         dataset=plans["dataset_name"],
         configuration=configuration,
@@ -248,6 +252,24 @@ def read_training(folder: Path, checkpoint: str = _FINAL) -> Facts:
         },
         plans=plans_digest(plans, configuration),
         curves=_curves(logged, folder),
+    )
+    return _of_all_rounds(facts, iterations)
+
+
+def _of_all_rounds(facts: Facts, iterations: int) -> Facts:
+    """Return the facts of a self-training: what the data set of a round lists as training cases is mostly pseudo-labels."""
+    raw = raw_folder(facts.dataset)
+    path = raw / "conversion.json" if raw else None
+    entry = read_json(path).get("self_train") if path and path.is_file() else None
+    if entry is None:
+        return facts
+    return replace(
+        facts,
+        labeled=tuple(sorted(entry["labeled"])),
+        labeled_count=len(entry["labeled"]),
+        unlabeled=len(entry["pseudo_labeled"]),
+        steps=entry["total_epochs"] * iterations,
+        self_training=entry["round"],
     )
 
 

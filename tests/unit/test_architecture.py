@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "conversion": BASE | {"data"},
     "dataset_conversion": BASE | {"conversion"},
     "evaluation": BASE | {"data", "checkpoint"},  # the facts of a run; torch is imported where one is read
+    "self_training": BASE | {"data", "conversion", "evaluation", "trainers"},
     "commands": BASE
     | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"},
 }

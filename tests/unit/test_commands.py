@@ -20,6 +20,7 @@ REQUIRED = {
     "check": ["-d", "604"],
     "preprocess_unlabeled": ["-d", "501"],
     "phantom": ["-d", "501"],
+    "self_train": ["-d", "501", "--as", "601"],
     "export": ["-d", "501", "-tr", "nnUNetTrainerDyCON", "-o", "out"],
     "evaluate": ["labelsTs", "predictions"],
     "compare": ["-d", "501", "--runs", "nnUNetTrainer", "-o", "out"],

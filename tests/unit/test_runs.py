@@ -8,6 +8,7 @@ from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.runs import (
     Facts,
     Place,
+    Run,
     check_alike,
     find_baseline,
     find_runs,
@@ -64,6 +65,19 @@ def test_facts_of_a_stock_trainer_leave_open_what_it_does_not_record(root):
     facts = read_training(make_training(root, "nnUNetTrainer", ours=False))
     assert (facts.unlabeled, facts.steps, facts.seed, facts.has_teacher) == (0, 20, None, False)
     assert facts.versions == {"torch": "2.0"}
+
+
+def test_a_self_training_counts_true_labels_and_the_steps_of_all_rounds(root):
+    """Its data set lists pseudo-labelled cases as training cases, and some cases twice."""
+    folder = make_training(root, "nnUNetTrainer", ours=False)
+    own = read_training(folder)
+    entry = {"round": 2, "labeled": ["l_2", "l_1"], "pseudo_labeled": ["u_1", "u_2", "u_3"], "total_epochs": 12}
+    conversion = root / "nnUNet_raw" / own.dataset / "conversion.json"
+    conversion.write_text(json.dumps({"converter": "self_train", "self_train": entry}))
+    facts = read_training(folder)
+    assert (facts.labeled, facts.labeled_count, facts.unlabeled) == (("l_1", "l_2"), 2, 3)
+    assert facts.steps == 12 * 5
+    assert Run("x", facts, folder).method == Run("x", own, folder).method + "_self2"
 
 
 def test_a_later_log_does_not_hide_the_number_of_unlabelled_images(root):
