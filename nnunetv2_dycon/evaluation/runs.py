@@ -257,7 +257,7 @@ def read_training(folder: Path, checkpoint: str = _FINAL) -> Facts:
 
 
 def _of_all_rounds(facts: Facts, iterations: int) -> Facts:
-    """Return the facts of a self-training: what the data set of a round lists as training cases is mostly pseudo-labels."""
+    """Return the facts of a self-training, whose data set lists pseudo-labelled cases as training cases."""
     raw = raw_folder(facts.dataset)
     path = raw / "conversion.json" if raw else None
     entry = read_json(path).get("self_train") if path and path.is_file() else None
