@@ -1,0 +1,521 @@
+"""A configuration of experiments as data sets, trainings and the command of every stage.
+
+Nothing here runs anything or imports nnU-Net: the Snakefile reads it in Snakemake's environment, which may be another
+one than that of the trainings. docs/experiments.md says what the keys of a configuration mean.
+"""
+
+import difflib
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STEPS = Path(__file__).with_name("steps.py")
+WEIGHTS = ("student", "teacher")
+HIGHEST_ID = 999
+_OPTIONAL: dict[str, Any] = {
+    "device": "cuda",
+    "threads": 1,
+    "loaders": 4,
+    "processes": 4,
+    "plans": "nnUNetPlans",
+    "planner": "",
+    "configuration": "3d_fullres",
+    "reduce": {},
+    "mirroring": True,
+    "weights": ["student"],
+    "options": "",
+}
+_REQUIRED = ("output", "datasets", "methods", "seeds")
+_OF_DATASET = {"split", "convert", "phantom", "options", "labeled", "draws", "fold"}
+_OF_METHOD = {"trainer", "options", "seeds", "labeled", "weights", "command", "training", "ids", "report"}
+_REDUCIBLE = ("patch", "features", "stages", "batch")
+
+
+class ConfigurationError(ValueError):
+    """A configuration that cannot be used; one line says which key is wrong and what to write."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One labelled draw: a raw data set of its own.
+
+    Attributes
+    ----------
+    name, id : str, int
+        nnU-Net's name and id.
+    labeled : str
+        What --labeled is given: a number, a fraction or "all".
+    draw : int or "published"
+        Seed of the draw, or the list that was published with the collection.
+    fold : str
+        The fold that every method trains.
+    writer : tuple of str
+        The command that writes the raw data set.
+    source : int, optional
+        Id of the data set that is split.
+    phantom : str, optional
+        Arguments of the command that generates the source.
+    planner : Dataset, optional
+        The data set whose plans this one takes over; None where it is planned itself.
+    """
+
+    name: str
+    id: int
+    labeled: str
+    draw: int | str
+    fold: str
+    writer: tuple[str, ...]
+    source: int | None = None
+    phantom: str | None = None
+    planner: "Dataset | None" = None
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder in each of nnU-Net's three."""
+        return f"Dataset{self.id:03d}_{self.name}"
+
+    @property
+    def key(self) -> str:
+        """Name of its folder in the output; another draw or number under the same id has another."""
+        return f"{self.folder}_labeled{self.labeled}_draw{self.draw}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method on a labelled draw with a seed.
+
+    Attributes
+    ----------
+    key : str
+        Trainer name with all options, or method and seed where a command of the user trains.
+    training : str
+        Folder of the fold, below nnUNet_results.
+    command : str, optional
+        What trains, where it is not nnU-Net's training.
+    """
+
+    dataset: Dataset
+    method: str
+    seed: int
+    key: str
+    training: str
+    weights: tuple[str, ...]
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A comparison of all methods on all draws of one labelled number; its first run is one of the baseline.
+
+    `weights` are those that all of its methods have.
+    """
+
+    key: str
+    runs: tuple[Run, ...]
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Experiments:
+    """All that a configuration asks for.
+
+    Attributes
+    ----------
+    settings : mapping
+        The configuration with its defaults.
+    datasets : dict of str to Dataset
+        By key.
+    runs : dict of (str, str) to Run
+        By the key of the data set and of the run.
+    reports : dict of str to Report
+        By key.
+    """
+
+    settings: Mapping[str, Any]
+    datasets: dict[str, Dataset]
+    runs: dict[tuple[str, str], Run]
+    reports: dict[str, Report] = field(default_factory=dict)
+
+    @property
+    def configuration(self) -> str:
+        """The configuration that is trained; a reduced one is named after what it was reduced to."""
+        reduced = self.settings["reduce"]
+        parts = [f"{key}{_joined(reduced[key])}" for key in _REDUCIBLE if key in reduced]
+        return "_".join([self.settings["configuration"], *parts])
+
+    @property
+    def scored(self) -> list[tuple[Run, str]]:
+        """Every run with each choice of weights."""
+        return [(run, weights) for run in self.runs.values() for weights in run.weights]
+
+    # ---- commands ------------------------------------------------------------------------------------------
+
+    def generate(self, dataset: Dataset) -> str:
+        """Command that generates the source of a data set."""
+        words = ["nnUNetv2_dycon", "phantom", "-d", str(dataset.source), *shlex.split(dataset.phantom or "")]
+        return shlex.join([*words, "--overwrite"])  # it replaces phantoms alone; a killed run leaves half of one
+
+    def write(self, dataset: Dataset) -> str:
+        """Command that writes a raw data set, unless it is there with the same draw."""
+        here = ["--folder", dataset.folder, "--labeled", dataset.labeled, "--draw", str(dataset.draw)]
+        return _step("raw", *here, "--", *dataset.writer)
+
+    def plan(self, dataset: Dataset) -> str:
+        """Commands that plan a data set, or plan it and put the shared plans in place of its own.
+
+        Also where plans are taken over, nnU-Net's planning runs: it copies splits_final.json and dataset.json.
+        """
+        settings, number = self.settings, str(dataset.id)
+        commands = [
+            shlex.join(["nnUNetv2_extract_fingerprint", "-d", number, "-np", str(settings["processes"])]),
+            shlex.join(["nnUNetv2_plan_experiment", "-d", number, *shlex.split(str(settings["planner"]))]),
+        ]
+        plans = settings["plans"]
+        if dataset.planner is not None:
+            move = ["-s", str(dataset.planner.id), "-t", number, "-sp", plans]
+            commands.append(shlex.join(["nnUNetv2_move_plans_between_datasets", *move]))
+        elif settings["reduce"]:
+            here = ["--folder", dataset.folder, "-p", plans, "-c", settings["configuration"]]
+            here += ["--name", self.configuration, "--reduce", json.dumps(settings["reduce"])]
+            commands.append(_step("reduce", *here))
+        return " && ".join(commands)
+
+    def preprocess(self, dataset: Dataset) -> str:
+        """Command that preprocesses the labelled cases; a reduced configuration has the data of its parent."""
+        words = ["-d", str(dataset.id), "-plans_name", self.settings["plans"], "-c", self.settings["configuration"]]
+        return shlex.join(["nnUNetv2_preprocess", *words, "-np", str(self.settings["processes"])])
+
+    def preprocess_unlabeled(self, dataset: Dataset) -> str:
+        """Command that preprocesses the unlabelled images."""
+        words = ["-d", str(dataset.id), "-c", self.configuration, "-p", self.settings["plans"]]
+        return shlex.join(["nnUNetv2_dycon", "preprocess_unlabeled", *words, "-np", str(self.settings["processes"])])
+
+    def train(self, run: Run, lock: str) -> str:
+        """Command that trains, or goes on with a training, or sees that it is finished."""
+        options = ["--training", run.training, "--lock", lock]
+        if run.command is not None:
+            return _step("train", *options, "--", *shlex.split(run.command))
+        options += ["-device", self.settings["device"], "--threads", str(self.settings["threads"])]
+        return _step("train", *options, "--loaders", str(self.settings["loaders"]))
+
+    def predict(self, run: Run, weights: str) -> str:
+        """Command that predicts the test cases with the weights of student or teacher."""
+        words = ["--training", run.training, "--images", f"{run.dataset.folder}/imagesTs", "--weights", weights]
+        return _step("predict", *words, "-device", self.settings["device"], *self._mirroring)
+
+    def evaluate(self, run: Run, weights: str, output: str) -> str:
+        """Command that scores the predictions of the test cases."""
+        raw = f"$nnUNet_raw/{run.dataset.folder}"
+        predictions = f"$nnUNet_results/{run.training}/test/{self.predictions(weights)}"
+        return (
+            f'nnUNetv2_dycon evaluate "{raw}/labelsTs" "{predictions}" -djfile "{raw}/dataset.json" '
+            f"-o {shlex.quote(output)} -np {self.settings['processes']}"
+        )
+
+    def compare(self, report: Report, output: str) -> str:
+        """Command that writes the report."""
+        runs = " ".join(f'"$nnUNet_results/{run.training}"' for run in report.runs)
+        words = ["-d", str(report.runs[0].dataset.id), "-c", self.configuration, "-p", self.settings["plans"]]
+        words += ["--weights", *report.weights, *self._mirroring]
+        words += ["-np", str(self.settings["processes"]), "-o", output]
+        return f"nnUNetv2_dycon compare {shlex.join(words)} --runs {runs}"
+
+    def predictions(self, weights: str) -> str:
+        """Return the name of the folder of predictions below `test/` of a training."""
+        return f"checkpoint_final_{weights}{'' if self.settings['mirroring'] else '_nomirror'}"
+
+    @property
+    def _mirroring(self) -> list[str]:
+        return [] if self.settings["mirroring"] else ["--disable_tta"]
+
+    # ---- what is done --------------------------------------------------------------------------------------
+
+    def forget_what_is_gone(self, done: Path) -> list[Path]:
+        """Remove notes of stages whose result is no longer on disk, and return them.
+
+        Parameters
+        ----------
+        done : Path
+            Folder of the notes.
+        """
+        raw, preprocessed, results = (
+            Path(os.environ.get(name, "")) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+        )
+        places = {}
+        for dataset in self.datasets.values():
+            here = preprocessed / dataset.folder
+            if dataset.phantom is not None:
+                source = f"Dataset{dataset.source:03d}_{dataset.name}"
+                places[done / f"source{dataset.source}"] = raw / source / "dataset.json"
+            places[done / dataset.key / "raw"] = raw / dataset.folder / "dataset.json"
+            places[done / dataset.key / "plan"] = here / f"{self.settings['plans']}.json"
+            places[done / dataset.key / "preprocess"] = here / "gt_segmentations"
+        for run in self.runs.values():
+            training = results / run.training
+            places[done / run.dataset.key / f"{run.key}.train"] = training / "checkpoint_final.pth"
+            for weights in run.weights:
+                places[done / run.dataset.key / f"{run.key}.{weights}"] = training / "test" / self.predictions(weights)
+        gone = [note for note, result in places.items() if note.exists() and not result.exists()]
+        for note in gone:
+            note.unlink()
+        return gone
+
+
+def read(config: Mapping[str, Any]) -> Experiments:
+    """Expand a configuration into data sets x methods x labelled numbers x labelled draws x seeds.
+
+    Parameters
+    ----------
+    config : mapping
+        Content of the YAML file.
+
+    Raises
+    ------
+    ConfigurationError
+        If a key is unknown or missing, or a value cannot be used.
+    """
+    _check_keys(config, {*_OPTIONAL, *_REQUIRED, "baseline"}, "the configuration")
+    missing = [key for key in _REQUIRED if not config.get(key)]
+    if missing:
+        raise ConfigurationError(f"{missing[0]} is missing; see docs/experiments.md")
+    settings = {**_OPTIONAL, **config}
+    _check_settings(settings)
+    datasets = [
+        one for name, entry in _mapping(config["datasets"], "datasets").items() for one in _datasets(name, entry)
+    ]
+    _check_ids(datasets)
+    found = Experiments(settings, {dataset.key: dataset for dataset in datasets}, {})
+    methods = {name: _method(name, entry, settings) for name, entry in _mapping(config["methods"], "methods").items()}
+    for dataset in datasets:
+        for name, method in methods.items():
+            if dataset.labeled in (method["labeled"] or {dataset.labeled} - {"all"}):
+                for seed in method["seeds"]:
+                    _add(found.runs, _run(found, dataset, name, method, seed))
+    _check_used(methods, datasets)
+    found.reports.update(_reports(found, settings.get("baseline"), methods))
+    return found
+
+
+# ---- parts of a configuration ------------------------------------------------------------------------------------
+
+
+def _datasets(name: str, entry: Any) -> list[Dataset]:
+    where = f"datasets: {name}"
+    entry = _mapping(entry, where)
+    _check_keys(entry, _OF_DATASET, where)
+    if not re.fullmatch(r"\w[\w-]*", str(name)):
+        raise ConfigurationError(
+            f"{where}: give nnU-Net's name of the data set, without DatasetNNN_ and without spaces"
+        )
+    if ("split" in entry) == ("convert" in entry):
+        raise ConfigurationError(f"{where}: give split: ID, or convert: [COLLECTION, FOLDER], and not both")
+    if "phantom" in entry and "split" not in entry:
+        raise ConfigurationError(f"{where}: phantom generates the data set that split: ID names; add split")
+    bases = _mapping(entry.get("labeled"), f"{where}: labeled (for example {{4: 610, 10: 620}}, numbers and first ids)")
+    draws = entry.get("draws", [0])
+    if not isinstance(draws, list) or not draws or not all(_is_draw(draw, "convert" in entry) for draw in draws):
+        raise ConfigurationError(f"{where}: draws is {draws!r}; give a list of seeds (with convert also: published)")
+    found: list[Dataset] = []
+    for at, draw in enumerate(draws):
+        planner: Dataset | None = None
+        for labeled, base in sorted(bases.items(), key=lambda pair: _size(pair[0], where)):
+            if labeled == "all" and at:
+                continue  # all labels are the same in every draw
+            number = _whole(base, f"{where}: first id of {labeled}") + at
+            one = Dataset(
+                name=name,
+                id=number,
+                labeled=str(labeled),
+                draw=draw,
+                fold=str(entry.get("fold", "all")),
+                writer=_writer(entry, number, str(labeled), draw, where),
+                source=entry.get("split"),
+                phantom=str(entry["phantom"]) if "phantom" in entry else None,
+                planner=planner,
+            )
+            planner = planner or one
+            found.append(one)
+    return found
+
+
+def _is_draw(draw: Any, collection: bool) -> bool:
+    return (isinstance(draw, int) and draw >= 0) or (collection and draw == "published")
+
+
+def _size(labeled: Any, where: str) -> tuple[int, float]:
+    """Order of labelled numbers: fractions and numbers are not mixed, since which is more needs the number of cases."""
+    if labeled == "all":
+        return 2, 0
+    if isinstance(labeled, int | float) and labeled > 0 and (labeled < 1 or float(labeled).is_integer()):
+        return int(labeled >= 1), labeled
+    raise ConfigurationError(f"{where}: labeled has {labeled!r}; give numbers, fractions below 1, or all")
+
+
+def _writer(entry: Mapping[str, Any], number: int, labeled: str, draw: int | str, where: str) -> tuple[str, ...]:
+    options = shlex.split(str(entry.get("options", "")))
+    if "split" in entry:
+        words = ["split", "-d", str(_whole(entry["split"], f"{where}: split")), "--as", str(number)]
+    else:
+        if not isinstance(entry["convert"], list) or len(entry["convert"]) != 2:
+            raise ConfigurationError(f"{where}: convert is {entry['convert']!r}; give [COLLECTION, FOLDER]")
+        words = ["convert", *map(str, entry["convert"]), "-d", str(number)]
+    seed = [] if draw == "published" or labeled == "all" else ["--labeled-seed", str(draw)]
+    return ("nnUNetv2_dycon", *words, "--labeled", labeled, *seed, *options)
+
+
+def _method(name: str, entry: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    where = f"methods: {name}"
+    entry = {"trainer": entry} if isinstance(entry, str) else dict(_mapping(entry, where))
+    _check_keys(entry, _OF_METHOD, where)
+    if ("trainer" in entry) == ("command" in entry):
+        raise ConfigurationError(f"{where}: give a trainer, or a command with the folder training, and not both")
+    if ("command" in entry) != ("training" in entry):
+        raise ConfigurationError(f"{where}: command and training (its results folder) go together")
+    method = {
+        "ids": {},
+        "options": settings["options"],
+        "seeds": settings["seeds"],
+        "weights": settings["weights"],
+        **entry,
+    }
+    if not isinstance(method["seeds"], list) or not all(isinstance(seed, int) for seed in method["seeds"]):
+        raise ConfigurationError(f"{where}: seeds is {method['seeds']!r}; give a list of whole numbers")
+    if not isinstance(method["weights"], list) or not set(method["weights"]) <= set(WEIGHTS):
+        raise ConfigurationError(f"{where}: weights is {method['weights']!r}; give a list of student, teacher")
+    if "seed" in re.split(r"[_\d]", "_".join([str(method.get("trainer")), str(method["options"])])):
+        raise ConfigurationError(f"{where}: the trainer's name has a seed; leave it to seeds")
+    labeled = entry.get("labeled")
+    method["labeled"] = (
+        None if labeled is None else {str(n) for n in (labeled if isinstance(labeled, list) else [labeled])}
+    )
+    return method
+
+
+def _run(found: Experiments, dataset: Dataset, name: str, method: Mapping[str, Any], seed: int) -> Run:
+    plans, configuration, command = found.settings["plans"], found.configuration, None
+    if "trainer" in method:
+        key = "_".join(filter(None, [method["trainer"], str(method["options"]), f"seed{seed}"]))
+        training = f"{dataset.folder}/{key}__{plans}__{configuration}/fold_{dataset.fold}"
+    else:
+        key = re.sub(r"[^\w-]+", "-", f"{name}_seed{seed}")
+        known = {"id": dataset.id, "name": dataset.name, "fold": dataset.fold, "seed": seed, "plans": plans}
+        known |= {"configuration": configuration, "options": method["options"], "device": found.settings["device"]}
+        if seed in method["ids"]:
+            first = min(one.id for one in found.datasets.values())
+            known["new"] = _whole(method["ids"][seed], f"methods: {name}: ids: {seed}") + dataset.id - first
+        command, training = (
+            _filled(str(method[part]), known, f"methods: {name}: {part}") for part in ("command", "training")
+        )
+    return Run(dataset, name, seed, key, training, tuple(method["weights"]), command)
+
+
+def _filled(text: str, known: Mapping[str, Any], where: str) -> str:
+    try:
+        return text.format(**known)
+    except (KeyError, IndexError, ValueError) as error:
+        names = ", ".join(f"{{{name}}}" for name in known)
+        raise ConfigurationError(f"{where} has the unknown {{{error.args[0]}}}; known are {names}") from None
+
+
+def _reports(found: Experiments, baseline: Any, methods: Mapping[str, Any]) -> dict[str, Report]:
+    if baseline is not None and baseline not in methods:
+        raise ConfigurationError(f"baseline is {baseline!r}, which is no method; give one of {', '.join(methods)}")
+    groups: dict[str, list[Run]] = {}
+    for run in found.runs.values():
+        if not methods[run.method].get("report", True):
+            continue
+        groups.setdefault(f"{run.dataset.name}_labeled{run.dataset.labeled}", []).append(run)
+    reports = {}
+    for key, runs in groups.items():
+        if len({run.method for run in runs}) > 1:
+            weights = tuple(name for name in WEIGHTS if all(name in run.weights for run in runs))
+            if not weights:
+                raise ConfigurationError(f"the methods of {key} share no weights; give all of them student or teacher")
+            runs.sort(key=lambda run: run.method != baseline)  # stable: others stay as written
+            reports[key] = Report(key, tuple(runs), weights)
+    return reports
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check_keys(entry: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    for key in entry:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.0)
+            raise ConfigurationError(f"{where} has the unknown key {key!r}; did you mean {near[0]}?")
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    if settings["device"] not in ("cuda", "cpu", "mps"):
+        raise ConfigurationError(f"device is {settings['device']!r}; give cuda, cpu or mps")
+    for key, lowest in (("threads", 1), ("processes", 1), ("loaders", 0)):
+        if _whole(settings[key], key) < lowest:
+            raise ConfigurationError(f"{key} is {settings[key]}; give {lowest} or more")
+    reduced = _mapping(settings["reduce"] or {}, "reduce")
+    _check_keys(reduced, _REDUCIBLE, "reduce")
+    for key, value in reduced.items():
+        numbers = value if key == "patch" and isinstance(value, list) else [value]
+        if not numbers or any(_whole(number, f"reduce: {key}") < 1 for number in numbers):
+            raise ConfigurationError(f"reduce: {key} is {value!r}; give whole numbers of 1 or more")
+    if reduced.get("stages", 3) < 3:
+        raise ConfigurationError(
+            "reduce: stages is below 3, where nnU-Net's deep supervision has no output; give 3 or more"
+        )
+    if "stages" in reduced and "features" not in reduced:
+        raise ConfigurationError("reduce: stages needs features, those of the first stage; they double with each")
+
+
+def _check_ids(datasets: Sequence[Dataset]) -> None:
+    owner: dict[int, str] = {number: "split" for one in datasets if (number := one.source) is not None}
+    for dataset in datasets:
+        if not 1 <= dataset.id <= HIGHEST_ID:
+            raise ConfigurationError(f"{dataset.key} would have the id {dataset.id}; give 1 to {HIGHEST_ID}")
+        if dataset.id in owner:
+            raise ConfigurationError(
+                f"id {dataset.id} is used twice, by {owner[dataset.id]} and {dataset.key}; leave more room"
+            )
+        owner[dataset.id] = dataset.key
+
+
+def _check_used(methods: Mapping[str, Any], datasets: Sequence[Dataset]) -> None:
+    known = {dataset.labeled for dataset in datasets}
+    for name, method in methods.items():
+        unknown = sorted((method["labeled"] or set()) - known)
+        if unknown:
+            raise ConfigurationError(
+                f"methods: {name}: labeled has {unknown[0]}, which no data set has ({', '.join(sorted(known))})"
+            )
+
+
+def _add(runs: dict[tuple[str, str], Run], run: Run) -> None:
+    other = runs.setdefault((run.dataset.key, run.key), run)
+    if other is not run:
+        raise ConfigurationError(
+            f"methods: {other.method} and {run.method} are the same training {run.key}; remove one"
+        )
+
+
+def _mapping(value: Any, where: str) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{where} is {value!r}; give keys with values")
+    return value
+
+
+def _whole(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigurationError(f"{where} is {value!r}; give a whole number")
+    return value
+
+
+def _joined(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _step(name: str, *arguments: str) -> str:
+    return shlex.join(["python", str(STEPS), name, *arguments])

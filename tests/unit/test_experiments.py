@@ -1,0 +1,324 @@
+"""Experiments of the workflow: what a configuration expands to, and the stages that no single command does."""
+
+import copy
+import csv
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nnunetv2_dycon.commands import parse as parse_command
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.trainers.names import trainer_class
+from scripts import sweep_figures
+from scripts.workflow import experiments, steps
+
+FOLDER = Path(__file__).parents[2] / "scripts" / "workflow"
+CONFIG = {
+    "output": "out",
+    "configuration": "3d_fullres",
+    "options": "epochs3",
+    "datasets": {
+        "Blobs": {"split": 4, "labeled": {10: 620, 4: 610, "all": 630}, "draws": [0, 7], "options": "--test 2"}
+    },
+    "methods": {
+        "control": {"trainer": "nnUNetTrainerLabeledOnly", "labeled": [4, 10, "all"]},
+        "DyCON": {"trainer": "nnUNetTrainerDyCON_gamma0p5", "seeds": [5]},
+    },
+    "baseline": "control",
+    "seeds": [0, 1],
+}
+
+
+def changed(path: str, value: object) -> dict:
+    config = copy.deepcopy(CONFIG)
+    *parents, last = path.split("/")
+    place = config
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    return config
+
+
+def test_a_configuration_is_data_sets_by_draws_by_methods_by_seeds():
+    found = experiments.read(CONFIG)
+    folders = {data.folder: (data.labeled, data.draw) for data in found.datasets.values()}
+    assert folders == {
+        "Dataset610_Blobs": ("4", 0),
+        "Dataset620_Blobs": ("10", 0),
+        "Dataset630_Blobs": ("all", 0),  # all labels are the same in every draw
+        "Dataset611_Blobs": ("4", 7),
+        "Dataset621_Blobs": ("10", 7),
+    }
+    # 4 draws of (2 control + 1 DyCON), and 2 control on all labels, where other methods have nothing unlabelled
+    assert len(found.runs) == 4 * 3 + 2
+    names = {run.key for run in found.runs.values() if run.dataset.labeled == "all"}
+    assert names == {f"nnUNetTrainerLabeledOnly_epochs3_seed{seed}" for seed in (0, 1)}
+    assert {run.key for run in found.runs.values() if run.method == "DyCON"} == {
+        "nnUNetTrainerDyCON_gamma0p5_epochs3_seed5"
+    }
+    for run in found.runs.values():
+        trainer_class(run.key)
+
+
+def test_more_draws_leave_the_ids_of_the_first_ones_alone():
+    few = experiments.read(CONFIG).datasets.keys()
+    many = experiments.read(changed("datasets/Blobs/draws", [0, 7, 3])).datasets.keys()
+    assert few < many
+    assert many - few == {"Dataset612_Blobs_labeled4_draw3", "Dataset622_Blobs_labeled10_draw3"}
+
+
+def test_plans_come_from_the_fewest_labels_of_the_same_draw():
+    found = experiments.read(CONFIG).datasets.values()
+    source = {data.id: data.planner.id if data.planner else None for data in found}
+    assert source == {610: None, 620: 610, 630: 610, 611: None, 621: 611}
+
+
+def test_a_report_has_all_draws_of_one_number_and_begins_with_the_baseline():
+    found = experiments.read({**CONFIG, "baseline": "DyCON"})
+    assert found.reports.keys() == {"Blobs_labeled4", "Blobs_labeled10"}  # one method alone has nothing to compare
+    runs = found.reports["Blobs_labeled4"].runs
+    assert [run.method for run in runs] == ["DyCON"] * 2 + ["control"] * 4
+    assert {run.dataset.id for run in runs} == {610, 611}
+    without = experiments.read(changed("methods/DyCON/report", False))
+    assert not without.reports
+    assert len(without.runs) == len(found.runs)
+
+
+def test_commands_are_ones_that_the_package_has():
+    found = experiments.read({**CONFIG, "mirroring": False, "weights": ["student", "teacher"]})
+    data, run = found.datasets["Dataset621_Blobs_labeled10_draw7"], next(iter(found.runs.values()))
+    written = shlex.split(found.write(data))
+    _, arguments = parse_command(written[written.index("nnUNetv2_dycon") + 1 :])
+    assert (arguments["new_id"], arguments["labeled"]) == (621, "10")
+    assert (arguments["labeled_seed"], arguments["test"]) == (7, "2")
+    report = found.reports["Blobs_labeled4"]
+    for command in (
+        found.preprocess_unlabeled(data),
+        found.evaluate(run, "student", "place"),
+        found.compare(report, "place"),
+    ):
+        words = shlex.split(command)
+        assert words[0] == "nnUNetv2_dycon"
+        parse_command(words[1:])
+    _, arguments = parse_command(shlex.split(found.compare(report, "place"))[1:])
+    assert arguments["weights"] == ["student", "teacher"]
+    assert not arguments["mirroring"]
+
+
+def test_steps_understand_the_commands_that_call_them():
+    found = experiments.read(
+        changed("methods/own", {"command": "echo -d {id}", "training": "{new}", "ids": {0: 700}, "seeds": [0]})
+    )
+    data = found.datasets["Dataset611_Blobs_labeled4_draw7"]
+    own = found.runs[data.key, "own_seed0"]
+    assert (own.command, own.training) == ("echo -d 611", "701")
+    given = steps.parse(shlex.split(found.train(own, "lock"))[2:])
+    assert given.command == ["--", "echo", "-d", "611"]
+    run = found.runs[data.key, "nnUNetTrainerLabeledOnly_epochs3_seed0"]
+    given = steps.parse(shlex.split(found.train(run, "lock"))[2:])
+    assert (given.training, given.device, given.loaders) == (run.training, "cuda", 4)
+    assert steps.parse(shlex.split(found.predict(run, "teacher"))[2:]).weights == "teacher"
+
+
+def test_a_reduced_configuration_is_named_after_what_it_was_reduced_to():
+    reduced = {"batch": 2, "patch": [32, 48, 32], "features": 16, "stages": 4}
+    found = experiments.read({**CONFIG, "reduce": reduced})
+    assert found.configuration == "3d_fullres_patch32x48x32_features16_stages4_batch2"
+    data = found.datasets["Dataset610_Blobs_labeled4_draw0"]
+    given = steps.parse(shlex.split(found.plan(data).split(" && ")[-1])[2:])
+    assert json.loads(given.reduce) == reduced
+
+
+@pytest.mark.parametrize("name", ["phantom_smoke", "hippocampus"])
+def test_the_configurations_that_are_there_can_be_used(name):
+    found = experiments.read(yaml.safe_load((FOLDER / "config" / f"{name}.yaml").read_text()))
+    assert found.reports
+    for run in found.runs.values():
+        trainer_class(Path(run.training).parent.name.split("__")[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("methds", {}, "unknown key 'methds'; did you mean methods?"),
+        ("seeds", [], "seeds is missing"),
+        ("seeds", 0, "seeds is missing"),
+        ("device", "gpu", "device is 'gpu'; give cuda, cpu or mps"),
+        ("threads", 0, "threads is 0; give 1 or more"),
+        ("baseline", "nobody", "baseline is 'nobody', which is no method; give one of control, DyCON"),
+        ("reduce", {"stages": 2, "features": 4}, "give 3 or more"),
+        ("reduce", {"patch": "32"}, "reduce: patch is '32'; give a whole number"),
+        ("datasets/Blobs/labeled", [4, 10], "for example {4: 610, 10: 620}"),
+        ("datasets/Blobs/labeled", {4: 610, 10: 611}, "id 611 is used twice"),
+        ("datasets/Blobs/labeled", {4: 999}, "would have the id 1000"),
+        ("datasets/Blobs/labeled", {4: 4}, "id 4 is used twice, by split"),
+        ("datasets/Blobs/labeled", {"few": 4}, "labeled has 'few'"),
+        ("datasets/Blobs/draws", ["published"], "draws is ['published']"),
+        ("datasets/Blobs/convert", ["LA", "/data"], "and not both"),
+        ("datasets/Blobs/phantom", 5, None),
+        ("methods/DyCON/trainer", "nnUNetTrainerDyCON_seed3", "leave it to seeds"),
+        ("methods/DyCON/command", "train", "and not both"),
+        ("methods/DyCON/labeled", 5, "labeled has 5, which no data set has"),
+        ("methods/DyCON/weights", ["both"], "give a list of student, teacher"),
+        ("methods/more", "nnUNetTrainerDyCON_gamma0p5", None),
+        ("methods/DyCON/weights", ["teacher"], "the methods of Blobs_labeled4 share no weights"),
+        ("methods/more", "nnUNetTrainerLabeledOnly", "control and more are the same training"),
+        ("methods/more", {"command": "do {it}", "training": "x"}, "has the unknown {it}; known are {id}"),
+        ("methods/more", {"command": "do --as {new}", "training": "x"}, "has the unknown {new}"),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(path, value, said):
+    config = changed(path, value)
+    if said is None:
+        experiments.read(config)
+        return
+    with pytest.raises(experiments.ConfigurationError) as error:
+        experiments.read(config)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_notes_of_what_is_no_longer_on_disk_are_removed(tmp_path, monkeypatch):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    found, done = experiments.read(CONFIG), tmp_path / "done"
+    data = found.datasets["Dataset610_Blobs_labeled4_draw0"]
+    run = found.runs[data.key, "nnUNetTrainerLabeledOnly_epochs3_seed0"]
+    notes = [done / data.key / name for name in ("raw", "plan", f"{run.key}.train")]
+    kept = tmp_path / "nnUNet_results" / run.training / "checkpoint_final.pth"
+    for path in (*notes, kept, tmp_path / "nnUNet_raw" / data.folder / "dataset.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert found.forget_what_is_gone(done) == [notes[1]]
+    assert [note.exists() for note in notes] == [True, False, True]
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    folder = tmp_path / "nnUNet_raw" / "Dataset610_Blobs"
+    folder.mkdir()
+    request = {"labeled": "4", "labeled_seed": 7}
+    (folder / "conversion.json").write_text(json.dumps({"request": request}))
+    return folder
+
+
+def test_a_raw_data_set_is_taken_over_only_with_its_own_draw(raw, capfd):
+    steps.raw(raw.name, "4", "7", ["false"])  # the command is not run
+    for labeled, draw in (("4", "0"), ("10", "7")):
+        assert steps.main(["raw", "--folder", raw.name, "--labeled", labeled, "--draw", draw, "--", "false"]) == 2
+        assert "has other labelled cases" in capfd.readouterr().err
+    with pytest.raises(DataError, match="false ended with 1"):
+        steps.raw("Dataset611_Blobs", "4", "7", ["false"])
+
+
+def test_reduction_keeps_the_first_stages_and_the_data_of_the_parent(raw, tmp_path):
+    folder = tmp_path / "nnUNet_preprocessed" / raw.name
+    folder.mkdir()
+    kwargs = {"n_stages": 4, "features_per_stage": [32, 64, 128, 256], "strides": [1, 2, 2, 2]}
+    kwargs |= {"n_conv_per_stage_decoder": [2, 2, 2], "conv_bias": True}
+    network = {"network_class_name": "UNet", "arch_kwargs": kwargs}
+    plans = {"configurations": {"3d_fullres": {"patch_size": [40, 56, 40], "batch_size": 9, "architecture": network}}}
+    (folder / "P.json").write_text(json.dumps(plans))
+    steps.reduce(raw.name, "P", "3d_fullres", "small", {"patch": 16, "features": 4, "stages": 3})
+    content = json.loads((folder / "P.json").read_text())["configurations"]
+    assert content["3d_fullres"] == plans["configurations"]["3d_fullres"]
+    small = content["small"]
+    assert (small["inherits_from"], small["patch_size"], "batch_size" in small) == ("3d_fullres", [16, 16, 16], False)
+    assert small["architecture"]["arch_kwargs"] == {
+        "n_stages": 3,
+        "features_per_stage": [4, 8, 16],
+        "strides": [1, 2, 2],
+        "n_conv_per_stage_decoder": [2, 2],
+        "conv_bias": True,
+    }
+    with pytest.raises(DataError, match="has no configuration 2d, only 3d_fullres, small"):
+        steps.reduce(raw.name, "P", "2d", "small", {})
+
+
+def test_a_training_that_is_there_is_not_done_again_and_a_command_must_make_its_checkpoint(tmp_path):
+    final = tmp_path / "fold_0" / "checkpoint_final.pth"
+    final.parent.mkdir()
+    arguments = (final.parent, tmp_path / "lock", "cpu", 1, 0)
+    with pytest.raises(DataError, match="ended without"):
+        steps.train(*arguments, ["true"])
+    steps.train(*arguments, ["touch", str(final)])
+    steps.train(*arguments, ["false"])
+
+
+def test_a_second_start_waits_for_the_first(tmp_path):
+    final, lock = tmp_path / "checkpoint_final.pth", tmp_path / "lock"
+    hold = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); "
+    hold += f"time.sleep(0.5); open({str(final)!r}, 'w')"
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        begin = time.monotonic()
+        steps.train(tmp_path, lock, "cpu", 1, 0, ["false"])  # the first has trained meanwhile
+        assert time.monotonic() - begin > 0.3
+
+
+def write_scores(folder: Path, data: str, run: str, dice: float, hd95: float, missed: int = 0) -> None:
+    place = folder / data / run
+    place.mkdir(parents=True)
+    status = {"ok": 3, "both_empty": 0, "missed": missed, "false_alarm": 0}
+    means = {"dice": {"mean": dice}, "hd95_mm": {"mean": hd95 / 2, "penalized_mean": hd95}}
+    content = {"mean_over_classes": means, "classes": {"1": {"n": 3, "status": status}}}
+    (place / "scores.json").write_text(json.dumps(content))
+
+
+def test_the_summary_pools_seeds_and_draws(tmp_path):
+    for draw, seed, dice in ((0, 0, 0.5), (0, 1, 0.6), (1, 0, 0.7)):
+        data = f"Dataset61{draw}_Blobs_labeled4_draw{draw}"
+        write_scores(tmp_path / "scores", data, f"nnUNetTrainerA_x1_seed{seed}_student", dice, 4.0, missed=seed)
+    steps.summary(tmp_path / "scores", tmp_path)
+    assert (
+        "| Blobs_labeled4 | nnUNetTrainerA_x1 | student | 3 | 60.00 ± 10.00 | 4.00 ± 0.00 | 1 |"
+        in (tmp_path / "results.md").read_text()
+    )
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["dice"]) for row in rows] == [0.5, 0.6, 0.7]
+    assert [float(row["hd95_mm"]) for row in rows] == [2.0, 2.0, 2.0]
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_has_the_default_where_the_name_has_no_option(tmp_path):
+    for name, dice in (("", 0.8), ("_gamma0p5", 0.7), ("_gamma2", 0.6), ("_gamma2_beta1", 0.1)):
+        for seed in (0, 1):
+            run = f"nnUNetTrainerDyCON{name}_epochs3_seed{seed}_student"
+            write_scores(tmp_path, "Dataset610_Blobs_labeled4_draw0", run, dice + seed / 10, 3.0)
+    scores = sweep_figures.read_scores([tmp_path])
+    rows = sweep_figures.sweep_rows(scores, "gamma", sweep_figures.defaults_of("gamma"))
+    assert {row[0] for row in rows} == {"Blobs, 4 labelled: DyCON_epochs3 (student)"}  # beta1 has one value alone
+    seen = [(row[2], round(row[3])) for row in rows]
+    assert seen == [(0.5, 70), (0.5, 80), (0.8, 80), (0.8, 90), (2, 60), (2, 70)]
+    assert not sweep_figures.sweep_rows(scores, "topk", sweep_figures.defaults_of("topk"))
+
+
+def test_frameworks_are_paired_with_equal_options_and_all_figures_are_written(tmp_path, capsys):
+    runs = ("CPS_epochs3", "DyCONCPS_epochs3", "MeanTeacher_epochs3", "DyCON_epochs9", "DyCON_epochs9_topk8")
+    for at, run in enumerate(runs):
+        write_scores(tmp_path / "report" / "scores", ".", f"0{at}_nnUNetTrainer{run}_seed0_teacher", at / 10, 3.0)
+    rows = sweep_figures.framework_rows(sweep_figures.read_scores([tmp_path]))
+    assert [(row[0], row[1], round(row[3])) for row in rows] == [
+        ("co-training, report, teacher", "without DyCON", 0),
+        ("co-training, report, teacher", "with DyCON", 10),
+    ]
+    assert sweep_figures.main([str(tmp_path), "-o", str(tmp_path / "figures")]) == 0
+    pictures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert pictures == {"frameworks.png", "frameworks.csv", "sweep_topk.png", "sweep_topk.csv"}
+    assert sweep_figures.main([str(tmp_path / "figures"), "-o", str(tmp_path)]) == 2
+    assert "no scores.json below" in capsys.readouterr().err
