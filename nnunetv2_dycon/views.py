@@ -198,12 +198,19 @@ def _copy_paste(x: Tensor, labeled: Labeled | None, generator: Generator) -> Vie
     return View(torch.where(box, labeled.x[partner].to(x.dtype), x), x, mix, mixes=True)
 
 
+def _copy_paste_intensity(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+    """Return the view of `copy_paste` with other intensities for the student, pasted boxes included."""
+    view = _copy_paste(x, labeled, generator)
+    return view._replace(student=_intensity(view.student, None, generator).student)
+
+
 VIEWS: dict[str, Callable[[Tensor, Labeled | None, Generator], View]] = {
     "weak": _weak,
     "noise": _noise,
     "intensity": _intensity,
     "cutmix": _cutmix,
     "copy_paste": _copy_paste,
+    "copy_paste_intensity": _copy_paste_intensity,
 }
 
 

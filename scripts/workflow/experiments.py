@@ -318,8 +318,11 @@ def _datasets(name: str, entry: Any) -> list[Dataset]:
         raise ConfigurationError(f"{where}: phantom generates the data set that split: ID names; add split")
     bases = _mapping(entry.get("labeled"), f"{where}: labeled (for example {{4: 610, 10: 620}}, numbers and first ids)")
     draws = entry.get("draws", [0])
-    if not isinstance(draws, list) or not draws or not all(_is_draw(draw, "convert" in entry) for draw in draws):
-        raise ConfigurationError(f"{where}: draws is {draws!r}; give a list of seeds (with convert also: published)")
+    listed = "convert" in entry or "--protocol" in str(entry.get("options", ""))
+    if not isinstance(draws, list) or not draws or not all(_is_draw(draw, listed) for draw in draws):
+        raise ConfigurationError(
+            f"{where}: draws is {draws!r}; give a list of seeds (with convert or --protocol also: published)"
+        )
     found: list[Dataset] = []
     for at, draw in enumerate(draws):
         planner: Dataset | None = None
@@ -343,8 +346,8 @@ def _datasets(name: str, entry: Any) -> list[Dataset]:
     return found
 
 
-def _is_draw(draw: Any, collection: bool) -> bool:
-    return (isinstance(draw, int) and draw >= 0) or (collection and draw == "published")
+def _is_draw(draw: Any, listed: bool) -> bool:
+    return (isinstance(draw, int) and draw >= 0) or (listed and draw == "published")
 
 
 def _size(labeled: Any, where: str) -> tuple[int, float]:

@@ -45,6 +45,14 @@ def changed(path: str, value: object) -> dict:
     return config
 
 
+def test_a_split_may_take_the_lists_of_a_protocol():
+    config = changed("datasets/Blobs/options", "--protocol cases.json")
+    config["datasets"]["Blobs"]["draws"] = ["published"]
+    found = experiments.read(config)
+    assert all("--labeled-seed" not in data.writer for data in found.datasets.values())
+    assert {data.draw for data in found.datasets.values()} == {"published"}
+
+
 def test_a_configuration_is_data_sets_by_draws_by_methods_by_seeds():
     found = experiments.read(CONFIG)
     folders = {data.folder: (data.labeled, data.draw) for data in found.datasets.values()}

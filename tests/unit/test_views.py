@@ -269,6 +269,24 @@ def test_copy_paste_leaves_out_voxels_without_a_true_label(unknown, ignore_label
     assert torch.equal(view.mix(logits)[..., ::2], logits[..., ::2])
 
 
+def test_copy_paste_intensity_moves_the_same_box_and_changes_the_student_s_intensities_alone():
+    x, x_l = batch((2, 1, 8, 9, 12)), batch((2, 1, 8, 9, 12), 2) + 50
+    target = torch.ones(2, 1, 8, 9, 12, dtype=torch.int16)
+    logits = batch((2, 3, 8, 9, 12), 4)
+    plain, strong = (
+        make_view(name, x, x_labeled=x_l, target=target, generator=seeded())
+        for name in ("copy_paste", "copy_paste_intensity")
+    )
+    assert torch.equal(strong.teacher, x)
+    assert torch.equal(strong.mix(logits), plain.mix(logits))
+    assert strong.mixes
+    changed = (strong.student != plain.student).flatten(1).any(1)
+    assert changed.any()
+    # The box is still there: 50 above the rest, which no change of intensity by a quarter hides.
+    pasted = plain.student > 25
+    assert all(strong.student[i][pasted[i]].min() > strong.student[i][~pasted[i]].max() for i in range(2))
+
+
 @pytest.mark.parametrize(("space", "share"), [((48, 48, 48), (13 / 24) ** 3), ((160, 160), (13 / 24) ** 2)])
 def test_boxes_have_the_stated_sides_and_mean_share(space, share):
     shape = torch.Size((200, 1, *space))
@@ -327,7 +345,7 @@ def test_labelled_tensors_that_do_not_fit_raise_and_name_the_shapes(x_l, target)
         )
 
 
-@pytest.mark.parametrize("name", ["cutmix", "copy_paste"])
+@pytest.mark.parametrize("name", ["cutmix", "copy_paste", "copy_paste_intensity"])
 @pytest.mark.parametrize("shape", [(1, 3, 9, 12), (3, 3, 9, 6), (3, 3, 1, 1)])
 def test_logits_on_another_grid_raise_instead_of_broadcasting(name, shape):
     with pytest.raises(ValueError, match="do not lie on the grid"):
