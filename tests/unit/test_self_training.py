@@ -16,9 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunetv2_dycon import self_training
 from nnunetv2_dycon.errors import ConfigError, DataError, UserError
-from nnunetv2_dycon.self_training import self_train, share_epochs, trainer_of_length
+from nnunetv2_dycon.self_training import running, self_train, share_epochs, trainer_of_length
 from tests.datasets import environment, no_pools
 
 NAME = "Dataset901_Tiny"
@@ -197,7 +196,7 @@ def copy_data(tiny_data, root, monkeypatch):
 
 def start(monkeypatch, root, rounds=1, commands=None, **options):
     commands = commands or Commands(root)
-    monkeypatch.setattr(self_training, "_call", commands)
+    monkeypatch.setattr(running, "call", commands)
     options = {"trainer": "nnUNetTrainer", "epochs": (500,) * (rounds + 1), "device": "cpu", "processes": 1} | options
     result = self_train(options.pop("dataset_id", 901), (911, 912)[:rounds], **options)
     return result, commands
@@ -470,7 +469,7 @@ def test_commands_but_for_training_do_not_get_a_number_of_0_processes(monkeypatc
     monkeypatch.setattr(subprocess, "run", stand_in)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     with pytest.raises(DataError, match=r"nnUNetv2_x ended with code 3.*nnUNetv2_x -d 'a b'"):
-        self_training._call(["nnUNetv2_x", "-d", "a b"], 7, training=training)
+        running.call(["nnUNetv2_x", "-d", "a b"], 7, training=training)
     ((words, options),) = calls
     assert words[-4:] == ["7", "nnUNetv2_x", "-d", "a b"]
     assert options["env"].get("nnUNet_n_proc_DA") == value
@@ -495,7 +494,7 @@ def test_two_runs_do_not_work_at_once(monkeypatch, root):
         def train(self, words):
             with pytest.raises(DataError, match="at work"):
                 start(monkeypatch, root)
-            monkeypatch.setattr(self_training, "_call", self)
+            monkeypatch.setattr(running, "call", self)
             super().train(words)
 
     _, commands = start(monkeypatch, root, commands=Twice(root))

@@ -1,0 +1,12 @@
+"""Self-training with stock nnU-Net: train, predict the unlabelled images, train anew on labels and pseudo-labels.
+
+Training 0 is an ordinary one of the data set. Each further training has a raw data set of its own, made of links: the
+labelled cases with their labels, the unlabelled images with what the training before predicted for them. Whether a
+step is done is seen on disk alone, so that a killed run goes on, and a step may be done by hand or on a cluster with
+the command that is printed.
+"""
+
+from nnunetv2_dycon.self_training.lengths import share_epochs, trainer_of_length
+from nnunetv2_dycon.self_training.steps import self_train
+
+__all__ = ["self_train", "share_epochs", "trainer_of_length"]

@@ -1,0 +1,173 @@
+"""What all trainings have in common: the first data set, its plans and split, the settings; checked before any work."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_dycon import parallel
+from nnunetv2_dycon.data.roles import SPLITS_FILE, UNLABELED, Roles, read_roles, read_splits
+from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.evaluation.label_files import Labels, read_labels
+from nnunetv2_dycon.folders import environment_folder
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The three folders of one of nnU-Net's data sets, whether they are there or not."""
+
+    results: Path
+    raw: Path
+    preprocessed: Path
+
+    @classmethod
+    def named(cls, name: str) -> "DataSet":
+        """Return the folders of this name; DataError if one of nnU-Net's variables cannot be used."""
+        variables = ("nnUNet_results", "nnUNet_raw", "nnUNet_preprocessed")
+        return cls(*(environment_folder(variable) / name for variable in variables))
+
+    @property
+    def name(self) -> str:
+        """DatasetXXX_Name."""
+        return self.raw.name
+
+    @property
+    def id(self) -> int:
+        """Number in the name."""
+        return int(self.name[len("Dataset") :][:3])
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all trainings have in common.
+
+    Attributes
+    ----------
+    data : DataSet
+        That of the first training.
+    content, plans : mapping
+        Its dataset.json and its plans file.
+    data_identifier : str
+        Folder that the configuration's preprocessed cases are in.
+    """
+
+    data: DataSet
+    content: Mapping[str, Any]
+    roles: Roles
+    labels: Labels
+    plans: Mapping[str, Any]
+    plans_name: str
+    configuration: str
+    data_identifier: str
+    fold: int | str
+    repeat: int | str
+    keep_empty: bool
+    device: str
+    processes: int
+
+    @property
+    def ending(self) -> str:
+        """File ending of images and labels."""
+        return self.content["file_ending"]
+
+    def fold_cases(self) -> tuple[list[str], list[str]]:
+        """Return the fold's training and validation cases, as nnU-Net takes them."""
+        if self.fold == "all":
+            return list(self.roles.labeled), list(self.roles.labeled)
+        folder = self.data.preprocessed
+        splits = read_splits(folder)
+        _check_splits(splits, self.fold)
+        if not splits:
+            raise DataError(f"{folder / SPLITS_FILE} is gone: restore the split of the first training")
+        train, val = (list(dict.fromkeys(splits[int(self.fold)][key])) for key in ("train", "val"))
+        unknown = sorted({*train, *val} - set(self.roles.labeled))
+        if unknown:
+            raise DataError(
+                f"{SPLITS_FILE} of {self.data.name}, fold {self.fold}, names {unknown[0]!r}, which is no labelled case "
+                f"of {self.data.raw}; correct the list"
+            )
+        return train, val
+
+
+def read_experiment(
+    dataset_id: int | str,
+    configuration: str,
+    fold: int | str,
+    plans_name: str,
+    repeat: int | str,
+    keep_empty: bool,
+    device: str | None,
+    processes: int | None,
+) -> Experiment:
+    """Return the experiment of `self_train`'s arguments.
+
+    Raises
+    ------
+    ConfigError
+        If `repeat`, the configuration or the fold cannot be used.
+    DataError, SplitError
+        If the data set is not there, not planned or not preprocessed, or has no unlabelled images.
+    """
+    if repeat != "half" and not (isinstance(repeat, int) and repeat >= 1):
+        raise ConfigError(f"--repeat {repeat}: give half, or how often each labelled case is listed (1 and more)")
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset_id))
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"-d {dataset_id}: {str(error).split('. ')[0]}; check the id and nnUNet_raw") from error
+    data = DataSet.named(name)
+    content = _read_json(data.raw / "dataset.json", "a raw data set of nnU-Net has one")
+    roles = read_roles(data.raw, content)
+    if not roles.unlabeled:
+        raise DataError(f"{data.raw / 'imagesUn'} has no image; put the unlabelled images there")
+    plan = f"plan it first: nnUNetv2_plan_and_preprocess -d {data.id} -c {configuration}"
+    plans = _read_json(data.preprocessed / f"{plans_name}.json", plan)
+    if configuration not in plans["configurations"]:
+        raise ConfigError(f"-c {configuration}: the plans have {', '.join(plans['configurations'])}")
+    planned = PlansManager(plans).get_configuration(configuration)
+    if planned.previous_stage_name is not None:
+        raise ConfigError(f"-c {configuration} is a cascade, which needs predictions of another stage; take another")
+    _check_splits(read_splits(data.preprocessed, data.raw), fold)
+    labels = read_labels(data.raw / "dataset.json", data.raw / "labelsTr")
+    if not (data.preprocessed / planned.data_identifier).is_dir():
+        raise DataError(f"{data.preprocessed / planned.data_identifier} does not exist; {plan}")
+    return Experiment(
+        data=data,
+        content=content,
+        roles=roles,
+        labels=labels,
+        plans=plans,
+        plans_name=plans_name,
+        configuration=configuration,
+        data_identifier=planned.data_identifier,
+        fold=fold,
+        repeat=repeat,
+        keep_empty=keep_empty,
+        device=device if device is not None else "cuda" if torch.cuda.is_available() else "cpu",
+        processes=parallel.default_processes() if processes is None else processes,
+    )
+
+
+def _check_splits(splits: Sequence[Mapping[str, Any]], fold: int | str) -> None:
+    if any(UNLABELED in entry for entry in splits):
+        raise ConfigError(
+            f'{SPLITS_FILE} lists "unlabeled" cases of imagesTr; self-training takes the images of imagesUn: make such '
+            "a data set with nnUNetv2_dycon split"
+        )
+    if fold != "all" and not isinstance(fold, int):
+        raise ConfigError(f"-f {fold}: give a number or all")
+    if splits and fold != "all" and not 0 <= int(fold) < len(splits):
+        raise ConfigError(f"-f {fold}: {SPLITS_FILE} has folds 0 to {len(splits) - 1}")
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); {hint}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is no valid JSON ({error}); mend it") from error

@@ -1,0 +1,92 @@
+"""Plans and preprocessing of a round's data set: the plans are those of the first one."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_dycon.data.roles import SPLITS_FILE
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.self_training import running
+from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
+
+_FINGERPRINT = "dataset_fingerprint.json"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is between the raw data set of a round and its training."""
+
+    experiment: Experiment
+    data: DataSet
+
+    def is_planned(self) -> bool:
+        """Whether all that nnU-Net's planner would leave is there, with the plans of the first data set."""
+        copies = self._copies()
+        if not all(target.is_file() for target in copies.values()):
+            return False
+        try:
+            plans = json.loads((self.data.preprocessed / f"{self.experiment.plans_name}.json").read_text())
+        except (OSError, ValueError):  # not there, or cut short by a kill
+            return False
+        if _without_names(plans) != _without_names(self.experiment.plans):
+            raise DataError(
+                f"plans of {self.data.preprocessed} are no longer those of {self.experiment.data.preprocessed}: the "
+                "data set was planned again; delete the first and its results, or restore the plans"
+            )
+        return all(source.read_bytes() == target.read_bytes() for source, target in copies.items())
+
+    def _copies(self) -> dict[Path, Path]:
+        """Return what is copied beside the plans, and to where."""
+        fingerprint = self.experiment.data.preprocessed / _FINGERPRINT
+        sources = [self.data.raw / "dataset.json", self.data.raw / SPLITS_FILE]
+        sources += [fingerprint] if fingerprint.is_file() else []
+        return {source: self.data.preprocessed / source.name for source in sources}
+
+    def copy_words(self) -> list[str]:
+        """Return the command that copies what is beside the plans."""
+        return ["cp", *map(str, self._copies()), f"{self.data.preprocessed}/"]
+
+    def plan_words(self) -> list[str]:
+        """Return the command that takes over the plans."""
+        ids = ["-s", str(self.experiment.data.id), "-t", str(self.data.id)]
+        return ["nnUNetv2_move_plans_between_datasets", *ids, "-sp", self.experiment.plans_name]
+
+    def plan(self, lock: int | None) -> None:
+        """Take over the plans and what is beside them."""
+        self.data.preprocessed.mkdir(exist_ok=True)
+        for source, target in self._copies().items():
+            shutil.copyfile(source, target)
+        running.call(self.plan_words(), lock)
+
+    def is_preprocessed(self) -> bool:
+        """Whether every case with a label is preprocessed."""
+        if not self.data.raw.is_dir():
+            return False
+        folder, ending = self.data.preprocessed, self.experiment.ending
+        cases = [path.name.removesuffix(ending) for path in (self.data.raw / "labelsTr").glob(f"*{ending}")]
+        return all(
+            _has_content(folder / self.experiment.data_identifier / f"{case}.pkl")  # nnU-Net writes it last for a case
+            and (folder / "gt_segmentations" / f"{case}{ending}").is_file()
+            for case in cases
+        )
+
+    def preprocess_words(self) -> list[str]:
+        """Return the command that preprocesses."""
+        experiment = self.experiment
+        words = ["nnUNetv2_preprocess", "-d", str(self.data.id), "-plans_name", experiment.plans_name]
+        return [*words, "-c", experiment.configuration, "-np", str(experiment.processes)]
+
+    def preprocess(self, lock: int | None) -> None:
+        """Preprocess all cases."""
+        running.call(self.preprocess_words(), lock)
+
+
+def _without_names(plans: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in plans.items() if key not in ("dataset_name", "plans_name")}
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0

@@ -1,0 +1,159 @@
+"""The raw data set of a round: labelled cases, and unlabelled images with their pseudo-labels, as links."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_dycon import __version__
+from nnunetv2_dycon.conversion import dataset
+from nnunetv2_dycon.conversion.cases import LinkTask
+from nnunetv2_dycon.conversion.convert import Job, carry_out
+from nnunetv2_dycon.data.roles import training_labels
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
+from nnunetv2_dycon.self_training.training import Training, Voxels
+
+logger = logging.getLogger(__name__)
+
+MADE_BY = "self_train"
+
+
+@dataclass(frozen=True)
+class RoundData:
+    """The data set that a training, the student, has from the pseudo-labels of the one before it."""
+
+    teacher: Training
+    student: Training
+
+    @property
+    def _experiment(self) -> Experiment:
+        return self.student.experiment
+
+    @property
+    def _data(self) -> DataSet:
+        return self.student.data
+
+    def is_made(self) -> bool:
+        """Whether the data set is there; DataError if it is another one than would be made now."""
+        data = self._data
+        if not self.teacher.is_predicted() or not data.raw.exists():
+            return False
+        if dataset.conversion_of(data.raw).get("fingerprint") != self._job().fingerprint:
+            raise DataError(
+                f"{data.raw} was made with other settings or pseudo-labels; give --as other ids, or delete it with "
+                f"{data.preprocessed} and {data.results}"
+            )
+        return True
+
+    def make(self, lock: int | None) -> None:
+        """Write the data set, say who is in it; no command runs, so `lock` is not passed on."""
+        job = self._job()
+        for note in job.notes:
+            logger.info("- %s", note)
+        carry_out(job, processes=self._experiment.processes)
+
+    def _job(self) -> Job:
+        """Return who is in the data set, how often, and where every file comes from."""
+        experiment, teacher, student = self._experiment, self.teacher, self.student
+        train, val = experiment.fold_cases()
+        voxels = teacher.voxels() or {}
+        empty = [case for case, counts in voxels.items() if not any(counts.values())]
+        pseudo = [case for case in voxels if experiment.keep_empty or case not in set(empty)]
+        if not pseudo:
+            raise DataError(
+                f"all {len(empty)} pseudo-labels in {teacher.pseudo_labels} are empty: train longer, or on more cases"
+            )
+        wanted = round(len(pseudo) / len(train)) if experiment.repeat == "half" else int(experiment.repeat)
+        repeat = max(1, wanted)
+        facts = {
+            "round": student.number,
+            "dataset": experiment.data.name,
+            "fold": experiment.fold,
+            "epochs": list(student.all_epochs),
+            "total_epochs": sum(student.all_epochs),
+            "trainer": student.trainer,
+            "teacher": {
+                "dataset": teacher.data.name,
+                "trainer": teacher.trainer,
+                "fold": teacher.fold,
+                "checkpoint_sha256": teacher.checkpoint_digest(),
+            },
+            "plans": f"{experiment.plans_name} of {experiment.data.name}",
+            "labeled": train,
+            "validation": val,
+            "pseudo_labeled": pseudo,
+            "empty": {"kept" if experiment.keep_empty else "left_out": empty},
+            "repeat": repeat,
+            "labeled_share_of_patches": round(repeat * len(train) / (repeat * len(train) + len(pseudo)), 4),
+        }
+        tasks = self._tasks(train, val, pseudo)
+        cases = {task.name: {"role": task.role, "files": _described(task)} for task in tasks}
+        for case in pseudo:
+            cases[case]["label"] = "pseudo"
+        return Job(
+            target=self._data.raw,
+            tasks=tasks,
+            plan={"converter": MADE_BY, "version": __version__, MADE_BY: facts, "cases": cases},
+            folds=[{"train": [*(train * repeat), *pseudo], "val": val}],
+            describe=partial(self._describe, len({*train, *val, *pseudo})),
+            title=f"{experiment.data.name}, round {student.number} of self-training",
+            rows=(),
+            notes=tuple(self._notes(facts, voxels)),
+        )
+
+    def _tasks(self, train: Sequence[str], val: Sequence[str], pseudo: Sequence[str]) -> list[LinkTask]:
+        experiment = self._experiment
+        raw, test = experiment.data.raw, experiment.roles.test
+        role_of = {
+            **dict.fromkeys(test, "test"),
+            **dict.fromkeys(val, "validation"),
+            **dict.fromkeys([*train, *pseudo], "labeled"),
+        }
+        labels = training_labels(raw, experiment.content, {*train, *val})
+        labels |= {case: raw / "labelsTs" / f"{case}{experiment.ending}" for case in test}
+        labels |= {case: self.teacher.pseudo_label(case) for case in pseudo}
+        return [self._task(case, role, labels[case]) for case, role in sorted(role_of.items())]
+
+    def _task(self, case: str, role: str, label: Path) -> LinkTask:
+        files, ending = self._experiment.roles.files[case], self._experiment.ending
+        folders = dataset.IMAGES[role], dataset.LABELS[role]
+        links = [(path, f"{folders[0]}/{case}_{channel:04d}{ending}") for channel, path in enumerate(files)]
+        image = files[0].with_name(files[0].name.removesuffix(ending).removesuffix("_0000") + ending)
+        optional = [
+            # nnU-Net's TIFF reader takes the spacing from a file beside the image
+            (path.with_name(path.name.removesuffix(ending) + ".json"), f"{folder}/{case}.json")
+            for path, folder in zip((image, label), folders, strict=True)
+        ]
+        (optional if role == "test" else links).append((label, f"{folders[1]}/{case}{ending}"))
+        links += [(path, name) for path, name in optional if path.is_file()]
+        return LinkTask(case, role, ending, dataset.workspace(self._data.raw).work, tuple(links))
+
+    def _describe(self, number: int, folder: Path) -> None:
+        content = {key: value for key, value in self._experiment.content.items() if key != "dataset"}
+        content |= {"name": self._data.name.split("_", 1)[1], "numTraining": number}
+        dataset.write_json(folder / "dataset.json", content | {"converted_by": f"nnunetv2_dycon {__version__}"})
+
+    def _notes(self, facts: Mapping[str, Any], voxels: Voxels) -> Iterator[str]:
+        yield (
+            f"round {facts['round']}: {len(facts['labeled'])} labelled cases, each listed {facts['repeat']} times, and "
+            f"{len(facts['pseudo_labeled'])} pseudo-labelled; {facts['labeled_share_of_patches']:.0%} of training "
+            f"patches are from labelled cases; {len(facts['validation'])} validation cases"
+        )
+        for what, cases in facts["empty"].items():
+            if cases:
+                names = ", ".join(cases[:8]) + (" ..." if len(cases) > 8 else "")
+                yield f"{len(cases)} pseudo-labels are empty and {what.replace('_', ' ')}: {names}"
+        for structure in self._experiment.labels.structures:
+            lacking = sum(not counts[structure.label] for counts in voxels.values())
+            if lacking:
+                yield f"{structure.name} is absent from {lacking} of {len(voxels)} pseudo-labels"
+        others = set(self._experiment.roles.labeled) - {*facts["labeled"], *facts["validation"]}
+        if others:
+            yield f"{len(others)} cases of imagesTr are in neither list of the fold and are left out"
+
+
+def _described(task: LinkTask) -> list[dict[str, Any]]:
+    return [{"name": "/".join(path.parts[-2:]), "bytes": path.stat().st_size} for path in task.sources]

@@ -1,0 +1,140 @@
+"""The steps of an experiment, one after the other, each done where it is not done yet."""
+
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.self_training import running
+from nnunetv2_dycon.self_training.experiment import read_experiment
+from nnunetv2_dycon.self_training.lengths import STOCK_EPOCHS, STOCK_TRAINER, share_epochs
+from nnunetv2_dycon.self_training.preparation import Preparation
+from nnunetv2_dycon.self_training.round_data import RoundData
+from nnunetv2_dycon.self_training.training import Training, list_trainings
+
+logger = logging.getLogger(__name__)
+
+
+def self_train(
+    dataset_id: int | str,
+    new_ids: Sequence[int],
+    trainer: str = STOCK_TRAINER,
+    configuration: str = "3d_fullres",
+    fold: int | str = 0,
+    plans: str = "nnUNetPlans",
+    epochs: Sequence[int] = (STOCK_EPOCHS,),
+    repeat: int | str = "half",
+    keep_empty: bool = False,
+    device: str | None = None,
+    processes: int | None = None,
+    dry_run: bool = False,
+) -> Path:
+    """Train, pseudo-label and train anew, one round for each new data set; go on where an earlier run stopped.
+
+    All trainings have the network, patch, spacing and intensity statistics of the given data set, start from random
+    weights and end with their final checkpoint. Labels are read of the fold's training and validation cases alone;
+    predicted are the images of imagesUn alone.
+
+    Parameters
+    ----------
+    dataset_id : int or str
+        Planned and preprocessed data set with unlabelled images in imagesUn.
+    new_ids : sequence of int
+        Free ids, one for the data set of each round.
+    trainer : str
+        nnUNetTrainer, or nnUNetTrainerLabeledOnly with options but for `epochs`.
+    configuration, fold, plans
+        As in nnU-Net's commands. The data sets of rounds have a single fold, 0, which validates on the same cases.
+    epochs : sequence of int
+        One number is the total, shared equally among all trainings (the last gets the rest); or one for each.
+    repeat : int or "half"
+        How often a round's fold lists each labelled case, so how often stock nnU-Net draws it for one draw of a
+        pseudo-labelled case. "half" makes about half of all training patches labelled ones; 1 pools all cases.
+    keep_empty : bool
+        Train on pseudo-labels without any foreground too.
+    device : {"cuda", "cpu", "mps"}, optional
+        By default CUDA where there is any, else the processor.
+    processes : int, optional
+        Worker processes; by default as many as processors, 8 at most.
+    dry_run : bool
+        Say what would be done, with the commands, and write nothing.
+
+    Returns
+    -------
+    Path
+        The fold's folder of the last training.
+
+    Raises
+    ------
+    ConfigError
+        If trainer, epochs, fold, configuration or `repeat` cannot be used.
+    DataError, SplitError
+        If the data set is not ready, an id is taken, a command of nnU-Net ends with an error, or what an earlier run
+        left does not fit.
+    """
+    experiment = read_experiment(dataset_id, configuration, fold, plans, repeat, keep_empty, device, processes)
+    lengths = share_epochs(epochs, len(new_ids))
+    trainings = list_trainings(experiment, new_ids, trainer, lengths)
+    last = trainings[-1]
+    logger.info(
+        "self-training on %s, fold %s: %s = %d epochs in all; its like on the labelled cases alone is one training "
+        "of %d epochs. Predictions and preprocessing come on top.",
+        experiment.data.name,
+        fold,
+        " + ".join(map(str, lengths)),
+        sum(lengths),
+        sum(lengths),
+    )
+    steps = _steps(trainings)
+    if dry_run:
+        for step in steps:
+            step.tell("done" if step.done() else "to do")
+        return last.folder
+    with running.locked(trainings[0].folder) as lock:
+        for step in steps:
+            if step.done():
+                step.tell("done")
+                continue
+            step.tell("now")
+            step.act(lock)
+            if not step.done():
+                raise DataError(f"{step.title}: the command ended well, but its results are not there; look above")
+    logger.info("next: %s", shlex.join([*last.predict_words(), "-i", "IMAGES", "-o", "PREDICTIONS"]))
+    return last.folder
+
+
+class _Step(NamedTuple):
+    """One step: whether it is done, the commands that a user would type if there are any, and doing it."""
+
+    title: str
+    done: Callable[[], bool]
+    commands: Sequence[Callable[[], list[str]]]
+    act: Callable[[int | None], None]
+
+    def tell(self, state: str) -> None:
+        if state == "done":
+            logger.info("%s: %s", state, self.title)
+            return
+        typed = " && ".join(shlex.join(words()) for words in self.commands)
+        typed = typed or "(links to images, labels and pseudo-labels: by this command)"
+        logger.info("%s: %s\n  %s", state, self.title, typed)
+
+
+def _steps(trainings: Sequence[Training]) -> list[_Step]:
+    first = trainings[0]
+    steps = [_Step("train on the labelled cases", first.is_trained, [first.train_words], first.train)]
+    for teacher, one in pairwise(trainings):
+        of = f"round {one.number}: "
+        data, ready = RoundData(teacher, one), Preparation(one.experiment, one.data)
+        plans = [ready.copy_words, ready.plan_words]
+        steps += [
+            _Step(of + "pseudo-labels", teacher.is_predicted, [teacher.label_words], teacher.label),
+            _Step(of + f"data set {one.data.name}", data.is_made, [], data.make),
+            _Step(of + f"plans of {first.data.name}", ready.is_planned, plans, ready.plan),
+            _Step(of + "preprocessing", ready.is_preprocessed, [ready.preprocess_words], ready.preprocess),
+            _Step(of + "train", one.is_trained, [one.train_words], one.train),
+        ]
+    return steps

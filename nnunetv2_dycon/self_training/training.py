@@ -1,0 +1,209 @@
+"""One training with stock nnU-Net, and the pseudo-labels that its model predicts.
+
+Beside a training's checkpoints are
+
+- `pseudo_labels/`: predictions of all images in imagesUn;
+- `pseudo_labels.json`, written last: voxels of every structure in each of them, and the checkpoint they come from.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunetv2_dycon import parallel
+from nnunetv2_dycon.conversion import dataset
+from nnunetv2_dycon.data.roles import adopt_splits
+from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
+from nnunetv2_dycon.self_training import running
+from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
+from nnunetv2_dycon.self_training.lengths import trainer_of_length
+
+logger = logging.getLogger(__name__)
+
+FINAL = "checkpoint_final.pth"
+_CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
+
+Voxels = dict[str, dict[str, int]]  # of each case and structure
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of the trainings: `number` 0 is that on the labelled cases alone; `all_epochs` are those of all."""
+
+    experiment: Experiment
+    number: int
+    data: DataSet
+    fold: int | str
+    trainer: str
+    all_epochs: Sequence[int]
+
+    @property
+    def folder(self) -> Path:
+        """The fold's folder."""
+        model = f"{self.trainer}__{self.experiment.plans_name}__{self.experiment.configuration}"
+        return self.data.results / model / f"fold_{self.fold}"
+
+    def is_trained(self) -> bool:
+        """Whether the final checkpoint and the scores of the validation cases are there."""
+        return _is_checkpoint(self.folder / FINAL) and (self.folder / "validation" / "summary.json").is_file()
+
+    def train_words(self) -> list[str]:
+        """Return the command that trains, from the checkpoint that is there if any is."""
+        there = [name for name in _CHECKPOINTS if _is_checkpoint(self.folder / name)]
+        how = [] if not there else ["--val"] if FINAL in there else ["--c"]
+        experiment = self.experiment
+        words = ["nnUNetv2_train", str(self.data.id), experiment.configuration, str(self.fold)]
+        return [*words, "-tr", self.trainer, "-p", experiment.plans_name, "-device", experiment.device, *how]
+
+    def train(self, lock: int | None) -> None:
+        """Train to the end; a checkpoint that is cut short is put aside."""
+        for path in (self.folder / name for name in _CHECKPOINTS):
+            if path.is_file() and not _is_checkpoint(path):  # stock writes in place: a kill cuts it short
+                logger.warning("%s is cut short and is put aside", path)
+                os.replace(path, path.with_name(f"{path.name}.cut"))
+        if self.number == 0 and self.fold != "all":
+            adopt_splits(self.data.preprocessed, self.data.raw)  # stock would pass over one that came after planning
+        running.call(self.train_words(), lock, training=True)
+
+    def checkpoint_digest(self) -> str:
+        """Return the SHA-256 of the final checkpoint, hexadecimal."""
+        with open(self.folder / FINAL, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def predict_words(self) -> list[str]:
+        """Return the command that predicts with the final checkpoint, but for images and output."""
+        experiment = self.experiment
+        words = ["nnUNetv2_predict", "-d", str(self.data.id), "-c", experiment.configuration]
+        words += ["-f", str(self.fold), "-tr", self.trainer, "-p", experiment.plans_name]
+        workers = str(max(1, min(3, experiment.processes // 2)))  # nnU-Net's own number is 3
+        return [*words, "-device", experiment.device, "-npp", workers, "-nps", workers]
+
+    @property
+    def pseudo_labels(self) -> Path:
+        """Folder of the predictions."""
+        return self.folder / "pseudo_labels"
+
+    def pseudo_label(self, case: str) -> Path:
+        """Return the prediction of one of the unlabelled images."""
+        return self.pseudo_labels / f"{case}{self.experiment.ending}"
+
+    @property
+    def _report(self) -> Path:
+        return self.folder / "pseudo_labels.json"
+
+    def is_predicted(self) -> bool:
+        """Whether there is a whole pseudo-label of each unlabelled image, from the final checkpoint."""
+        return self.is_trained() and self.voxels() is not None
+
+    def voxels(self) -> Voxels | None:
+        """Return the voxels of each structure in each pseudo-label, None where some were not predicted yet.
+
+        Raises
+        ------
+        DataError
+            If the pseudo-labels are of another checkpoint.
+        """
+        try:
+            noted = json.loads(self._report.read_text())
+        except (OSError, ValueError):
+            return None
+        if noted["checkpoint"] != self.checkpoint_digest():
+            raise DataError(
+                f"{self.pseudo_labels} was predicted by another state of {self.folder / FINAL}; delete "
+                f"{self._report} and the folder, and what was made from it"
+            )
+        voxels = noted["voxels"]
+        return voxels if voxels and set(voxels) == set(self.experiment.roles.unlabeled) else None
+
+    def label_words(self) -> list[str]:
+        """Return the command that predicts the unlabelled images."""
+        images = self.experiment.data.raw / "imagesUn"
+        return [*self.predict_words(), "-i", str(images), "-o", str(self.pseudo_labels), "--continue_prediction"]
+
+    def label(self, lock: int | None) -> None:
+        """Predict what is missing or cut short of the pseudo-labels, then look at each of them."""
+        files = {case: self.pseudo_label(case) for case in self.experiment.roles.unlabeled}
+        self._note(None)
+        seen = self._look(list(files.values()))
+        missing = _not_whole(seen)
+        for path in missing:
+            path.unlink(missing_ok=True)
+        if missing:
+            running.call(self.label_words(), lock)
+            seen |= self._look(missing)
+        bad = _not_whole(seen)
+        if bad:
+            raise DataError(f"{bad[0]} was not predicted ({len(bad)} such cases); look above, then type this again")
+        self._note({case: seen[path] for case, path in files.items()})
+
+    def _look(self, files: Sequence[Path]) -> dict[Path, dict[str, int] | None]:
+        tasks = [(path, self.experiment.labels) for path in files]
+        with closing(parallel.run(_count, tasks, self.experiment.processes)) as results:
+            found = tqdm(results, total=len(tasks), desc="Pseudo-labels", unit="case", disable=None)
+            return {path: counts for (path, _), counts in found}
+
+    def _note(self, voxels: Voxels | None) -> None:
+        part = self._report.with_name(f".{self._report.name}.{os.getpid()}")
+        part.write_text(json.dumps({"checkpoint": self.checkpoint_digest(), "voxels": voxels}, indent=1))
+        os.replace(part, self._report)
+
+
+def list_trainings(
+    experiment: Experiment, new_ids: Sequence[int], trainer: str, epochs: Sequence[int]
+) -> list[Training]:
+    """Return the training of the given data set and one for each new id, in their order.
+
+    Raises
+    ------
+    ConfigError
+        If an id is given twice or cannot be used, or there is no trainer of a training's length.
+    DataError
+        If an id belongs to another data set, or to what is left of one.
+    """
+    data = experiment.data
+    if len({*new_ids, data.id}) <= len(new_ids):
+        raise ConfigError(f"--as {' '.join(map(str, new_ids))}: give each round an id of its own, and none that -d has")
+    trainings = [Training(experiment, 0, data, experiment.fold, trainer_of_length(trainer, epochs[0]), epochs)]
+    words = data.name.split("_", 1)[1]
+    for number, new_id in enumerate(new_ids, start=1):
+        raw = dataset.target_folder(new_id, f"{words}_fold{experiment.fold}_self{number}")
+        new = DataSet.named(raw.name)
+        trainings.append(Training(experiment, number, new, 0, trainer_of_length(trainer, epochs[number]), epochs))
+        for left in (new.preprocessed, new.results):
+            if left.exists() and not raw.exists():
+                raise DataError(f"{left} is from an earlier data set of this id: delete it, or choose another id")
+    return trainings
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_file() and zipfile.is_zipfile(path)  # torch's format ends with its table of contents
+
+
+def _not_whole(seen: dict[Path, dict[str, int] | None]) -> list[Path]:
+    return [path for path, counts in seen.items() if counts is None]
+
+
+def _count(task: tuple[Path, Labels]) -> dict[str, int] | None:
+    """Return the voxels of each structure; None where the file is not there or not whole."""
+    path, labels = task
+    if not path.is_file():
+        return None
+    try:
+        values = read_label_map(path, labels, truth=False).labels
+    except DataError:
+        return None
+    counts = dict(enumerate(np.bincount(values.ravel()).tolist()))
+    return {one.label: sum(counts.get(value, 0) for value in one.values) for one in labels.structures}
