@@ -8,6 +8,7 @@ masks.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,9 @@ class Labeled(NamedTuple):
     x: Tensor
     target: Tensor
     ignore_label: int | None
+
+
+ViewMaker = Callable[[Tensor, Labeled | None, Generator], View]
 
 
 def make_view(
@@ -143,8 +147,7 @@ def _intensity(x: Tensor, labeled: Labeled | None, generator: Generator) -> View
     """Return a view whose student sees other intensities, drawn per sample, in nnU-Net's order."""
     y = x.float()
     for change in (_add_noise, _blur, _scale_brightness, _scale_contrast, _apply_gamma):
-        chosen = torch.rand((len(x),) + (1,) * (x.ndim - 1), generator=generator, device=x.device) < INTENSITY_CHANCE
-        y = torch.where(chosen, change(y, generator), y)
+        y = torch.where(_per_sample(x, generator) < INTENSITY_CHANCE, change(y, generator), y)
     return View(y.to(x.dtype), x, _identity, mixes=False)
 
 
@@ -169,15 +172,21 @@ def _cutmix(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
     return View(mix(x), x, mix, mixes=True)
 
 
-def _copy_paste(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+def _copy_paste(x: Tensor, labeled: Labeled | None, generator: Generator, *, both: bool = False) -> View:
     """Return a view in which a box of each patch comes from a labelled patch, with its true labels.
 
-    Voxels without a true label (the ignore label, or below 0) are left out of the box, image and target
+    Voxels without a true label (the ignore label, or below 0) are left out of what is pasted, image and target
     alike.
+
+    Parameters
+    ----------
+    both : bool
+        Paste everything but the box in every second patch, by chance.
 
     References
     ----------
-    BCP (Bai et al., CVPR 2023), one of its two directions; box at random instead of a fixed size.
+    BCP (Bai et al., CVPR 2023), one of its two directions or one of both by chance; box at random instead of a fixed
+    size.
     """
     if labeled is None:
         raise ValueError("View 'copy_paste' needs x_labeled and target.")
@@ -185,32 +194,43 @@ def _copy_paste(x: Tensor, labeled: Labeled | None, generator: Generator) -> Vie
     order = torch.randperm(len(labeled.x), generator=generator, device=x.device)
     partner = order[torch.arange(len(x), device=x.device) % len(order)]
     truth = labeled.target[partner]
-    box = random_box(x.shape, x.device, generator) & (truth >= 0)
+    pasted = random_box(x.shape, x.device, generator)
+    if both:
+        pasted = pasted ^ (_per_sample(x, generator) < 0.5)
+    pasted = pasted & (truth >= 0)
     if labeled.ignore_label is not None:
-        box &= truth != labeled.ignore_label
+        pasted &= truth != labeled.ignore_label
 
     def mix(logits: Tensor) -> Tensor:
         _check_same_grid(logits, x)
         classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
         hard = torch.full_like(logits, -HARD_LOGIT).masked_fill_(truth == classes, HARD_LOGIT)
-        return torch.where(box, hard, logits)
+        return torch.where(pasted, hard, logits)
 
-    return View(torch.where(box, labeled.x[partner].to(x.dtype), x), x, mix, mixes=True)
-
-
-def _copy_paste_intensity(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
-    """Return the view of `copy_paste` with other intensities for the student, pasted boxes included."""
-    view = _copy_paste(x, labeled, generator)
-    return view._replace(student=_intensity(view.student, None, generator).student)
+    return View(torch.where(pasted, labeled.x[partner].to(x.dtype), x), x, mix, mixes=True)
 
 
-VIEWS: dict[str, Callable[[Tensor, Labeled | None, Generator], View]] = {
+def _then_intensity(mixing: ViewMaker) -> ViewMaker:
+    """Return a mixing view whose student sees other intensities on top, pasted voxels included."""
+
+    def maker(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+        view = mixing(x, labeled, generator)
+        return view._replace(student=_intensity(view.student, None, generator).student)
+
+    return maker
+
+
+_MIXING: dict[str, ViewMaker] = {
+    "cutmix": _cutmix,
+    "copy_paste": _copy_paste,
+    "copy_paste_both": partial(_copy_paste, both=True),
+}
+VIEWS: dict[str, ViewMaker] = {
     "weak": _weak,
     "noise": _noise,
     "intensity": _intensity,
-    "cutmix": _cutmix,
-    "copy_paste": _copy_paste,
-    "copy_paste_intensity": _copy_paste_intensity,
+    **_MIXING,
+    **{f"{name}_intensity": _then_intensity(mixing) for name, mixing in _MIXING.items()},
 }
 
 
@@ -250,6 +270,11 @@ def random_box(
         inside = (grid >= start) & (grid < start + voxels)
         box = box & inside.view(batch, 1, *[size if a == axis else 1 for a in range(len(space))])
     return box
+
+
+def _per_sample(x: Tensor, generator: Generator) -> Tensor:
+    """Return one number from [0, 1) per sample, shape (B, 1, ...)."""
+    return torch.rand((len(x),) + (1,) * (x.ndim - 1), generator=generator, device=x.device)
 
 
 def _uniform(x: Tensor, bounds: tuple[float, float], generator: Generator) -> Tensor:

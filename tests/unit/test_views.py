@@ -269,22 +269,36 @@ def test_copy_paste_leaves_out_voxels_without_a_true_label(unknown, ignore_label
     assert torch.equal(view.mix(logits)[..., ::2], logits[..., ::2])
 
 
-def test_copy_paste_intensity_moves_the_same_box_and_changes_the_student_s_intensities_alone():
+@pytest.mark.parametrize("name", ["cutmix", "copy_paste", "copy_paste_both"])
+def test_intensity_on_a_mixing_view_changes_the_student_s_input_alone(name):
     x, x_l = batch((2, 1, 8, 9, 12)), batch((2, 1, 8, 9, 12), 2) + 50
     target = torch.ones(2, 1, 8, 9, 12, dtype=torch.int16)
     logits = batch((2, 3, 8, 9, 12), 4)
     plain, strong = (
-        make_view(name, x, x_labeled=x_l, target=target, generator=seeded())
-        for name in ("copy_paste", "copy_paste_intensity")
+        make_view(one, x, x_labeled=x_l, target=target, generator=seeded()) for one in (name, f"{name}_intensity")
     )
     assert torch.equal(strong.teacher, x)
     assert torch.equal(strong.mix(logits), plain.mix(logits))
     assert strong.mixes
-    changed = (strong.student != plain.student).flatten(1).any(1)
-    assert changed.any()
-    # The box is still there: 50 above the rest, which no change of intensity by a quarter hides.
+    assert (strong.student != plain.student).any()
+    # What was pasted is still there: 50 above the rest, which no change of intensity by a quarter hides.
     pasted = plain.student > 25
-    assert all(strong.student[i][pasted[i]].min() > strong.student[i][~pasted[i]].max() for i in range(2))
+    for seen, inside in zip(strong.student, pasted, strict=True):
+        assert name == "cutmix" or seen[inside].min() > seen[~inside].max()
+
+
+def test_copy_paste_both_pastes_a_box_or_all_but_a_box_equally_often():
+    x, x_l = torch.zeros(1, 1, 9, 9, 9), torch.ones(1, 1, 9, 9, 9)
+    target = torch.ones(1, 1, 9, 9, 9, dtype=torch.int16)
+    outside = 0
+    for seed in range(200):
+        view = make_view("copy_paste_both", x, x_labeled=x_l, target=target, generator=seeded(seed))
+        pasted = (view.student == 1)[0, 0].numpy()
+        inverted = not is_one_box(pasted)
+        assert is_one_box(~pasted) or not inverted
+        outside += inverted
+        assert torch.equal(view.mix(torch.zeros(1, 2, 9, 9, 9))[0, 1] == 40, view.student[0, 0] == 1)
+    assert 75 < outside < 125  # 3.5 standard deviations about one half
 
 
 @pytest.mark.parametrize(("space", "share"), [((48, 48, 48), (13 / 24) ** 3), ((160, 160), (13 / 24) ** 2)])
@@ -345,7 +359,7 @@ def test_labelled_tensors_that_do_not_fit_raise_and_name_the_shapes(x_l, target)
         )
 
 
-@pytest.mark.parametrize("name", ["cutmix", "copy_paste", "copy_paste_intensity"])
+@pytest.mark.parametrize("name", ["cutmix", "copy_paste", "copy_paste_both_intensity"])
 @pytest.mark.parametrize("shape", [(1, 3, 9, 12), (3, 3, 9, 6), (3, 3, 1, 1)])
 def test_logits_on_another_grid_raise_instead_of_broadcasting(name, shape):
     with pytest.raises(ValueError, match="do not lie on the grid"):
