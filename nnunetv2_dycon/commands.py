@@ -302,6 +302,7 @@ VERBS: dict[str, Verb] = {
                 help="trainer names (* for anything), results folders, folders of predictions, RUN=FOLDER for its own",
             ),
             _argument("--baseline", help="the run to compare with (default: the first)"),
+            _argument("--upper", nargs="+", default=(), help="runs on more labels, usually all: the upper bound"),
             _argument("-o", dest="output", required=True, help="folder to write"),
             _argument(
                 "--weights", nargs="+", choices=("student", "teacher"), default=("student",), help="whose weights"

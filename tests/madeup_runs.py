@@ -123,7 +123,7 @@ def make_training(
     return folder
 
 
-def a_run(name: str, folder: str = "", **facts) -> Run:
+def a_run(name: str, folder: str = "", *, upper: bool = False, **facts) -> Run:
     """Return a run with all facts that can be refused, `facts` in their place."""
     known = {
         "trainer": name,
@@ -138,4 +138,5 @@ def a_run(name: str, folder: str = "", **facts) -> Run:
         "mirroring": True,
         "plans": "aaaaaaaa",
     }
-    return Run(name, Facts(**{**known, **facts}), Path(folder or f"predictions_of_{name}_{facts.get('seed')}"))
+    predictions = Path(folder or f"predictions_of_{name}_{facts.get('seed')}")
+    return Run(name, Facts(**{**known, **facts}), predictions, upper=upper)

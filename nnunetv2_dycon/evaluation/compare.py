@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
@@ -33,6 +34,7 @@ def compare(
     output: str | Path = "",
     configuration: str = "3d_fullres",
     *,
+    upper: Sequence[str] = (),
     folds: Sequence[int | str] = (0,),
     plans: str = "nnUNetPlans",
     checkpoint: str = "checkpoint_final.pth",
@@ -58,6 +60,9 @@ def compare(
         predictions of RUN in FOLDER. Runs whose trainer names differ in `seed` alone are one method.
     baseline : str, optional
         The run that the others are compared with; by default the first.
+    upper : sequence of str
+        Runs on more labels, usually all: named like `runs`, as a results folder where they are of another data set.
+        They close the table, and the other methods say how much of the way from the baseline to the first they go.
     output : path
         Folder to write: report.html, report.md with figures/, tables.tex, results.csv, and scores/ with every case.
     configuration, folds, plans, checkpoint
@@ -105,6 +110,9 @@ def compare(
     cases = case_files(truth, labels.ending)
     place = Place(dataset, configuration, plans, tuple(folds), checkpoint)
     found = _unique([run for text in runs for run in find_runs(text, place, weights, mirroring)])
+    if upper:
+        bounds = [run for text in upper for run in find_runs(text, place, weights, mirroring)]
+        found += [replace(run, upper=True) for run in _unique(bounds, least=1)]
     reference = find_baseline(runs[0] if baseline is None else baseline, found)
     rows = choose_published(dataset if published == "auto" else published, _labeled(found)) if published else []
     for run in found:
@@ -151,13 +159,13 @@ def _dataset_name(dataset_id: int | str) -> str:
 
 
 def _labeled(runs: Sequence[Run]) -> list[int | None]:
-    return [run.facts.labeled_count for run in runs]
+    return [run.facts.labeled_count for run in runs if not run.upper]
 
 
-def _unique(runs: Sequence[Run]) -> list[Run]:
+def _unique(runs: Sequence[Run], least: int = 2) -> list[Run]:
     """Return the runs, each once: a pattern may name one that is named besides."""
     found = list({(str(run.predictions.absolute()), run.facts.weights): run for run in reversed(runs)}.values())[::-1]
-    if len(found) < 2:
+    if len(found) < least:
         raise ConfigError("--runs names one run only; give at least two")
     return found
 

@@ -36,6 +36,11 @@ class Method:
     runs: tuple[Run, ...]
     scores: tuple[Mapping[Unit, Score], ...]
 
+    @property
+    def upper(self) -> bool:
+        """Whether it is an upper bound, which knows more labels than the others."""
+        return self.runs[0].upper
+
 
 class Result(NamedTuple):
     """One number of a table and what it is worth.
@@ -51,7 +56,7 @@ class Result(NamedTuple):
     holds : bool
         Whether the difference to the baseline may be called one.
     best : bool
-        Whether this method is ahead of every other, and each of these differences holds.
+        Whether this method is ahead of every other but upper bounds, and each of these differences holds.
     left_out : int
         Cases times classes that the comparison could not use.
     """
@@ -87,7 +92,7 @@ class Comparison:
     Attributes
     ----------
     methods : tuple of Method
-        The baseline first.
+        The baseline first, upper bounds last.
     labels : dict
         Names of classes by label, in the order of the data set.
     convention : {"mm", "literature"}
@@ -121,6 +126,20 @@ class Comparison:
             }
         )
 
+    def gap_closed(self, method: Method) -> float | None:
+        """Return how much of the way from the baseline's mean Dice to the first upper bound's a method goes.
+
+        None without an upper bound that is ahead of the baseline, by an interval that leaves out 0.
+        """
+        upper = next((m for m in self.methods if m.upper), None)
+        if upper is None:
+            return None
+        gap = self.results[upper.name, ALL, "dice"].difference
+        if gap is None or gap.low is None or gap.low <= 0:
+            return None
+        low, own, high = (self.results[m.name, ALL, "dice"].mean.mean for m in (self.methods[0], method, upper))
+        return (own - low) / (high - low)
+
     @cached_property
     def results(self) -> dict[tuple[str, str, str], Result]:
         """All results by (name of the method, label or `ALL`, metric).
@@ -153,8 +172,9 @@ class Comparison:
     def _leader(self, label: str, metric: str) -> Method | None:
         """Return the method that is better than every other one, None where that does not hold."""
         ahead = 1.0 if metric in OVERLAPS else -1.0
-        for method in self.methods:
-            others = [other for other in self.methods if other is not method]
+        rivals = [method for method in self.methods if not method.upper]
+        for method in rivals:
+            others = [other for other in rivals if other is not method]
             means = [self._by_case(method, other, label, metric).mean for other in others]
             if not others or not all(ahead * mean > 0 for mean in means):  # no test is needed
                 continue
@@ -288,7 +308,7 @@ def make_comparison(runs: Sequence[tuple[Run, Sequence[Score]]], baseline: str) 
         if by_unit.keys() != known.keys() or {s.convention for s in scores} != {s.convention for s in first}:
             raise DataError(f"{run.name} was scored on other cases or classes than {first_run.name}; score both again")
         groups.setdefault(run.method, []).append((run, by_unit))
-    order = sorted(groups, key=lambda name: name != baseline)
+    order = sorted(groups, key=lambda name: (groups[name][0][0].upper, name != baseline))
     short = short_names(order)
     methods = [Method(name, short[name], *map(tuple, zip(*groups[name], strict=True))) for name in order]
     labels = {score.label: score.name for score in first}

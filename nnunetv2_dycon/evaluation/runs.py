@@ -86,19 +86,22 @@ class Facts:
 class Run:
     """One row of facts: as the user named it, what is known, where its predictions are or shall be written.
 
-    `training` is the fold's folder with the checkpoint, None for a folder of predictions.
+    `training` is the fold's folder with the checkpoint, None for a folder of predictions; `upper` marks an upper bound,
+    which was trained on more labels than the others.
     """
 
     name: str
     facts: Facts
     predictions: Path
     training: Path | None = None
+    upper: bool = False
 
     @property
     def method(self) -> str:
         """What runs that differ by seed or labelled draw alone have in common."""
         base = self.facts.trainer or self.predictions.name
         base += "" if self.facts.self_training is None else f"_self{self.facts.self_training}"
+        base += "_upper-bound" if self.upper else ""
         return re.sub(r"_seed\d+(?=_|\Z)", "", base) + (f" ({self.facts.weights})" if self.facts.weights else "")
 
 
@@ -459,13 +462,18 @@ def check_alike(runs: Sequence[Run], cases: Collection[str], predicted: Mapping[
     ------
     DataError
         If a run has other test cases, was trained or chose its checkpoint on test cases, or if runs differ in
-        labelled cases, plans, checkpoint or mirroring. Facts that are not recorded cannot be checked.
+        labelled cases, plans, checkpoint or mirroring. An upper bound must have all labelled cases of the others, and
+        more, and the plans of one of them. Facts that are not recorded cannot be checked.
     """
     for run in runs:
         _check_cases(run, set(cases), set(predicted[str(run.predictions)]))
-    _check_draws(runs)
-    by_draw: dict[Any, Run] = {}
+    others = [run for run in runs if not run.upper]
+    _check_draws(others)
     for run in runs:
+        if run.upper:
+            _check_upper(run, others)
+    by_draw: dict[Any, Run] = {}
+    for run in others:
         first = by_draw.setdefault(_draw(run.facts), run)
         if None not in (run.facts.plans, first.facts.plans) and run.facts.plans != first.facts.plans:
             raise DataError(
@@ -524,6 +532,23 @@ def _check_draws(runs: Sequence[Run]) -> None:
                 f"{run.name} (fold {run.facts.fold}) was trained on {_count(run.facts)} labelled cases that "
                 f"{first if only in own else method} was not trained on; compare runs of the same labelled cases"
             )
+
+
+def _check_upper(upper: Run, others: Sequence[Run]) -> None:
+    for run in others:
+        if None not in (upper.facts.labeled, run.facts.labeled) and not (
+            set(run.facts.labeled) < set(upper.facts.labeled)
+        ):
+            raise DataError(
+                f"--upper {upper.name} was trained on {_count(upper.facts)} labelled cases, which are not those of "
+                f"{run.name} and more; give a training on all labels of the same data"
+            )
+    plans = {run.facts.plans for run in others}
+    if upper.facts.plans is not None and None not in plans and upper.facts.plans not in plans:
+        raise DataError(
+            f"--upper {upper.name} was trained with other plans ({upper.facts.plans}) than {others[0].name} "
+            f"({others[0].facts.plans}); move those to its data set first: nnUNetv2_move_plans_between_datasets"
+        )
 
 
 def _count(facts: Facts) -> int | None:

@@ -112,12 +112,13 @@ class Run:
 class Report:
     """A comparison of all methods on all draws of one labelled number; its first run is one of the baseline.
 
-    `weights` are those that all of its methods have.
+    `weights` are those that all of its methods have; `upper` the baseline's runs on all labels, where there are any.
     """
 
     key: str
     runs: tuple[Run, ...]
     weights: tuple[str, ...]
+    upper: tuple[Run, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,11 +220,13 @@ class Experiments:
 
     def compare(self, report: Report, output: str) -> str:
         """Command that writes the report."""
-        runs = " ".join(f'"$nnUNet_results/{run.training}"' for run in report.runs)
+        runs, upper = (
+            " ".join(f'"$nnUNet_results/{one.training}"' for one in own) for own in (report.runs, report.upper)
+        )
         words = ["-d", str(report.runs[0].dataset.id), "-c", self.configuration, "-p", self.settings["plans"]]
         words += ["--weights", *report.weights, *self._mirroring]
         words += ["-np", str(self.settings["processes"]), "-o", output]
-        return f"nnUNetv2_dycon compare {shlex.join(words)} --runs {runs}"
+        return f"nnUNetv2_dycon compare {shlex.join(words)} --runs {runs}" + (f" --upper {upper}" if upper else "")
 
     def predictions(self, weights: str) -> str:
         """Return the name of the folder of predictions below `test/` of a training."""
@@ -440,7 +443,14 @@ def _reports(found: Experiments, baseline: Any, methods: Mapping[str, Any]) -> d
             if not weights:
                 raise ConfigurationError(f"the methods of {key} share no weights; give all of them student or teacher")
             runs.sort(key=lambda run: run.method != baseline)  # stable: others stay as written
-            reports[key] = Report(key, tuple(runs), weights)
+            first = runs[0]
+            upper = [
+                one
+                for one in found.runs.values()
+                if one.dataset.labeled == "all" != first.dataset.labeled
+                and (one.dataset.name, one.method) == (first.dataset.name, first.method)
+            ]
+            reports[key] = Report(key, tuple(runs), weights, tuple(upper))
     return reports
 
 

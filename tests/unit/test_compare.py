@@ -186,6 +186,23 @@ def test_a_fold_with_other_labelled_cases_is_refused(root):
         report(root, STOCK.format(0), str(other))
 
 
+def test_an_upper_bound_may_have_more_labelled_cases_and_closes_the_table(root):
+    write_splits(root, [{"train": list(folds), "val": list(VALIDATION)} for folds in (LABELED, (*LABELED, "more"))])
+    trained(root, STOCK.format(0), 2)
+    trained(root, OURS.format(0), 1)
+    bound = trained(root, STOCK.format(1), 0, fold=1, seed=1)
+    (log,) = bound.glob("training_log_*.txt")
+    log.write_text(log.read_text().replace("3 training", "4 training"))
+    page = report(root, STOCK.format(0), OURS.format(0), upper=[str(bound)])
+    lines = (page.parent / "report.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[lines.index("### Test cases") + 4 :][:3]] == [
+        "| nnU-Net",
+        "| DyCON",
+        "| nnU-Net_upper-bound",
+    ]
+    assert "of the mean Dice from nnU-Net (0) to it (100)" in "".join(lines)
+
+
 def test_a_best_checkpoint_that_was_chosen_on_the_test_cases_is_refused(root):
     write_splits(root, [{"train": list(LABELED), "val": [CASES[0]]}])
     for name in (STOCK, OURS):

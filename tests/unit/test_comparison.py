@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.evaluation.comparison import ALL, make_comparison, run_mean
+from nnunetv2_dycon.evaluation.comparison import ALL, Comparison, make_comparison, run_mean
 from nnunetv2_dycon.evaluation.metrics import Score
 from tests.madeup_runs import a_run
 
@@ -61,6 +61,33 @@ def test_a_method_that_is_ahead_in_every_case_is_best_and_the_baseline_is_first(
     assert not result(compared, "a").best
     assert not result(compared, "a", "asd_mm").best
     assert result(compared, "a").difference is None
+
+
+def bounded(*shifts: float) -> Comparison:
+    """Return baseline a, methods b and c, and upper bound u, each ahead of a by its shift in every case."""
+    runs = [
+        (a_run(name, upper=name == "u"), scores([d + shift * (1 + 0.01 * i) for i, d in enumerate(DICE)]))
+        for name, shift in zip("uabc", shifts, strict=False)
+    ]
+    return make_comparison(runs, "a (student)")
+
+
+def test_the_gap_is_closed_by_the_share_of_the_way_to_the_upper_bound():
+    compared = bounded(0.1, 0.0, 0.075, -0.05)
+    names = ["a (student)", "b (student)", "c (student)", "u_upper-bound (student)"]
+    assert [method.name for method in compared.methods] == names
+    assert [compared.gap_closed(method) for method in compared.methods] == pytest.approx([0.0, 0.75, -0.5, 1.0])
+
+
+def test_an_upper_bound_is_no_rival():
+    assert result(bounded(0.1, 0.0, 0.075, -0.05), "b").best
+    assert not bounded(0.1, 0.0, 0.075).results["u_upper-bound (student)", ALL, "dice"].best
+
+
+@pytest.mark.parametrize("shifts", [(0.0, 0.0, 0.05), (-0.1, 0.0, 0.05)])
+def test_there_is_no_gap_to_a_bound_that_is_not_ahead(shifts):
+    compared = bounded(*shifts)
+    assert [compared.gap_closed(method) for method in compared.methods] == [None] * 3
 
 
 def test_a_lead_that_one_seed_contradicts_is_not_marked():

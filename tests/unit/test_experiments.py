@@ -93,9 +93,18 @@ def test_a_report_has_all_draws_of_one_number_and_begins_with_the_baseline():
     runs = found.reports["Blobs_labeled4"].runs
     assert [run.method for run in runs] == ["DyCON"] * 2 + ["control"] * 4
     assert {run.dataset.id for run in runs} == {610, 611}
+    assert not found.reports["Blobs_labeled4"].upper  # DyCON has no run on all labels
     without = experiments.read(changed("methods/DyCON/report", False))
     assert not without.reports
     assert len(without.runs) == len(found.runs)
+
+
+def test_the_baseline_on_all_labels_is_the_upper_bound_of_a_report():
+    report = (found := experiments.read(CONFIG)).reports["Blobs_labeled4"]
+    assert [(run.dataset.id, run.seed) for run in report.upper] == [(630, 0), (630, 1)]
+    _, arguments = parse_command(shlex.split(found.compare(report, "place"))[1:])
+    assert len(arguments["upper"]) == 2
+    assert all("Dataset630_Blobs" in folder for folder in arguments["upper"])
 
 
 def test_commands_are_ones_that_the_package_has():

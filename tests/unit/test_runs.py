@@ -260,6 +260,19 @@ def test_other_labelled_cases_are_refused():
         alike(a_run("a", labeled=None), a_run("b", labeled=None, labeled_count=4))
 
 
+def test_an_upper_bound_has_all_labelled_cases_and_more_of_the_same_plans():
+    bound = {"upper": True, "labeled": (*LABELED, "train_9"), "plans": "aaaaaaaa"}
+    alike(a_run("a"), a_run("a", **bound))
+    alike(a_run("a"), a_run("a", **bound | {"labeled": None, "plans": None}))
+    for labeled in (LABELED, (*LABELED[:2], "train_9")):
+        with pytest.raises(DataError, match=r"--upper a was trained on 3 labelled cases, which are not those of a and"):
+            alike(a_run("a"), a_run("a", **bound | {"labeled": labeled}))
+    with pytest.raises(DataError, match=r"--upper a was trained with other plans \(bbbb\).*move_plans"):
+        alike(a_run("a"), a_run("a", **bound | {"plans": "bbbb"}))
+    with pytest.raises(DataError, match="trained on the test cases test_00"):
+        alike(a_run("a"), a_run("a", **bound | {"labeled": (*LABELED, CASES[0])}))
+
+
 def test_other_plans_are_refused():
     with pytest.raises(DataError, match=r"b was trained with other plans \(bbbb\) than a \(aaaaaaaa\)"):
         alike(a_run("a"), a_run("b", plans="bbbb"))

@@ -48,6 +48,26 @@ def test_the_main_table_has_the_papers_columns(compared):
     assert (table.rows[0][4].best, table.rows[0][4].star) == (False, False)
 
 
+def test_with_an_upper_bound_the_table_says_how_much_of_the_gap_is_closed():
+    better, best = ([d + shift + 0.001 * i for i, d in enumerate(DICE)] for shift in (0.04, 0.09))
+    runs = [(a_run("nnUNetTrainer"), scores(DICE)), (a_run("nnUNetTrainerDyCON"), scores(better))]
+    table = main_table(
+        make_comparison([*runs, (a_run("nnUNetTrainer", upper=True), scores(best))], "nnUNetTrainer (student)")
+    )
+    assert table.header[4:6] == ("Dice (%) ↑", "Gap closed (%)")
+    assert [(row[0], row[5]) for row in texts(table)] == [
+        ("nnU-Net", "0"),
+        ("DyCON", "47"),
+        ("nnU-Net_upper-bound", "100"),
+    ]
+    assert "nnU-Net_upper-bound is an upper bound" in table.notes[-1]
+    published = main_table(
+        make_comparison([*runs, (a_run("u", upper=True), scores(best))], "nnUNetTrainer (student)"),
+        choose_published("LA", [8]),
+    )
+    assert all(len(row) == len(published.header) and row[5].text == "–" for row in published.rows[3:])
+
+
 def test_one_run_has_no_spread_and_voxels_are_not_called_mm():
     one = [(a_run(name), scores(DICE, convention="literature")) for name in "ab"]
     table = main_table(make_comparison(one, "a (student)"))
