@@ -224,7 +224,7 @@ def read_training(folder: Path, checkpoint: str = _FINAL) -> Facts:
     if checkpoint == _FINAL and state["current_epoch"] < epochs:
         raise _unfinished(folder, trainer, configuration, f"epoch {state['current_epoch']} of {epochs}")
     planned = resolved_plans(plans, configuration)
-    labeled, validation, count, unlabeled = _cases(folder, plans["dataset_name"])
+    labeled, validation, count, unlabeled = _cases(folder, plans["dataset_name"], ours.get("cases"))
     logged = state.get("logging") or {}
     facts = Facts(
         trainer=trainer or state["trainer_name"],
@@ -309,11 +309,17 @@ def _length(settings: Mapping[str, Any], debug: Mapping[str, Any], folder: Path)
         raise DataError(f"{folder / 'debug.json'} says not how long the training is; restore the file") from error
 
 
-def _cases(folder: Path, dataset: str) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, int | None, int | None]:
+def _cases(
+    folder: Path, dataset: str, recorded: Mapping[str, Sequence[str]] | None
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, int | None, int | None]:
     """Return names of labelled and validation cases, number of labelled and of unlabelled ones.
 
-    Names come from the split file, which is not the run's own: the run's log must agree with it.
+    Our trainers record them in the checkpoint. Otherwise names come from the split file, which is not the run's own:
+    the run's log must agree with it.
     """
+    if recorded is not None:
+        labeled, validation = (tuple(recorded[part]) for part in ("labeled", "validation"))
+        return labeled, validation, len(labeled), len(recorded["unlabeled"])
     logs = "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("training_log_*.txt")))
     numbers = re.findall(r"split has (\d+) training and (\d+) validation cases", logs)
     logged = tuple(map(int, numbers[0])) if numbers else None

@@ -95,6 +95,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.method_optimizer: torch.optim.Optimizer | None = None
         self.generator: torch.Generator | None = None
         self.unlabeled: UnlabeledCases | None = None
+        self.fold_cases: dict[str, list[str]] = {}
         self.history = History()
         self.step = 0
         self.skipped_in_a_row = 0
@@ -177,7 +178,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):
                     f"{len(cases)} labelled cases are too few for {STOCK_FOLDS} folds: wrote "
                     f"{preprocessed / SPLITS_FILE}, each fold validates on one case. Fold 'all' trains on all of them."
                 )
-        return super().do_split()
+        train, val = super().do_split()
+        self.fold_cases = {"labeled": sorted(train), "validation": sorted(val)}
+        return train, val
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """As stock, with the unlabelled patches drawn by the same workers.

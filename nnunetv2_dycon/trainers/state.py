@@ -26,6 +26,7 @@ def state_of(trainer: "nnUNetTrainerSSL") -> dict[str, Any]:
         "nnunetv2_version": version("nnunetv2"),
         "settings": asdict(trainer.settings),
         "step": trainer.step,
+        "cases": trainer.fold_cases | {"unlabeled": list(trainer.unlabeled.names) if trainer.unlabeled else []},
         "teacher": method.teacher.network.state_dict(),
         "method": {name: value for name, value in method.state_dict().items() if not name.startswith(TEACHER)},
         "optimizer": None if optimizer is None else optimizer.state_dict(),

@@ -86,6 +86,16 @@ def test_a_later_log_does_not_hide_the_number_of_unlabelled_images(root):
     assert read_training(folder).unlabeled == 12
 
 
+def test_cases_that_a_checkpoint_names_need_no_split_file(root, monkeypatch):
+    folder = make_training(root, DYCON)
+    state = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    state["ssl"]["cases"] = {"labeled": ["b", "c"], "validation": ["v"], "unlabeled": ["u", "w", "x"]}
+    torch.save(state, folder / "checkpoint_final.pth")
+    write_splits(root, [{"train": ["changed", "since", "then", "or"], "val": []}])
+    facts = read_training(folder)
+    assert (facts.labeled, facts.validation, facts.labeled_count, facts.unlabeled) == (("b", "c"), ("v",), 2, 3)
+
+
 def test_without_a_split_file_numbers_come_from_the_log_and_names_are_open(root, monkeypatch):
     folder = make_training(root, DYCON)
     monkeypatch.delenv("nnUNet_preprocessed")

@@ -194,6 +194,9 @@ def test_checkpoint_loads_strictly_into_the_plain_network_and_without_unpickling
     t.save_checkpoint(str(path))
     checkpoint, safely = read_checkpoint(path)
     assert safely
+    cases = checkpoint[KEY]["cases"]
+    assert cases["labeled"] == sorted(t.dataloader_train.data_loader.labeled._data.identifiers)
+    assert bool(cases["unlabeled"]) == t.method_type.uses_unlabeled
     stock = begin(trainer("nnUNetTrainer"))
     for weights_of in (checkpoint["network_weights"], checkpoint[KEY]["teacher"]):
         stock.network.load_state_dict(weights_of, strict=True)
