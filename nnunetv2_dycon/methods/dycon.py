@@ -33,14 +33,25 @@ from nnunetv2_dycon.networks import (
 )
 from nnunetv2_dycon.options import Schedule, Settings, option
 from nnunetv2_dycon.schedules import exponential
-from nnunetv2_dycon.views import View, make_view
+from nnunetv2_dycon.views import VIEWS, View, make_view
 
 
 @dataclass(frozen=True)
 class DyCONTermSettings(TargetSettings):
     """Options of UnCL and FeCL in any framework; the reasons for the starting values are in docs/method.md."""
 
-    uncl: str = option("literal", choices=("literal", "guarded"), help="UnCL as in Eq. 1, or its guarded form")
+    target: str | None = option(
+        None,
+        choices=("mse", "ce_dice"),
+        none_text="ce_dice; mse where uncl is given",
+        help="how the student is held to the teacher",
+    )
+    uncl: str | None = option(
+        None,
+        choices=("literal", "guarded"),
+        none_text="literal, where target is mse",
+        help="UnCL on squared differences: as in Eq. 1, or its guarded form",
+    )
     beta: Schedule = option(Schedule(0.5, 0.05), schedule=True, low=0.001, high=20.0, help="entropy scale of UnCL")
     entropy: str = option("dual", choices=("dual", "teacher", "student"), help="whose entropy weighs UnCL")
     focus: str = option(
@@ -51,7 +62,7 @@ class DyCONTermSettings(TargetSettings):
     lambdah: float = option(0.0, low=0.0, high=10.0, help="weight of the entropy term of guarded UnCL")
     on: str = option("unlabeled", choices=("unlabeled", "all"), help="patches that UnCL is taken on")
     wuncl: float = option(1.0, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
-    wfecl: float = option(0.1, low=0.0, high=1000.0, help="weight of FeCL after the ramp; 0 builds no head")
+    wfecl: float = option(0.3, low=0.0, high=1000.0, help="weight of FeCL after the ramp; 0 builds no head")
     feclon: str = option("all", choices=("all", "labeled"), help="patches that FeCL is taken on")
     tau: float = option(0.6, low=0.01, high=10.0, help="temperature of FeCL")
     gamma: float = option(0.8, low=0.0, high=10.0, help="focal exponent of FeCL")
@@ -61,13 +72,35 @@ class DyCONTermSettings(TargetSettings):
     gate: float = option(0.8, low=0.0, high=1.0, help="teacher confidence from which an unlabelled patch counts")
     stage: int | None = option(None, low=0, high=20, none_text="stride nearest 8", help="encoder stage of FeCL")
 
+    @property
+    def form(self) -> str:
+        """What UnCL is: literal, guarded or ce_dice."""
+        if self.target == "ce_dice" or (self.target, self.uncl) == (None, None):
+            return "ce_dice"
+        return self.uncl or "literal"
+
 
 @dataclass(frozen=True)
 class DyCONSettings(DyCONTermSettings, ViewSettings, TeacherSettings):
-    """Options of nnUNetTrainerDyCON."""
+    """Options of nnUNetTrainerDyCON; docs/results.md has the trainings that chose view and target."""
+
+    view: str = option(
+        "copy_paste_intensity", choices=tuple(VIEWS), help="what differs between student and teacher input"
+    )
 
 
-PAPER = DyCONSettings(ema=0.99, ramp=0.0, delay=0.0, beta=Schedule(5.0, 0.5), on="all", wuncl=0.5, wfecl=0.5, gamma=2.0)
+PAPER = DyCONSettings(
+    view="noise",
+    target="mse",
+    ema=0.99,
+    ramp=0.0,
+    delay=0.0,
+    beta=Schedule(5.0, 0.5),
+    on="all",
+    wuncl=0.5,
+    wfecl=0.5,
+    gamma=2.0,
+)
 
 
 class Pair(NamedTuple):
@@ -104,7 +137,11 @@ class DyCONTerms(ViewMethod):
             each other.
         """
         s = self.settings
-        if s.focus == "uncertain" and s.uncl == "literal" and s.target == "mse":
+        if s.target == "ce_dice" and s.uncl is not None:
+            raise ConfigError(f"option uncl{s.uncl} is a form on squared differences; leave targetce_dice out.")
+        if s.lambdah and s.form != "guarded":
+            raise ConfigError("option lambdah: guarded UnCL alone has this term; add _unclguarded.")
+        if s.focus == "uncertain" and s.form == "literal":
             raise ConfigError(
                 "option focusuncertain: literal UnCL is Eq. 1, which weighs confident voxels most; add _unclguarded."
             )
@@ -207,10 +244,10 @@ class DyCONTerms(ViewMethod):
         s = self.settings
         beta = exponential(batch.t, s.beta.start, s.beta.end)
         weight = s.wuncl * self.ramp(batch) * share
-        if s.target == "ce_dice":
+        if s.form == "ce_dice":
             voxels = entropy_weight(logits, target, beta=beta, entropy=s.entropy, focus=s.focus)
             return {"uncl": Term(weight, soft_ce_dice(logits, torch.softmax(target.float(), 1), voxels))}
-        if s.uncl == "literal":
+        if s.form == "literal":
             parts = uncl_literal(logits, target, beta=beta, entropy=s.entropy)
             return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(weight, parts.entropy)}
         parts = uncl_guarded(logits, target, beta=beta, entropy=s.entropy, focus=s.focus)

@@ -20,7 +20,7 @@ METHODS = (
     "nnUNetTrainerLabeledOnly_seed1",  # without a seed the control shares stock's random stream with validation
     "nnUNetTrainerMeanTeacher",
     "nnUNetTrainerDyCON",
-    "nnUNetTrainerDyCON_viewcopy_paste_targetce_dice_onall",
+    "nnUNetTrainerDyCON_viewnoise_unclliteral_onall",
     "nnUNetTrainerPseudoLabel",
     "nnUNetTrainerUAMT",
     "nnUNetTrainerBCP",

@@ -267,7 +267,16 @@ def contrast(method: DyCONCPS | DyCON, learner: UNet, guide: UNet, x: Tensor, la
 def test_dycon_in_co_training_takes_each_network_as_the_others_teacher() -> None:
     student = UNet(0)
     settings = DyCONCPSSettings(
-        beta=Schedule(0.7), wuncl=2.0, wfecl=0.5, w=3.0, topk=5, anchors=0, gate=0.0, stage=0, view="weak"
+        uncl="literal",
+        beta=Schedule(0.7),
+        wuncl=2.0,
+        wfecl=0.5,
+        w=3.0,
+        topk=5,
+        anchors=0,
+        gate=0.0,
+        stage=0,
+        view="weak",
     )
     method = DyCONCPS(settings, Task(classes=CLASSES, seed=3))
     method.build(student)
@@ -313,12 +322,15 @@ def dycon(student: nn.Module, **settings) -> DyCON:
 @pytest.mark.parametrize(
     ("switches", "terms"),
     [
-        ({}, {"uncl": 1.0, "uncl_entropy": 1.0, "fecl_unlabeled": 0.05, "fecl_labeled": 0.05}),
-        ({"wfecl": 0.0}, {"uncl": 1.0, "uncl_entropy": 1.0}),
-        ({"wuncl": 0.0}, {"fecl_unlabeled": 0.05, "fecl_labeled": 0.05}),
-        ({"wuncl": 0.0, "feclon": "labeled"}, {"fecl_labeled": 0.1}),
-        ({"feclon": "labeled", "view": "cutmix"}, {"uncl": 1.0, "uncl_entropy": 1.0, "fecl_labeled": 0.1}),
-        ({"uncl": "guarded", "feclon": "labeled"}, {"uncl": 1.0, "fecl_labeled": 0.1}),
+        ({}, {"uncl": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
+        ({"uncl": "literal"}, {"uncl": 1.0, "uncl_entropy": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
+        ({"target": "mse", "wfecl": 0.0}, {"uncl": 1.0, "uncl_entropy": 1.0}),
+        ({"wfecl": 0.0}, {"uncl": 1.0}),
+        ({"wuncl": 0.0}, {"fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
+        ({"wuncl": 0.0, "feclon": "labeled"}, {"fecl_labeled": 0.3}),
+        ({"feclon": "labeled", "view": "cutmix"}, {"uncl": 1.0, "fecl_labeled": 0.3}),
+        ({"uncl": "guarded", "feclon": "labeled"}, {"uncl": 1.0, "fecl_labeled": 0.3}),
+        ({"uncl": "guarded", "lambdah": 0.5, "wfecl": 0.0}, {"uncl": 1.0, "uncl_entropy": 0.5}),
         ({"target": "ce_dice", "wfecl": 0.0, "focus": "uncertain"}, {"uncl": 1.0}),
     ],
 )
@@ -348,9 +360,18 @@ def test_uncertain_focus_turns_the_weight_round(classes: int, entropy: str) -> N
         entropy_weight(sure, sure, beta=1.0, focus="both")
 
 
-def test_literal_uncl_has_no_uncertain_focus() -> None:
-    with pytest.raises(ConfigError, match="add _unclguarded"):
-        dycon(UNet(), focus="uncertain")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"uncl": "literal", "focus": "uncertain"}, "focusuncertain: .* add _unclguarded"),
+        ({"target": "mse", "focus": "uncertain"}, "focusuncertain: .* add _unclguarded"),
+        ({"target": "ce_dice", "uncl": "guarded"}, "unclguarded is a form on squared differences; leave targetce_dice"),
+        ({"lambdah": 0.1}, "lambdah: guarded UnCL alone"),
+    ],
+)
+def test_options_of_uncl_that_contradict_each_other_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dycon(UNet(), **settings)
 
 
 def test_a_second_network_draws_its_weights_apart_from_everything_else() -> None:

@@ -22,7 +22,7 @@ AVERAGING = (
     "nnUNetTrainerDyCON",
     "nnUNetTrainerDyCONPaper",
     "nnUNetTrainerDyCON_viewcutmix_unclguarded_lambdah0p1",
-    "nnUNetTrainerDyCON_viewcopy_paste_targetce_dice",
+    "nnUNetTrainerDyCON_viewnoise_unclliteral",
     "nnUNetTrainerMeanTeacher_viewintensity_targetce_dice",
     "nnUNetTrainerDyCON_feclonlabeled_unclguarded_focusuncertain",
     "nnUNetTrainerPseudoLabel",
