@@ -109,12 +109,15 @@ def compare(
     labels = read_labels(raw / "dataset.json", truth)
     cases = case_files(truth, labels.ending)
     place = Place(dataset, configuration, plans, tuple(folds), checkpoint)
-    found = _unique([run for text in runs for run in find_runs(text, place, weights, mirroring)])
-    if upper:
-        bounds = [run for text in upper for run in find_runs(text, place, weights, mirroring)]
-        found += [replace(run, upper=True) for run in _unique(bounds, least=1)]
+    found, bounds = (
+        _unique([run for text in named for run in find_runs(text, place, weights, mirroring)])
+        for named in (runs, upper)
+    )
     reference = find_baseline(runs[0] if baseline is None else baseline, found)
     rows = choose_published(dataset if published == "auto" else published, _labeled(found)) if published else []
+    found += [replace(run, upper=True) for run in bounds]
+    if len(found) < 2:
+        raise ConfigError("--runs names one run only; give at least two, or --upper")
     for run in found:
         if not run.predictions.is_dir():
             _predict(run, predict, raw / "imagesTs", mirroring, device, save_probabilities)
@@ -159,15 +162,12 @@ def _dataset_name(dataset_id: int | str) -> str:
 
 
 def _labeled(runs: Sequence[Run]) -> list[int | None]:
-    return [run.facts.labeled_count for run in runs if not run.upper]
+    return [run.facts.labeled_count for run in runs]
 
 
-def _unique(runs: Sequence[Run], least: int = 2) -> list[Run]:
+def _unique(runs: Sequence[Run]) -> list[Run]:
     """Return the runs, each once: a pattern may name one that is named besides."""
-    found = list({(str(run.predictions.absolute()), run.facts.weights): run for run in reversed(runs)}.values())[::-1]
-    if len(found) < least:
-        raise ConfigError("--runs names one run only; give at least two")
-    return found
+    return list({(str(run.predictions.absolute()), run.facts.weights): run for run in reversed(runs)}.values())[::-1]
 
 
 def _predict(
