@@ -25,11 +25,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 
 from nnunetv2_dycon.conversion.volumes import to_disk
 from nnunetv2_dycon.errors import ConfigError, DataError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl; there two runs at the same time are the user's to avoid
-    fcntl = None  # type: ignore[assignment]  # a module or nothing
+from nnunetv2_dycon.locks import locked
 
 IMAGES = {"labeled": "imagesTr", "validation": "imagesTr", "unlabeled": "imagesUn", "test": "imagesTs"}
 LABELS = {"labeled": "labelsTr", "validation": "labelsTr", "test": "labelsTs"}
@@ -155,7 +151,7 @@ def building(target: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
         raise DataError(
             f"Cannot write to {target.parent} ({error.strerror}): set nnUNet_raw to a folder of yours."
         ) from None
-    with _locked(space.work):
+    with locked(space.work, _busy(space.work)):
         _settle(target, space.work)
         check_free(target, made_by=made_by, overwrite=overwrite)
         try:
@@ -190,7 +186,7 @@ def settle(target: Path, stamp: str) -> None:
     work = workspace(target).work
     if not work.exists():
         return
-    with _locked(work):
+    with locked(work, _busy(work)):
         _settle(target, work)
         note = work / "stamp"
         if target.exists() and note.is_file() and note.read_text() == stamp and not (work / "data").exists():
@@ -224,22 +220,8 @@ def stale_preparation(target: Path) -> Path | None:
     return folder if folder is not None and folder.exists() else None
 
 
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another run is writing {work}: wait for it to end") from error
-        except OSError:  # some network file systems have no locks
-            pass
-        yield
-    finally:
-        os.close(handle)
+def _busy(work: Path) -> str:
+    return f"another run is writing {work}: wait for it to end"
 
 
 def write_json(path: Path, content: object) -> None:

@@ -42,11 +42,7 @@ from nnunetv2_dycon import __version__, parallel
 from nnunetv2_dycon.data.roles import Splits, benchmark_cases, fold_unlabeled, read_roles, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.folders import environment_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl; there two runs at the same time are the user's to avoid
-    fcntl = None  # type: ignore[assignment]  # a module or nothing
+from nnunetv2_dycon.locks import locked
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +236,11 @@ def preprocess_unlabeled(
     targets = [_target(dataset, name, plans, need_raw=True) for name in names]
     unique = {target.folder: target for target in targets}  # configurations may share their data
     for target in unique.values():
-        with _locked(target):
+        with _writing(target.folder):
+            lock = target.folder.with_name(f".{target.folder.name}.lock")
+            lock.touch()
+        busy = f"{target.folder}: another process is preparing these images; waiting for it"
+        with locked(lock, busy, wait=True):  # folds started together wait for the first one to prepare the data
             _prepare(target, processes, overwrite)
     return list(unique)
 
@@ -646,23 +646,6 @@ def _writing(path: Path) -> Iterator[None]:
             f"cannot write {error.filename or path}: {error.strerror or error}; check its permissions and "
             "the free space, or let nnUNet_preprocessed point elsewhere"
         ) from error
-
-
-@contextmanager
-def _locked(target: _Target) -> Iterator[None]:
-    """Hold the data identifier's lock; folds started together wait for the first one to prepare the data."""
-    with _writing(target.folder):
-        file = target.folder.with_name(f".{target.folder.name}.lock").open("a")
-    with file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("%s: another process is preparing these images; waiting for it", target.folder)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:  # some network file systems have no locks
-                logger.warning("%s cannot be locked (%s); start no second run now", target.folder, error.strerror)
-        yield  # closing the file ends the lock
 
 
 def _bad_files(problems: Sequence[str]) -> str:

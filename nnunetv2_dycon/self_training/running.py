@@ -4,16 +4,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 from nnunetv2_dycon.errors import DataError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no fcntl; there two runs at the same time are the user's to avoid
-    fcntl = None  # type: ignore[assignment]  # a module or nothing
 
 # A command of nnU-Net by its name, whatever is in PATH. It inherits the lock, so that nothing else works on its files
 # when this process is killed; its loader processes do not, since they may outlive it.
@@ -30,7 +23,7 @@ command.load()()
 
 
 def call(words: Sequence[str], lock: int | None, *, training: bool = False) -> None:
-    """Run a command of nnU-Net to its end; `lock` is what `locked` gives.
+    """Run a command of nnU-Net to its end; `lock` is the handle of a lock that it inherits, or None.
 
     Raises
     ------
@@ -48,34 +41,3 @@ def call(words: Sequence[str], lock: int | None, *, training: bool = False) -> N
             f"{words[0]} ended with code {done.returncode}; its output is above. When it is mended, type this command "
             f"again, or by hand: {shlex.join(words)}"
         )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[int | None]:
-    """Keep two runs from working on the same folder of results; gives the handle that commands inherit.
-
-    Raises
-    ------
-    DataError
-        If the folder cannot be made, or another run or a command of one holds it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {folder} ({error.strerror}); set nnUNet_results") from error
-    if fcntl is None:
-        yield None
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"another run, or a command that it started, is at work on {folder}: wait for it, or end it"
-            ) from error
-        except OSError:  # some network file systems have no locks
-            pass
-        yield handle
-    finally:
-        os.close(handle)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.self_training import running
+from nnunetv2_dycon.locks import locked
 from nnunetv2_dycon.self_training.experiment import read_experiment
 from nnunetv2_dycon.self_training.lengths import STOCK_EPOCHS, STOCK_TRAINER, share_epochs
 from nnunetv2_dycon.self_training.preparation import Preparation
@@ -93,7 +93,13 @@ def self_train(
         for step in steps:
             step.tell("done" if step.done() else "to do")
         return last.folder
-    with running.locked(trainings[0].folder) as lock:
+    folder = trainings[0].folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {folder} ({error.strerror}); set nnUNet_results") from error
+    busy = f"another run, or a command that it started, is at work on {folder}: wait for it, or end it"
+    with locked(folder, busy) as lock:
         for step in steps:
             if step.done():
                 step.tell("done")

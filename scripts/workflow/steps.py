@@ -5,20 +5,19 @@ Run by the Snakefile in the environment of the trainings: python steps.py raw|re
 
 import argparse
 import csv
-import fcntl
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.folders import environment_folder
+from nnunetv2_dycon.locks import locked
 
 COLUMNS = ("dataset", "run", "weights", "dice", "hd95_mm", "hd95_penalized_mm", "missed", "false_alarms", "cases")
 
@@ -96,7 +95,9 @@ def train(training: Path, lock: Path, device: str, threads: int, loaders: int, c
         If a command of the user ended well without the checkpoint.
     """
     final = training / "checkpoint_final.pth"
-    with _locked(lock):
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    with locked(lock, f"{training}: another process trains it; waiting for that", wait=True):
         if final.is_file():
             print(f"{final} is there: nothing to train", flush=True)
             return
@@ -136,14 +137,6 @@ def _train_with_nnunet(training: Path, device: str, threads: int) -> None:
     )
     maybe_load_checkpoint(run, True, False)
     run.run_training()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends, however it ends
-        yield
 
 
 def predict(training: Path, images: Path, weights: str, device: str, mirroring: bool) -> None:

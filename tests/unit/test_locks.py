@@ -1,0 +1,98 @@
+"""Locks: one holder at a time, across processes; a file system without locks is said."""
+
+import errno
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_dycon import locks
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.locks import locked
+
+HOLD = """
+import sys
+from pathlib import Path
+from nnunetv2_dycon.locks import locked
+with locked(Path(sys.argv[1]), "busy"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(params=["file", "folder"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / "place"
+    path.touch() if request.param == "file" else path.mkdir()
+    return path
+
+
+def holder(place: Path) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_another_process_is_kept_out_until_the_first_is_killed(place: Path) -> None:
+    with holder(place) as other:
+        with pytest.raises(DataError, match=r"^busy here$"), locked(place, "busy here"):
+            pytest.fail("two hold it")
+        other.kill()
+        other.wait()
+        with locked(place, "busy here") as handle:
+            assert isinstance(handle, int)
+
+
+def test_waiting_says_so_and_gets_the_lock(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with holder(place) as other:
+        real, waited = locks.fcntl.flock, []
+
+        class Flock:
+            """The lock is given up when a waiting call comes, so that the order is certain."""
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(locks_fcntl, name)
+
+            def flock(self, handle: int, how: int) -> None:
+                if not how & locks_fcntl.LOCK_NB:
+                    waited.append(other.poll())
+                    other.communicate("")
+                real(handle, how)
+
+        locks_fcntl = locks.fcntl
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(locks, "fcntl", Flock())
+            with locked(place, "waiting for it", wait=True):
+                assert other.poll() == 0
+    assert waited == [None]
+    assert [record.getMessage() for record in caplog.records] == ["waiting for it"]
+
+
+def test_it_can_be_taken_again_also_after_an_error(place: Path) -> None:
+    with pytest.raises(RuntimeError), locked(place, "busy"):
+        raise RuntimeError
+    with locked(place, "busy"):
+        pass
+
+
+def test_a_file_system_without_locks_is_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    caplog.set_level(logging.WARNING)
+    with locked(place, "busy"):
+        pass
+    assert f"{place} cannot be locked (No locks available)" in caplog.text
+
+
+def test_without_fcntl_there_is_no_lock(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "fcntl", None)
+    with locked(place, "busy") as handle:
+        assert handle is None
