@@ -92,8 +92,10 @@ def train(training: Path, lock: Path, device: str, threads: int, loaders: int, c
     Raises
     ------
     DataError
-        If a command of the user ended well without the checkpoint.
+        If there is a training with other plans than the data set has now, or a command of the user ended well without
+        the checkpoint.
     """
+    _check_plans(training)
     final = training / "checkpoint_final.pth"
     lock.parent.mkdir(parents=True, exist_ok=True)
     lock.touch()
@@ -110,6 +112,25 @@ def train(training: Path, lock: Path, device: str, threads: int, loaders: int, c
         if device == "cpu":
             os.environ["nnUNet_compile"] = "f"  # its compiler takes longer than it saves in short runs
         _train_with_nnunet(training, device, threads)
+
+
+def _check_plans(training: Path) -> None:
+    """Refuse to go on with, or to take over, a training whose data set was planned otherwise since."""
+    from nnunetv2_dycon.evaluation.runs import plans_digest
+
+    trained = training.parent / "plans.json"
+    if not trained.is_file():
+        return
+    _, plans, configuration = training.parent.name.split("__")
+    planned = environment_folder("nnUNet_preprocessed") / training.parent.parent.name / f"{plans}.json"
+    if not planned.is_file():
+        return
+    digests = [plans_digest(json.loads(path.read_text()), configuration) for path in (trained, planned)]
+    if digests[0] != digests[1]:
+        raise DataError(
+            f"{training.parent} was trained with other plans than {planned} holds now; delete that folder to train "
+            "again, or plan under another name (-overwrite_plans_name)"
+        )
 
 
 def _train_with_nnunet(training: Path, device: str, threads: int) -> None:

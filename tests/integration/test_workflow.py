@@ -81,6 +81,11 @@ def test_a_killed_workflow_goes_on_where_it_was(tmp_path, environment, command):
     written = raw.stat().st_mtime_ns
 
     assert command("--unlock").returncode == 0
+    replanned = tmp_path / "replanned.yaml"
+    replanned.write_text(SMOKE.read_text() + "\nplanner: -gpu_memory_target 7\n")
+    planned = command("--dry-run", config=replanned).stdout
+    assert re.search(r"^plan +1$", planned, re.MULTILINE)
+    assert re.search(r"^summary +1$", planned, re.MULTILINE), planned  # and all that comes after the preparation
     second = command("--cores", "2")
     assert second.returncode == 0, second.stdout
     out = tmp_path / "experiments" / "phantom_smoke"

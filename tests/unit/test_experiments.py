@@ -274,6 +274,32 @@ def test_a_training_that_is_there_is_not_done_again_and_a_command_must_make_its_
     steps.train(*arguments, ["false"])
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_training_whose_plans_have_changed_is_not_gone_on_with(tmp_path, monkeypatch, finished):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    fold = tmp_path / "results" / "Dataset700_X" / "nnUNetTrainerDyCON__nnUNetPlans__3d_fullres_patch16" / "fold_all"
+    planned, trained = tmp_path / "Dataset700_X" / "nnUNetPlans.json", fold.parent / "plans.json"
+    for path, patch in ((planned, 16), (trained, 16)):
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(plans_of(patch)))
+    fold.mkdir()
+    if finished:
+        (fold / "checkpoint_final.pth").touch()
+    steps.train(fold, tmp_path / "lock", "cpu", 1, 0, ["touch", str(fold / "checkpoint_final.pth")])
+    if not finished:
+        (fold / "checkpoint_final.pth").unlink()
+    planned.write_text(json.dumps(plans_of(24)))
+    with pytest.raises(DataError, match=r"_patch16 was trained with other plans than .*Plans\.json holds"):
+        steps.train(fold, tmp_path / "lock", "cpu", 1, 0, ["touch", str(tmp_path / "trained")])
+    assert not (tmp_path / "trained").exists()
+
+
+def plans_of(patch: int) -> dict:
+    """Plans of two configurations, the second with a patch of its own."""
+    own = {"inherits_from": "3d_fullres", "patch_size": [patch] * 3}
+    return {"configurations": {"3d_fullres": {"spacing": [1, 1, 1]}, "3d_fullres_patch16": own}}
+
+
 def test_a_second_start_waits_for_the_first(tmp_path):
     final, lock = tmp_path / "checkpoint_final.pth", tmp_path / "lock"
     hold = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); "
