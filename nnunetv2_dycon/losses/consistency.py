@@ -111,6 +111,30 @@ def soft_ce_dice(student_logits: Tensor, teacher_probabilities: Tensor, weight: 
     return _CrossEntropyDice.apply(student_logits, teacher_probabilities.detach(), weight)
 
 
+def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
+    """`soft_ce_dice` against hard labels as means over a region; 0 where the region is empty.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (B, C, *S)
+        Any floating dtype; computed in float32 (float64 stays).
+    labels : Tensor, shape (B, 1, *S), integer
+        Classes from 0 to C - 1 inside the region, anything outside.
+    region : Tensor, shape (B, 1, *S), bool
+        Voxels that count.
+
+    Returns
+    -------
+    Tensor, scalar
+    """
+    with torch.no_grad():
+        classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+        one_hot = (labels == classes).float()
+        weight = region[:, 0].float()
+        weight = weight / weight.mean().clamp_min(1e-12)
+    return soft_ce_dice(logits, one_hot, weight)
+
+
 class _Square(torch.autograd.Function):
     """`mse` for logits (B, C, *S) and a weight (B, *S) or None."""
 

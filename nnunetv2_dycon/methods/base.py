@@ -11,10 +11,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_dycon.networks import Outputs, Teacher
+from nnunetv2_dycon.losses.consistency import region_ce_dice
+from nnunetv2_dycon.networks import Outputs, Teacher, full_resolution
 from nnunetv2_dycon.options import Settings, option
 from nnunetv2_dycon.schedules import ema_decay, gaussian_ramp
-from nnunetv2_dycon.views import VIEWS, View, make_view
+from nnunetv2_dycon.views import BOX_SIDE, VIEWS, View, make_view, random_box
 
 
 class Term(NamedTuple):
@@ -89,6 +90,9 @@ class TeacherSettings(Settings):
         none_text="0.999, at most 1 - 10/steps",
         help="EMA decay of the teacher, approached as 1 - 1/(step + 1)",
     )
+    paste: float = option(
+        0.0, low=0.0, high=1000.0, help="weight of a loss on labelled patches with a box from another labelled patch"
+    )
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,26 @@ class Method(nn.Module):
 
     def groups(self, student: nn.Module, batch: Batch) -> tuple[Callable[[], Group], ...]:
         """Return the student passes of one step, in order."""
-        labeled = partial(self.labeled, student, batch)
-        return (partial(self.unlabeled, student, batch), labeled) if self.uses_unlabeled else (labeled,)
+        unlabeled = (partial(self.unlabeled, student, batch),) if self.uses_unlabeled else ()
+        return (*unlabeled, *self.pastes(student, batch), partial(self.labeled, student, batch))
+
+    def pastes(self, student: nn.Module, batch: Batch) -> tuple[Callable[[], Group], ...]:
+        """Return the pass of pasted labelled patches, where option `paste` asks for one."""
+        return (partial(self.paste_labeled, student, batch, self.settings.paste),) if self.settings.paste else ()
+
+    def paste_labeled(
+        self, student: nn.Module, batch: Batch, weight: float, side: tuple[float, float] = BOX_SIDE
+    ) -> Group:
+        """Return the loss of labelled patches with a box from the next labelled patch, images and labels alike."""
+        box = random_box(batch.x_l.shape, batch.x_l.device, batch.generator, side)
+        logits = full_resolution(student(torch.where(box, batch.x_l.roll(-1, 0), batch.x_l)))
+        truth = torch.where(box, batch.y_l.roll(-1, 0), batch.y_l)
+        return Group({"paste_labeled": Term(weight, region_ce_dice(logits, truth, self.known(truth)))})
+
+    def known(self, truth: Tensor) -> Tensor:
+        """Return where labels (B, 1, *S) are annotated."""
+        known = truth >= 0
+        return known if self.task.ignore_label is None else known & (truth != self.task.ignore_label)
 
     def unlabeled(self, student: nn.Module, batch: Batch) -> Group:
         """Return the terms of the unlabelled patches."""

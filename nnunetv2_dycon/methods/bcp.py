@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_dycon.losses.consistency import soft_ce_dice
+from nnunetv2_dycon.losses.consistency import region_ce_dice
 from nnunetv2_dycon.methods.base import Batch, Group, Method, TeacherSettings, Term
 from nnunetv2_dycon.networks import full_resolution
 from nnunetv2_dycon.options import Settings, option
@@ -50,14 +50,12 @@ class BCP(Method):
         if not self.ramp(batch):
             return (partial(self._pretrain, student, batch), labeled)
         pseudo = cache(partial(self._pseudo_labels, batch))  # one teacher pass, within the first student pass
-        return (*(partial(self._paste, student, batch, pseudo, way) for way in ("in", "out")), labeled)
+        pastes = [partial(self._paste, student, batch, pseudo, way) for way in ("in", "out")]
+        return (*pastes, *self.pastes(student, batch), labeled)
 
     def _pretrain(self, student: nn.Module, batch: Batch) -> Group:
         """Return the loss of labelled patches with a box from the next labelled patch."""
-        box = random_box(batch.x_l.shape, batch.x_l.device, batch.generator, BOX_SIDE)
-        logits = full_resolution(student(torch.where(box, batch.x_l.roll(-1, 0), batch.x_l)))
-        truth = torch.where(box, batch.y_l.roll(-1, 0), batch.y_l)
-        return Group({"paste_labeled": Term(self.settings.w, _region_loss(logits, truth, self._known(truth)))})
+        return self.paste_labeled(student, batch, self.settings.w, BOX_SIDE)
 
     def _paste(self, student: nn.Module, batch: Batch, pseudo: Callable[[], Tensor], way: str) -> Group:
         """Return the terms of both regions: way "in" puts unlabelled boxes into labelled patches, "out" the reverse."""
@@ -69,8 +67,8 @@ class BCP(Method):
         target = torch.where(unlabeled, pseudo().to(truth.dtype), truth)
         logits = full_resolution(student(torch.where(unlabeled, batch.x_u, batch.x_l[partner])))
         terms = {
-            f"{way}_labeled": Term(self.settings.w, _region_loss(logits, target, ~unlabeled & self._known(truth))),
-            f"{way}_pseudo": Term(self.settings.w * self.settings.alpha, _region_loss(logits, target, unlabeled)),
+            f"{way}_labeled": Term(self.settings.w, region_ce_dice(logits, target, ~unlabeled & self.known(truth))),
+            f"{way}_pseudo": Term(self.settings.w * self.settings.alpha, region_ce_dice(logits, target, unlabeled)),
         }
         return Group(terms)
 
@@ -78,18 +76,3 @@ class BCP(Method):
     def _pseudo_labels(self, batch: Batch) -> Tensor:
         """Return the teacher's hard labels (B, 1, *S) of the whole unlabelled patches."""
         return self.teacher(batch.x_u).argmax(1, keepdim=True)
-
-    def _known(self, truth: Tensor) -> Tensor:
-        """Return where labels (B, 1, *S) are annotated."""
-        known = truth >= 0
-        return known if self.task.ignore_label is None else known & (truth != self.task.ignore_label)
-
-
-def _region_loss(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
-    """Return cross-entropy plus Dice as means over a region; logits (B, C, *S), labels and region (B, 1, *S)."""
-    with torch.no_grad():
-        classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
-        one_hot = (labels == classes).float()
-        weight = region[:, 0].float()
-        weight = weight / weight.mean().clamp_min(1e-12)
-    return soft_ce_dice(logits, one_hot, weight)

@@ -131,6 +131,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
     def _refuse_unsupported(self) -> None:
         if self.settings.bf16:
             require_bf16(self.device)
+        if self.label_manager.has_regions and getattr(self.settings, "paste", 0):
+            raise ConfigError("option paste: region-based labels cannot be pasted; leave it out.")
         if not self.method_type.uses_unlabeled:
             return
         if self.label_manager.has_regions:

@@ -15,6 +15,8 @@ from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.dycon import DyCON, DyCONSettings
 from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
+from nnunetv2_dycon.methods.labeled_only import LabeledOnly
+from nnunetv2_dycon.methods.mean_teacher import MeanTeacher
 from nnunetv2_dycon.methods.pseudo_label import PseudoLabel, PseudoLabelSettings
 from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
 from nnunetv2_dycon.networks import Peer
@@ -200,6 +202,29 @@ def test_bcp_begins_with_pastes_among_labelled_patches() -> None:
     check(lambda: found, "paste_labeled", student, recipe)
     assert set(found.terms) == {"paste_labeled"}
     assert set(last().terms) == {"supervised"}
+
+
+@pytest.mark.parametrize("method", [LabeledOnly, MeanTeacher, PseudoLabel, UAMT, BCP, DyCON])
+def test_option_paste_adds_pastes_among_labelled_patches_to_any_teacher_method(method: type[Method]) -> None:
+    extra = {"wfecl": 0} if method is DyCON else {}
+    built, student = made(method, method.settings_type(paste=0.25, **extra))
+    plain, _ = made(method, method.settings_type(**extra))
+    labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
+    labels[0, 0, 1, :2] = -1  # not annotated
+    data = batch(1.0, labels=labels)
+    recorder = Recorder(student)
+    groups = built.groups(recorder, data)
+    assert len(groups) == len(plain.groups(student, data)) + 1
+    found = groups[-2]()
+    pasted = recorder.seen == data.x_l.roll(-1, 0)
+    assert torch.equal(recorder.seen, torch.where(pasted, data.x_l.roll(-1, 0), data.x_l))
+    assert all(0 < int(box.sum()) < box.numel() for box in pasted)
+    truth = torch.where(pasted, labels.roll(-1, 0), labels)[:, 0]
+    recipe = lambda net: oracles.region_loss(net(recorder.seen.double()), truth, truth >= 0)  # noqa: E731
+    check(lambda: found, "paste_labeled", student, recipe)
+    assert found.terms["paste_labeled"].weight == 0.25
+    assert set(found.terms) == {"paste_labeled"}
+    assert "supervised" in groups[-1]().terms
 
 
 def test_cps_crosses_the_hard_labels_of_two_networks() -> None:

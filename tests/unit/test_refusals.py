@@ -40,6 +40,13 @@ def test_region_based_labels(tiny_variant) -> None:
     assert "-tr nnUNetTrainerLabeledOnly" in one_line(error)
 
 
+def test_regions_cannot_be_pasted(tiny_variant) -> None:
+    tiny_variant(regions=True)
+    with pytest.raises(ConfigError) as error:
+        begin(make_trainer("nnUNetTrainerLabeledOnly_paste0p5_epochs1_iters1", fold="all"))
+    assert "option paste" in one_line(error)
+
+
 def test_the_control_trains_regions_as_stock_does(tiny_variant) -> None:
     tiny_variant(regions=True)
     t = begin(make_trainer("nnUNetTrainerLabeledOnly_epochs1_iters1", fold="all"))
