@@ -82,8 +82,9 @@ class DyCONTermSettings(TargetSettings):
 
 @dataclass(frozen=True)
 class DyCONSettings(DyCONTermSettings, ViewSettings, TeacherSettings):
-    """Options of nnUNetTrainerDyCON; docs/results.md has the trainings that chose view and target."""
+    """Options of nnUNetTrainerDyCON; docs/results.md has the trainings that chose view, target and ramp."""
 
+    ramp: float = option(0.1, low=0.0, high=1.0, help="fraction of the training over which unlabelled terms rise")
     view: str = option(
         "copy_paste_intensity", choices=tuple(VIEWS), help="what differs between student and teacher input"
     )

@@ -11,7 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "nnunetv2_dycon"
 
-BASE = {"", "errors", "schedules", "options", "folders", "parallel"}  # "" is the package itself, for its version
+BASE = {
+    "",
+    "errors",
+    "schedules",
+    "options",
+    "folders",
+    "locks",
+    "parallel",
+}  # "" is the package itself, for its version
 TENSORS = {"losses", "networks", "views", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
@@ -21,6 +29,7 @@ MAY_IMPORT = {
     "schedules": {"errors"},
     "options": {"errors"},
     "folders": {"errors"},
+    "locks": {"errors"},
     "parallel": {"errors"},
     **dict.fromkeys(TENSORS, BASE),
     "methods": BASE | TENSORS,
@@ -37,7 +46,7 @@ MAY_IMPORT = {
     "commands": BASE
     | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"},
 }
-STANDARD_LIBRARY_ONLY = {"", "_register", "errors", "schedules", "options", "folders", "parallel", "commands"}
+STANDARD_LIBRARY_ONLY = {"", "_register", "errors", "schedules", "options", "folders", "locks", "parallel", "commands"}
 WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"methods", "_nnunet_ext"}
 
 
