@@ -11,15 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = "nnunetv2_dycon"
 
-BASE = {
-    "",
-    "errors",
-    "schedules",
-    "options",
-    "folders",
-    "locks",
-    "parallel",
-}  # "" is the package itself, for its version
+# "" is the package itself, for its version
+BASE = {"", "errors", "schedules", "options", "folders", "locks", "parallel"}
 TENSORS = {"losses", "networks", "views", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
