@@ -48,14 +48,10 @@ class BCP(Method):
         """Return the pass of labelled mixes, or later one pass for each direction; then the labelled patches."""
         labeled = partial(self.labeled, student, batch)
         if not self.ramp(batch):
-            return (partial(self._pretrain, student, batch), labeled)
+            return (partial(self.paste_labeled, student, batch, self.settings.w, BOX_SIDE), labeled)
         pseudo = cache(partial(self._pseudo_labels, batch))  # one teacher pass, within the first student pass
         pastes = [partial(self._paste, student, batch, pseudo, way) for way in ("in", "out")]
         return (*pastes, *self.pastes(student, batch), labeled)
-
-    def _pretrain(self, student: nn.Module, batch: Batch) -> Group:
-        """Return the loss of labelled patches with a box from the next labelled patch."""
-        return self.paste_labeled(student, batch, self.settings.w, BOX_SIDE)
 
     def _paste(self, student: nn.Module, batch: Batch, pseudo: Callable[[], Tensor], way: str) -> Group:
         """Return the terms of both regions: way "in" puts unlabelled boxes into labelled patches, "out" the reverse."""
