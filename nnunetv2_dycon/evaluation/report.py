@@ -86,7 +86,7 @@ def as_markdown(title: str, introduction: Sequence[str], tables: Sequence[Table]
     """Return the report as Markdown with its pictures in figures/."""
     parts = [f"# {title}", *introduction, *(markdown(table).rstrip() for table in tables)]
     for p in pictures:
-        parts.append(f"### {p.title}\n\n![{p.alt}](figures/{p.name}.png)\n\n{p.caption}")
+        parts.append(f"## {p.title}\n\n![{p.alt}](figures/{p.name}.png)\n\n{p.caption}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -278,7 +278,7 @@ def markdown(table: Table) -> str:
         text = c.text.replace("|", r"\|").replace("*", r"\*")
         return (f"**{text}**" if c.best else text) + (r"\*" if c.star else "")
 
-    lines = [f"### {table.title}", "", _row(table.header), _row(["---"] * len(table.header))]
+    lines = [f"## {table.title}", "", _row(table.header), _row(["---"] * len(table.header))]
     lines += [_row([cell(c) for c in row]) for row in table.rows]
     for note in table.notes:
         lines += ["", note.replace("*:", r"\*:")]

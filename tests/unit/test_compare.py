@@ -56,7 +56,7 @@ def test_a_report_of_seeds_and_two_methods_is_whole(root):
     text = (page.parent / "report.md").read_text()
     assert "2 methods in 4 runs on 10 test cases of Dataset501_Made; baseline: nnU-Net." in text
     assert "| DyCON | 3 | 12 | 2 | **100.00 ± 0.00**\\* |" in text
-    assert "### Classes" in text
+    assert "\n## Classes\n" in text
     tables = sorted((page.parent / "scores").glob("*/scores.csv"))
     assert [len(read_scores(table)) for table in tables] == [20] * 4
     with pytest.raises(DataError, match="holds a report; type --overwrite"):
@@ -195,7 +195,7 @@ def test_an_upper_bound_may_have_more_labelled_cases_and_closes_the_table(root):
     log.write_text(log.read_text().replace("3 training", "4 training"))
     page = report(root, STOCK.format(0), OURS.format(0), upper=[str(bound)])
     lines = (page.parent / "report.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines[lines.index("### Test cases") + 4 :][:3]] == [
+    assert [line.split(" | ")[0] for line in lines[lines.index("## Test cases") + 4 :][:3]] == [
         "| nnU-Net",
         "| DyCON",
         "| nnU-Net_upper-bound",

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from scripts.benchmark_steps import operations
 from tests.datasets import environment, make_dataset, plan_and_preprocess
 from tests.memory import peak_bytes
 from tests.training import begin, make_trainer, steps
@@ -60,6 +62,33 @@ def test_2d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> Non
     t = make_trainer(f"nnUNetTrainer{method}_epochs1_iters1", configuration="2d", fold="all")
     done = steps(begin(t), 1)
     assert done[0]["unlabeled"].ndim == 4
+
+
+# Student passes (forward and backward) and passes without a gradient of a step, as docs/results.md counts them.
+PASSES = {
+    "LabeledOnly": (1, 0),
+    "LabeledOnly_paste0p5": (2, 0),
+    "MeanTeacher": (2, 1),
+    "PseudoLabel": (2, 1),
+    "UAMT_samples3": (2, 4),
+    "BCP_pretrain0": (3, 1),
+    "CPS": (4, 2),
+    "DyCON_wfecl0": (2, 1),
+}
+
+
+@pytest.mark.parametrize("method", PASSES)
+def test_a_step_costs_the_passes_of_its_recipe(tiny: Path, method: str) -> None:
+    """Floating-point operations counted by torch; within 3 %, since only stock's pass has all output heads."""
+    stock, t = (begin(make_trainer(name)) for name in ("nnUNetTrainer", f"nnUNetTrainer{method}_epochs1"))
+    t.step = 10**6  # every term with its full weight
+    trained, taught = PASSES[method]
+    step = operations(lambda: stock.train_step(next(stock.dataloader_train)))
+    with torch.no_grad():
+        images = next(stock.dataloader_train)["data"]
+        answer = operations(lambda: stock.network(images))
+    made = operations(lambda: t.train_step(next(t.dataloader_train)))
+    assert made == pytest.approx(trained * step + taught * answer, rel=0.03)
 
 
 @pytest.mark.parametrize(

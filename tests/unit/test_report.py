@@ -86,7 +86,7 @@ def test_rows_of_another_protocol_look_different():
 def test_markdown_names_the_picture_files():
     text = as_markdown("Title", ["introduction"], [TABLE], [PICTURE])
     assert '![alt "text"](figures/boxes.png)' in text
-    assert text.startswith("# Title\n\nintroduction\n\n### Title <1>")
+    assert text.startswith("# Title\n\nintroduction\n\n## Title <1>")
 
 
 # ---- pictures
