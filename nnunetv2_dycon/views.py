@@ -8,7 +8,6 @@ masks.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from nnunetv2_dycon.errors import ConfigError
 # surroundings moves and the box spans several FeCL patches; at most three quarters, so that on each axis the
 # receiving patch keeps context beside the box and, on average, most of its own voxels.
 BOX_SIDE = (1 / 3, 3 / 4)
+BCP_BOX_SIDE = (2 / 3, 2 / 3)  # BCP's own; 8/27 of the volume
 # Logit of a known label: softmax gives 1 and exp(-80), so its entropy is 0 in float32 and every value stays
 # finite, in float16 and bfloat16 too.
 HARD_LOGIT = 40.0
@@ -47,12 +47,18 @@ class View(NamedTuple):
         Turns the teacher's logits `(B, K, *S)` for `teacher` into targets, as logits, for `student`.
     mixes : bool
         Whether voxels moved between patches; if not, `mix` is the identity.
+    pasted : Tensor, shape (B, 1, *S), bool, or None
+        Where the student's input is a labelled patch's; None where no labelled patch takes part.
+    truth : Tensor, shape (B, 1, *S), integer, or None
+        True labels there, anything elsewhere.
     """
 
     student: Tensor
     teacher: Tensor
     mix: Callable[[Tensor], Tensor]
     mixes: bool
+    pasted: Tensor | None = None
+    truth: Tensor | None = None
 
 
 class Labeled(NamedTuple):
@@ -94,9 +100,9 @@ def make_view(
     x_unlabeled : Tensor, shape (B, C, *S), floating
         Unlabelled patches from the loader, z-scored.
     x_labeled : Tensor, shape (B_l, C, *S), optional
-        Labelled patches; needed by `copy_paste` only.
+        Labelled patches; needed by views that paste labelled voxels.
     target : Tensor, shape (B_l, 1, *S), integer, optional
-        Their labels at full resolution, below K; needed by `copy_paste` only.
+        Their labels at full resolution, below K; needed by views that paste labelled voxels.
     ignore_label : int, optional
         The label that means "not annotated".
     generator : Generator
@@ -107,7 +113,7 @@ def make_view(
     ConfigError
         If the name is unknown, or `cutmix` has one patch only.
     ValueError
-        If a shape does not fit, or `copy_paste` lacks the labelled half.
+        If a shape does not fit, or a view that pastes labelled voxels lacks the labelled half.
     """
     if name not in VIEWS:
         raise ConfigError(f"Unknown view {name!r}; choose one of {', '.join(VIEWS)}.")
@@ -172,42 +178,52 @@ def _cutmix(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
     return View(mix(x), x, mix, mixes=True)
 
 
-def _copy_paste(x: Tensor, labeled: Labeled | None, generator: Generator, *, both: bool = False) -> View:
-    """Return a view in which a box of each patch comes from a labelled patch, with its true labels.
+def _random_box(x: Tensor, generator: Generator) -> Tensor:
+    return random_box(x.shape, x.device, generator)
+
+
+def _box_out(x: Tensor, generator: Generator) -> Tensor:
+    """Return BCP's box: two thirds of each side, 8/27 of the volume."""
+    return random_box(x.shape, x.device, generator, BCP_BOX_SIDE)
+
+
+def _box_in(x: Tensor, generator: Generator) -> Tensor:
+    """Return all but BCP's box, so that what is left of the unlabelled patch is a box in a labelled one."""
+    return ~_box_out(x, generator)
+
+
+def _copy_paste(region: Callable[[Tensor, Generator], Tensor]) -> ViewMaker:
+    """Return a view in which a region of each patch comes from a labelled patch, with its true labels.
 
     Voxels without a true label (the ignore label, or below 0) are left out of what is pasted, image and target
     alike.
 
-    Parameters
-    ----------
-    both : bool
-        Paste everything but the box in every second patch, by chance.
-
     References
     ----------
-    BCP (Bai et al., CVPR 2023), one of its two directions or one of both by chance; box at random instead of a fixed
-    size.
+    BCP (Bai et al., CVPR 2023): both directions, each a pass of its own.
     """
-    if labeled is None:
-        raise ValueError("View 'copy_paste' needs x_labeled and target.")
-    # Partners are drawn, since nnU-Net puts its forced-foreground patches last in the batch.
-    order = torch.randperm(len(labeled.x), generator=generator, device=x.device)
-    partner = order[torch.arange(len(x), device=x.device) % len(order)]
-    truth = labeled.target[partner]
-    pasted = random_box(x.shape, x.device, generator)
-    if both:
-        pasted = pasted ^ (_per_sample(x, generator) < 0.5)
-    pasted = pasted & (truth >= 0)
-    if labeled.ignore_label is not None:
-        pasted &= truth != labeled.ignore_label
 
-    def mix(logits: Tensor) -> Tensor:
-        _check_same_grid(logits, x)
-        classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
-        hard = torch.full_like(logits, -HARD_LOGIT).masked_fill_(truth == classes, HARD_LOGIT)
-        return torch.where(pasted, hard, logits)
+    def maker(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+        if labeled is None:
+            raise ValueError("A view that pastes labelled voxels needs x_labeled and target.")
+        # Partners are drawn, since nnU-Net puts its forced-foreground patches last in the batch.
+        order = torch.randperm(len(labeled.x), generator=generator, device=x.device)
+        partner = order[torch.arange(len(x), device=x.device) % len(order)]
+        truth = labeled.target[partner]
+        pasted = region(x, generator) & (truth >= 0)
+        if labeled.ignore_label is not None:
+            pasted &= truth != labeled.ignore_label
 
-    return View(torch.where(pasted, labeled.x[partner].to(x.dtype), x), x, mix, mixes=True)
+        def mix(logits: Tensor) -> Tensor:
+            _check_same_grid(logits, x)
+            classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+            hard = torch.full_like(logits, -HARD_LOGIT).masked_fill_(truth == classes, HARD_LOGIT)
+            return torch.where(pasted, hard, logits)
+
+        student = torch.where(pasted, labeled.x[partner].to(x.dtype), x)
+        return View(student, x, mix, mixes=True, pasted=pasted, truth=truth)
+
+    return maker
 
 
 def _then_intensity(mixing: ViewMaker) -> ViewMaker:
@@ -222,8 +238,9 @@ def _then_intensity(mixing: ViewMaker) -> ViewMaker:
 
 _MIXING: dict[str, ViewMaker] = {
     "cutmix": _cutmix,
-    "copy_paste": _copy_paste,
-    "copy_paste_both": partial(_copy_paste, both=True),
+    "copy_paste": _copy_paste(_random_box),
+    "copy_paste_in": _copy_paste(_box_in),
+    "copy_paste_out": _copy_paste(_box_out),
 }
 VIEWS: dict[str, ViewMaker] = {
     "weak": _weak,
@@ -231,6 +248,12 @@ VIEWS: dict[str, ViewMaker] = {
     "intensity": _intensity,
     **_MIXING,
     **{f"{name}_intensity": _then_intensity(mixing) for name, mixing in _MIXING.items()},
+}
+# What option `view` may be: the views of a step, each a student pass of its own, by the beginning of its terms' names.
+PASSES: dict[str, dict[str, str]] = {
+    **{name: {"": name} for name in VIEWS},
+    "bcp": {"in_": "copy_paste_in", "out_": "copy_paste_out"},
+    "bcp_intensity": {"in_": "copy_paste_in_intensity", "out_": "copy_paste_out_intensity"},
 }
 
 

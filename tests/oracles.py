@@ -59,6 +59,18 @@ def uncl(
     return consistency / n, entropies / n
 
 
+def entropy_weights(student: Tensor, teacher: Tensor, *, beta: float, entropy: str) -> Tensor:
+    """Weight (B, *S) of guarded UnCL at each voxel."""
+    weight = torch.zeros(student.shape[:1] + student.shape[2:], dtype=torch.float64)
+    for at in voxels(student):
+        h_s, h_t = (
+            entropy_of(log_probabilities(one[at].detach())) / math.log(len(one[at])) for one in (student, teacher)
+        )
+        first, second = {"dual": (h_s, h_t), "teacher": (h_t, h_t), "student": (h_s, h_s)}[entropy]
+        weight[(at[0], *at[2:])] = 2 / (torch.exp(beta * first) + torch.exp(beta * second))
+    return weight
+
+
 def uncl_gradient_eq10(student: Tensor, teacher: Tensor, *, beta: float) -> Tensor:
     """Supplement Eq. 10 with the squared norm, multiplied out to the student logits through the softmax Jacobian."""
     out = torch.zeros_like(student, dtype=torch.float64)

@@ -5,7 +5,7 @@ Shapes: `(B, C, *S)` is batch, channel or class, space (2D or 3D).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from nnunetv2_dycon.losses.consistency import region_ce_dice
 from nnunetv2_dycon.networks import Outputs, Teacher, full_resolution
 from nnunetv2_dycon.options import Settings, option
 from nnunetv2_dycon.schedules import ema_decay, gaussian_ramp
-from nnunetv2_dycon.views import BOX_SIDE, VIEWS, View, make_view, random_box
+from nnunetv2_dycon.views import BOX_SIDE, PASSES, View, make_view, random_box
 
 
 class Term(NamedTuple):
@@ -30,6 +30,14 @@ class Group(NamedTuple):
 
     terms: Mapping[str, Term]
     stats: Mapping[str, Tensor] = {}
+
+    def named(self, start: str = "", end: str = "", share: float = 1.0) -> "Group":
+        """Return the group with something before or after each name, and a share of each weight."""
+        terms = {f"{start}{name}{end}": Term(share * term.weight, term.value) for name, term in self.terms.items()}
+        return Group(terms, {f"{start}{name}{end}": value for name, value in self.stats.items()})
+
+
+Pass = Callable[[], Group]  # one student pass, run when called
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class ViewSettings(Settings):
 
     ramp: float = option(0.4, low=0.0, high=1.0, help="fraction of the training over which unlabelled terms rise")
     delay: float = option(0.02, low=0.0, high=1.0, help="fraction of the training before unlabelled terms begin")
-    view: str = option("noise", choices=tuple(VIEWS), help="what differs between student and teacher input")
+    view: str = option("noise", choices=tuple(PASSES), help="what differs between student and teacher input")
 
 
 class Method(nn.Module):
@@ -137,12 +145,15 @@ class Method(nn.Module):
         """Return what can predict beside the plain student; final validation scores each in a sub-folder."""
         return {"teacher": self.teacher.network}
 
-    def groups(self, student: nn.Module, batch: Batch) -> tuple[Callable[[], Group], ...]:
+    def groups(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
         """Return the student passes of one step, in order."""
-        unlabeled = (partial(self.unlabeled, student, batch),) if self.uses_unlabeled else ()
-        return (*unlabeled, *self.pastes(student, batch), partial(self.labeled, student, batch))
+        return (
+            *self.unlabeled(student, batch),
+            *self.pastes(student, batch),
+            partial(self.labeled, student, batch),
+        )
 
-    def pastes(self, student: nn.Module, batch: Batch) -> tuple[Callable[[], Group], ...]:
+    def pastes(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
         """Return the pass of pasted labelled patches, where option `paste` asks for one."""
         return (partial(self.paste_labeled, student, batch, self.settings.paste),) if self.settings.paste else ()
 
@@ -160,9 +171,9 @@ class Method(nn.Module):
         known = truth >= 0
         return known if self.task.ignore_label is None else known & (truth != self.task.ignore_label)
 
-    def unlabeled(self, student: nn.Module, batch: Batch) -> Group:
-        """Return the terms of the unlabelled patches."""
-        raise TypeError(f"{type(self).__name__} uses unlabelled patches but defines no terms for them")
+    def unlabeled(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
+        """Return the passes of the unlabelled patches; the base has none."""
+        return ()
 
     def labeled(self, student: nn.Module, batch: Batch) -> Group:
         """Return the terms of the labelled patches; the base has nnU-Net's own loss alone."""
@@ -189,7 +200,10 @@ class Method(nn.Module):
 
 
 class ViewMethod(Method):
-    """Base of the methods with `ViewSettings`: the ramp of their unlabelled terms and their view."""
+    """Base of the methods with `ViewSettings`: the ramp of their unlabelled terms, and one pass for each view.
+
+    A subclass says in `compare` what one view costs.
+    """
 
     def ramp(self, batch: Batch) -> float:
         """Return the factor r(t) in [0, 1] of all unlabelled terms."""
@@ -199,16 +213,38 @@ class ViewMethod(Method):
         """Return the ramp at fraction `t` of the training, for the log."""
         return {"ramp": gaussian_ramp(t, rampup=self.settings.ramp, delay=self.settings.delay)}
 
-    def view(self, batch: Batch) -> View:
+    def unlabeled(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
+        """Return one pass for each view; the teacher is asked once for each of its inputs."""
+        return passes(self.views(batch), partial(self.compare, student, cache(self.teacher), batch))
+
+    def compare(self, student: nn.Module, teacher: Callable[[Tensor], Tensor], batch: Batch, view: View) -> Group:
+        """Return the terms of one view; `teacher` gives the logits (B, C, *S) of its images (B, C, *S)."""
+        raise NotImplementedError
+
+    def views(self, batch: Batch) -> dict[str, Callable[[], View]]:
+        """Return what makes the views of option `view`, each when it is first asked for, as in `views.PASSES`."""
+        names = PASSES[self.settings.view]
+        return {start: cache(partial(self.view, name, batch)) for start, name in names.items()}
+
+    def view(self, name: str, batch: Batch) -> View:
         """Return the student's and the teacher's input for the unlabelled patches."""
         return make_view(
-            self.settings.view,
+            name,
             batch.x_u,
             x_labeled=batch.x_l,
             target=batch.y_l,
             ignore_label=self.task.ignore_label,
             generator=batch.generator,
         )
+
+
+def passes(views: Mapping[str, Callable[[], View]], compare: Callable[[View], Group]) -> tuple[Pass, ...]:
+    """Return a student pass for each view; all have equal shares of the terms' weights."""
+
+    def one(start: str, view: Callable[[], View]) -> Group:
+        return compare(view()).named(start, share=1 / len(views))
+
+    return tuple(partial(one, start, view) for start, view in views.items())
 
 
 @torch.no_grad()

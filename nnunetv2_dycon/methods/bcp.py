@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_dycon.losses.consistency import region_ce_dice
-from nnunetv2_dycon.methods.base import Batch, Group, Method, TeacherSettings, Term
+from nnunetv2_dycon.methods.base import Batch, Group, Method, Pass, TeacherSettings, Term
 from nnunetv2_dycon.networks import full_resolution
 from nnunetv2_dycon.options import Settings, option
-from nnunetv2_dycon.views import random_box
-
-BOX_SIDE = (2 / 3, 2 / 3)  # of each axis, as the paper's; 8/27 of the volume
+from nnunetv2_dycon.views import BCP_BOX_SIDE, random_box
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,11 @@ class BCP(Method):
         """Return whether unlabelled patches take part at fraction `t` of the training, for the log."""
         return {"ramp": float(t >= self.settings.pretrain)}
 
-    def groups(self, student: nn.Module, batch: Batch) -> tuple[Callable[[], Group], ...]:
+    def groups(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
         """Return the pass of labelled mixes, or later one pass for each direction; then the labelled patches."""
         labeled = partial(self.labeled, student, batch)
         if not self.ramp(batch):
-            return (partial(self.paste_labeled, student, batch, self.settings.w, BOX_SIDE), labeled)
+            return (partial(self.paste_labeled, student, batch, self.settings.w, BCP_BOX_SIDE), labeled)
         pseudo = cache(partial(self._pseudo_labels, batch))  # one teacher pass, within the first student pass
         pastes = [partial(self._paste, student, batch, pseudo, way) for way in ("in", "out")]
         return (*pastes, *self.pastes(student, batch), labeled)
@@ -57,7 +55,7 @@ class BCP(Method):
         """Return the terms of both regions: way "in" puts unlabelled boxes into labelled patches, "out" the reverse."""
         order = torch.randperm(len(batch.x_l), generator=batch.generator, device=batch.x_l.device)
         partner = order[torch.arange(len(batch.x_u), device=order.device) % len(order)]
-        box = random_box(batch.x_u.shape, batch.x_u.device, batch.generator, BOX_SIDE)
+        box = random_box(batch.x_u.shape, batch.x_u.device, batch.generator, BCP_BOX_SIDE)
         unlabeled = box if way == "in" else ~box
         truth = batch.y_l[partner]
         target = torch.where(unlabeled, pseudo().to(truth.dtype), truth)

@@ -3,9 +3,8 @@
 Chen et al., CVPR 2021. The second network stands where other methods have the teacher.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 
 from nnunetv2_dycon.losses.consistency import soft_ce_dice
 from nnunetv2_dycon.losses.targets import hard_targets
-from nnunetv2_dycon.methods.base import Batch, Group, Term, ViewMethod, ViewSettings, agreement
+from nnunetv2_dycon.methods.base import Batch, Group, Pass, Term, ViewMethod, ViewSettings, agreement, passes
 from nnunetv2_dycon.networks import Guide, Mean, Peer, full_resolution, unwrap
 from nnunetv2_dycon.options import Settings, option
-from nnunetv2_dycon.views import VIEWS, View
+from nnunetv2_dycon.views import PASSES, View
 
 SECOND = "_second"  # ends the names of the second network's terms
 
@@ -25,7 +24,7 @@ SECOND = "_second"  # ends the names of the second network's terms
 class CPSSettings(ViewSettings):
     """Options of nnUNetTrainerCPS."""
 
-    view: str = option("weak", choices=tuple(VIEWS), help="what differs between the input that is learnt and labelled")
+    view: str = option("weak", choices=tuple(PASSES), help="what differs between the input that is learnt and labelled")
     w: float = option(1.0, low=0.0, high=1000.0, help="weight of the cross pseudo supervision after the ramp")
 
 
@@ -48,18 +47,18 @@ class CPS(ViewMethod):
         """Return the second network as `teacher`, and the mean of both."""
         return {**super().models(student), "mean": Mean(student, self.teacher.network)}
 
-    def groups(self, student: nn.Module, batch: Batch) -> tuple[Callable[[], Group], ...]:
+    def groups(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
         """Return both networks' unlabelled passes, then their labelled ones, the student's last."""
-        view = cache(partial(self.view, batch))  # made in the first pass, for both
+        views = self.views(batch)  # each made in the first pass, for both
         first, second = Guide(unwrap(student)), self.teacher
         return (
-            lambda: self.cross(student, second, view(), batch),
-            lambda: _renamed(self.cross(second.network, first, view(), batch)),
-            lambda: _renamed(self.learn(second.network, first, batch)),
+            *passes(views, partial(self.cross, student, second, batch)),
+            *passes(views, lambda view: self.cross(second.network, first, batch, view).named(end=SECOND)),
+            lambda: self.learn(second.network, first, batch).named(end=SECOND),
             lambda: self.learn(student, second, batch),
         )
 
-    def cross(self, learner: nn.Module, guide: Guide, view: View, batch: Batch) -> Group:
+    def cross(self, learner: nn.Module, guide: Guide, batch: Batch, view: View) -> Group:
         """Return the terms of one network on the unlabelled patches; `guide` is the other one."""
         with torch.no_grad():
             target = view.mix(guide(view.teacher))
@@ -73,9 +72,3 @@ class CPS(ViewMethod):
     def cross_term(self, logits: Tensor, target: Tensor, batch: Batch) -> Term:
         """Return the loss of logits against the hard labels of the other network's, both (B, C, *S)."""
         return Term(self.settings.w * self.ramp(batch), soft_ce_dice(logits, hard_targets(target).one_hot))
-
-
-def _renamed(group: Group) -> Group:
-    """Return a group of the second network under names of its own."""
-    terms, stats = ({f"{name}{SECOND}": value for name, value in part.items()} for part in group)
-    return Group(terms, stats)

@@ -5,13 +5,14 @@ Assefa et al., CVPR 2025, after its supplement; where we depart from the release
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.losses.consistency import soft_ce_dice
+from nnunetv2_dycon.losses.consistency import region_ce_dice, soft_ce_dice
 from nnunetv2_dycon.losses.fecl import fecl
 from nnunetv2_dycon.losses.patches import (
     labels_from_probabilities,
@@ -20,7 +21,17 @@ from nnunetv2_dycon.losses.patches import (
     sample_anchors,
 )
 from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded, uncl_literal
-from nnunetv2_dycon.methods.base import Batch, Group, TeacherSettings, Term, ViewMethod, ViewSettings, agreement
+from nnunetv2_dycon.methods.base import (
+    Batch,
+    Group,
+    Pass,
+    TeacherSettings,
+    Term,
+    ViewMethod,
+    ViewSettings,
+    agreement,
+    passes,
+)
 from nnunetv2_dycon.methods.mean_teacher import TargetSettings
 from nnunetv2_dycon.networks import (
     FeatureTap,
@@ -33,7 +44,7 @@ from nnunetv2_dycon.networks import (
 )
 from nnunetv2_dycon.options import Schedule, Settings, option
 from nnunetv2_dycon.schedules import exponential
-from nnunetv2_dycon.views import VIEWS, View, make_view
+from nnunetv2_dycon.views import PASSES, View, make_view
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,7 @@ class DyCONTermSettings(TargetSettings):
     lambdah: float = option(0.0, low=0.0, high=10.0, help="weight of the entropy term of guarded UnCL")
     on: str = option("unlabeled", choices=("unlabeled", "all"), help="patches that UnCL is taken on")
     wuncl: float = option(1.0, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
+    wpasted: float = option(1.0, low=0.0, high=1000.0, help="weight of the true labels of what a view pastes")
     wfecl: float = option(0.3, low=0.0, high=1000.0, help="weight of FeCL after the ramp; 0 builds no head")
     feclon: str = option("all", choices=("all", "labeled"), help="patches that FeCL is taken on")
     tau: float = option(0.6, low=0.01, high=10.0, help="temperature of FeCL")
@@ -85,9 +97,8 @@ class DyCONSettings(DyCONTermSettings, ViewSettings, TeacherSettings):
     """Options of nnUNetTrainerDyCON; docs/results.md has the trainings that chose view, target and ramp."""
 
     ramp: float = option(0.1, low=0.0, high=1.0, help="fraction of the training over which unlabelled terms rise")
-    view: str = option(
-        "copy_paste_intensity", choices=tuple(VIEWS), help="what differs between student and teacher input"
-    )
+    view: str = option("bcp_intensity", choices=tuple(PASSES), help="what differs between student and teacher input")
+    wuncl: float = option(0.5, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
 
 
 PAPER = DyCONSettings(
@@ -166,17 +177,21 @@ class DyCONTerms(ViewMethod):
             "beta": exponential(t, self.settings.beta.start, self.settings.beta.end),
         }
 
-    def unlabeled_terms(self, pair: Pair, view: View, batch: Batch) -> Group:
-        """Return UnCL and FeCL of the unlabelled patches."""
+    def unlabeled_terms(
+        self, pair: Pair, teach: Callable[[Tensor], tuple[Tensor | None, Tensor]], batch: Batch, view: View
+    ) -> Group:
+        """Return UnCL and FeCL of one view of the unlabelled patches; `teach` is `self.teach` of the pair."""
         if self.settings.feclon == "labeled":
             pair = pair._replace(head=None)
-        taught, target = self._teach(pair, view.teacher)
+        taught, target = teach(view.teacher)
         target = view.mix(target)
         if view.mixes:
             taught = self._teach_features(pair, view.student)
         logits = full_resolution(pair.learner(view.student))
         share = self._unlabeled_share(batch)
-        terms = self._uncl(logits, target, batch, share if self.settings.on == "all" else 1.0)
+        terms = self._uncl(logits, target, batch, share if self.settings.on == "all" else 1.0, view.pasted)
+        if view.pasted is not None:
+            terms["pasted"] = Term(self.settings.wpasted, region_ce_dice(logits, view.truth, view.pasted))
         terms.update(self.framework_terms(logits, target, batch))
         stats = {"agreement": agreement(logits, target)}
         features = None if pair.tap is None else pair.tap.take()
@@ -199,7 +214,7 @@ class DyCONTerms(ViewMethod):
         target = None
         if self.settings.on == "all":
             noise = "noise" if self.settings.view == "noise" else "weak"
-            taught, target = self._teach(pair, make_view(noise, batch.x_l, generator=batch.generator).teacher)
+            taught, target = self.teach(pair, make_view(noise, batch.x_l, generator=batch.generator).teacher)
         else:
             taught = self._teach_features(pair, batch.x_l)
         outputs = pair.learner(batch.x_l)
@@ -224,7 +239,7 @@ class DyCONTerms(ViewMethod):
         """Return what the framework adds for unlabelled logits and targets (B, C, *S)."""
         return {}
 
-    def _teach(self, pair: Pair, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    def teach(self, pair: Pair, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the guide's features (None where FeCL asks for none) and logits for (B, C, *S), in one pass."""
         if pair.head is None or self.settings.topk == 0:
             return None, pair.guide(x)
@@ -240,13 +255,22 @@ class DyCONTerms(ViewMethod):
         """Return the unlabelled share of the patches, so that means over both halves are means over all patches."""
         return len(batch.x_u) / (len(batch.x_u) + len(batch.x_l))
 
-    def _uncl(self, logits: Tensor, target: Tensor, batch: Batch, share: float) -> dict[str, Term]:
-        """Return both parts of UnCL for student and teacher logits (B, C, *S)."""
+    def _uncl(
+        self, logits: Tensor, target: Tensor, batch: Batch, share: float, pasted: Tensor | None = None
+    ) -> dict[str, Term]:
+        """Return both parts of UnCL for student and teacher logits (B, C, *S).
+
+        On cross-entropy and Dice it is the mean outside of what was `pasted` (B, 1, *S): true labels have a term of
+        their own. The forms on squares take all voxels, as in Eq. 1.
+        """
         s = self.settings
         beta = exponential(batch.t, s.beta.start, s.beta.end)
         weight = s.wuncl * self.ramp(batch) * share
         if s.form == "ce_dice":
             voxels = entropy_weight(logits, target, beta=beta, entropy=s.entropy, focus=s.focus)
+            if pasted is not None:
+                taught = (~pasted[:, 0]).float()
+                voxels = voxels * taught / taught.mean().clamp_min(1e-12)
             return {"uncl": Term(weight, soft_ce_dice(logits, torch.softmax(target.float(), 1), voxels))}
         if s.form == "literal":
             parts = uncl_literal(logits, target, beta=beta, entropy=s.entropy)
@@ -294,9 +318,11 @@ class DyCON(DyCONTerms):
             self.teacher_head = Teacher(self.head)
             self.tap = FeatureTap(student, self.stage)
 
-    def unlabeled(self, student: nn.Module, batch: Batch) -> Group:
-        """Return UnCL and FeCL of the unlabelled patches."""
-        return self.unlabeled_terms(self._pair(student), self.view(batch), batch)
+    def unlabeled(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
+        """Return UnCL and FeCL of the unlabelled patches, one pass for each view."""
+        pair = self._pair(student)
+        teach = cache(partial(self.teach, pair))  # one pass of the teacher for all views of the same patches
+        return passes(self.views(batch), partial(self.unlabeled_terms, pair, teach, batch))
 
     def labeled(self, student: nn.Module, batch: Batch) -> Group:
         """Return the terms of the labelled patches."""

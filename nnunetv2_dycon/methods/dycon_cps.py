@@ -4,6 +4,7 @@ DyCON (CVPR 2025), section 3.3 and Fig. 7 of the supplement; the framework is CP
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -33,9 +34,10 @@ class DyCONCPS(DyCONTerms, CPS):
         if self.build_head(student):
             self.taps = tuple(FeatureTap(network, self.stage) for network in (student, self.teacher.network))
 
-    def cross(self, learner: nn.Module, guide: Guide, view: View, batch: Batch) -> Group:
+    def cross(self, learner: nn.Module, guide: Guide, batch: Batch, view: View) -> Group:
         """Return UnCL, FeCL and cross pseudo supervision of one network on the unlabelled patches."""
-        return self.unlabeled_terms(self._pair(learner, guide), view, batch)
+        pair = self._pair(learner, guide)
+        return self.unlabeled_terms(pair, partial(self.teach, pair), batch, view)
 
     def learn(self, learner: nn.Module, guide: Guide, batch: Batch) -> Group:
         """Return the terms of one network on the labelled patches."""

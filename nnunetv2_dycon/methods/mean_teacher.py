@@ -3,6 +3,7 @@
 Tarvainen and Valpola, NeurIPS 2017. The ramp is that of Laine and Aila, ICLR 2017, over a fraction of the training.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ from nnunetv2_dycon.methods.base import (
 )
 from nnunetv2_dycon.networks import full_resolution
 from nnunetv2_dycon.options import Settings, option
+from nnunetv2_dycon.views import View
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,10 @@ class MeanTeacher(ViewMethod):
 
     settings_type: ClassVar[type[Settings]] = MeanTeacherSettings
 
-    def unlabeled(self, student: nn.Module, batch: Batch) -> Group:
-        """Return the consistency term of the unlabelled patches."""
-        view = self.view(batch)
+    def compare(self, student: nn.Module, teacher: Callable[[Tensor], Tensor], batch: Batch, view: View) -> Group:
+        """Return the consistency term of one view of the unlabelled patches."""
         with torch.no_grad():
-            target = view.mix(self.teacher(view.teacher))
+            target = view.mix(teacher(view.teacher))
         logits = full_resolution(student(view.student))
         term = Term(self.settings.w * self.ramp(batch), self.consistency(logits, target))
         return Group({"consistency": term}, {"agreement": agreement(logits, target)})

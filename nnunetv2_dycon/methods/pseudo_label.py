@@ -4,11 +4,12 @@ FixMatch (Sohn et al., NeurIPS 2020) and UniMatch (Yang et al., CVPR 2023), with
 `ema0` makes the labels the student's own, as they have it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnunetv2_dycon.losses.consistency import soft_ce_dice
 from nnunetv2_dycon.losses.targets import hard_targets
@@ -23,14 +24,14 @@ from nnunetv2_dycon.methods.base import (
 )
 from nnunetv2_dycon.networks import full_resolution
 from nnunetv2_dycon.options import Settings, option
-from nnunetv2_dycon.views import VIEWS
+from nnunetv2_dycon.views import PASSES, View
 
 
 @dataclass(frozen=True)
 class PseudoLabelSettings(ViewSettings, TeacherSettings):
     """Options of nnUNetTrainerPseudoLabel."""
 
-    view: str = option("intensity", choices=tuple(VIEWS), help="what differs between student and teacher input")
+    view: str = option("intensity", choices=tuple(PASSES), help="what differs between student and teacher input")
     gate: float = option(0.95, low=0.0, high=1.0, help="teacher confidence from which a voxel counts; 0 = all count")
     w: float = option(1.0, low=0.0, high=1000.0, help="weight of the pseudo-label term after the ramp")
 
@@ -40,11 +41,10 @@ class PseudoLabel(ViewMethod):
 
     settings_type: ClassVar[type[Settings]] = PseudoLabelSettings
 
-    def unlabeled(self, student: nn.Module, batch: Batch) -> Group:
+    def compare(self, student: nn.Module, teacher: Callable[[Tensor], Tensor], batch: Batch, view: View) -> Group:
         """Return cross-entropy plus Dice against the pseudo-labels of voxels that pass the gate."""
-        view = self.view(batch)
         with torch.no_grad():
-            target = view.mix(self.teacher(view.teacher))
+            target = view.mix(teacher(view.teacher))
             hard = hard_targets(target, self.settings.gate)
         logits = full_resolution(student(view.student))
         term = Term(self.settings.w * self.ramp(batch), soft_ce_dice(logits, hard.one_hot, hard.weight))

@@ -4,6 +4,7 @@ Yu et al., MICCAI 2019. There the teacher's dropout makes its answers differ; a 
 on its input does alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ from nnunetv2_dycon.methods.base import (
 from nnunetv2_dycon.networks import full_resolution
 from nnunetv2_dycon.options import Settings, option
 from nnunetv2_dycon.schedules import gaussian_ramp
-from nnunetv2_dycon.views import noisy
+from nnunetv2_dycon.views import View, noisy
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,10 @@ class UAMT(ViewMethod):
 
     settings_type: ClassVar[type[Settings]] = UAMTSettings
 
-    def unlabeled(self, student: nn.Module, batch: Batch) -> Group:
+    def compare(self, student: nn.Module, teacher: Callable[[Tensor], Tensor], batch: Batch, view: View) -> Group:
         """Return the mean squared norm over the certain voxels, a zero on the graph where there is none."""
-        view = self.view(batch)
         with torch.no_grad():
-            target = view.mix(self.teacher(view.teacher))
+            target = view.mix(teacher(view.teacher))
             certain = certain_voxels(view.mix(self._mean_answer(batch)), _threshold(batch.t))
             kept = certain.mean()
         logits = full_resolution(student(view.student))

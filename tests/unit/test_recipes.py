@@ -347,24 +347,106 @@ def dycon(student: nn.Module, **settings) -> DyCON:
 @pytest.mark.parametrize(
     ("switches", "terms"),
     [
-        ({}, {"uncl": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
-        ({"uncl": "literal"}, {"uncl": 1.0, "uncl_entropy": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
-        ({"target": "mse", "wfecl": 0.0}, {"uncl": 1.0, "uncl_entropy": 1.0}),
-        ({"wfecl": 0.0}, {"uncl": 1.0}),
-        ({"wuncl": 0.0}, {"fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
-        ({"wuncl": 0.0, "feclon": "labeled"}, {"fecl_labeled": 0.3}),
-        ({"feclon": "labeled", "view": "cutmix"}, {"uncl": 1.0, "fecl_labeled": 0.3}),
-        ({"uncl": "guarded", "feclon": "labeled"}, {"uncl": 1.0, "fecl_labeled": 0.3}),
-        ({"uncl": "guarded", "lambdah": 0.5, "wfecl": 0.0}, {"uncl": 1.0, "uncl_entropy": 0.5}),
-        ({"target": "ce_dice", "wfecl": 0.0, "focus": "uncertain"}, {"uncl": 1.0}),
+        ({}, {"uncl": 0.5, "pasted": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
+        (
+            {"uncl": "literal"},
+            {"uncl": 0.5, "uncl_entropy": 0.5, "pasted": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15},
+        ),
+        ({"target": "mse", "wfecl": 0.0}, {"uncl": 0.5, "uncl_entropy": 0.5, "pasted": 1.0}),
+        ({"wfecl": 0.0, "wpasted": 0.25}, {"uncl": 0.5, "pasted": 0.25}),
+        ({"wuncl": 0.0}, {"pasted": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
+        ({"wuncl": 0.0, "feclon": "labeled", "wpasted": 0.0}, {"fecl_labeled": 0.3}),
+        ({"feclon": "labeled", "view": "cutmix"}, {"uncl": 0.5, "fecl_labeled": 0.3}),
+        ({"uncl": "guarded", "feclon": "labeled", "view": "noise"}, {"uncl": 0.5, "fecl_labeled": 0.3}),
+        (
+            {"uncl": "guarded", "lambdah": 0.5, "wfecl": 0.0, "view": "copy_paste"},
+            {"uncl": 0.5, "uncl_entropy": 0.25, "pasted": 1.0},
+        ),
+        ({"target": "ce_dice", "wfecl": 0.0, "focus": "uncertain", "view": "intensity"}, {"uncl": 0.5}),
     ],
 )
 def test_switches_of_dycon_leave_the_terms_that_they_name(switches: dict, terms: dict[str, float]) -> None:
+    """Weights of both directions together, where the view has two."""
     student = UNet()
-    found = {}
+    found: dict[str, float] = {}
     for group in dycon(student, **switches).groups(student, batch()):
-        found.update({name: term.weight for name, term in group().terms.items() if term.weight})
+        for name, term in group().terms.items():
+            name = name.removeprefix("in_").removeprefix("out_")
+            if term.weight:
+                found[name] = found.get(name, 0.0) + term.weight
     assert found == {"supervised": 1.0, **terms}
+
+
+@pytest.mark.parametrize("entropy", ["dual", "teacher", "student"])
+def test_dycon_on_both_mixes_of_bcp(entropy: str) -> None:
+    """True labels where labelled voxels were pasted, UnCL as the mean over the rest, FeCL with the mixed target."""
+    student = UNet(0)
+    method = dycon(student, view="bcp", wfecl=0.5, topk=5, entropy=entropy, beta=Schedule(0.7), ramp=0.0, delay=0.3)
+    method.teacher.network.load_state_dict(UNet(1).state_dict())
+    labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
+    labels[0, 0, 1, :2] = -1  # not annotated
+    data = batch(labels=labels)
+    answer = method.teacher.network(data.x_u).detach()
+    recorder = Recorder(student)
+    recorder.encoder = student.encoder
+    *mixes, _ = method.groups(recorder, data)
+    for group, way in zip(mixes, ("in", "out"), strict=True):
+        found = group()
+        x = recorder.seen
+        pasted = (x != data.x_u)[:, 0]
+        partner = [
+            next(j for j in range(2) if torch.equal(x[i, 0, m], data.x_l[j, 0, m])) for i, m in enumerate(pasted)
+        ]
+        truth = labels[partner, 0]
+        assert set(partner) == {0, 1}
+        assert bool((truth[pasted] >= 0).all())
+        assert (pasted.float().mean() > 0.5) == (way == "in")
+        target = torch.where(pasted[:, None], torch.full_like(answer, -40.0), answer)
+        for k in range(CLASSES):
+            target[:, k][pasted & (truth == k)] = 40.0
+        logits = student(x)
+        taught_only = oracles.entropy_weights(logits, target, beta=0.7, entropy=entropy) * ~pasted
+        consistency = oracles.soft_ce_dice(logits, target.softmax(1), taught_only / (~pasted).double().mean())
+        rows = torch.tensor(oracles.probability_labels(target.softmax(1).numpy(), SPACE, 0.0, "majority"))
+        z, taught = (
+            method.head(student.encoder(x)[0]),
+            method.teacher_head.network(method.teacher.network.encoder(x)[0]),
+        )
+        weight = oracles.patch_weights(logits.detach(), SPACE)
+        wanted = {
+            "uncl": (0.25, consistency),
+            "pasted": (0.5, oracles.region_loss(logits, truth, pasted)),
+            "fecl_unlabeled": (0.125, oracles.fecl(z, rows, taught, weight, tau=0.6, gamma=0.8, topk=5)),
+        }
+        assert set(found.terms) == {f"{way}_{name}" for name in wanted}
+        for name, (share, value) in wanted.items():
+            term = found.terms[f"{way}_{name}"]
+            assert term.weight == pytest.approx(share)
+            assert relative_error(term.value, value) <= 1e-5, name
+            gradients = (
+                torch.autograd.grad(one, list(student.parameters()), retain_graph=True, allow_unused=True)
+                for one in (term.value, value)
+            )
+            for ours, theirs in zip(*gradients, strict=True):
+                assert (ours is None) == (theirs is None)
+                assert ours is None or relative_error(ours, theirs) <= 1e-4, name
+    for group in method.groups(recorder, batch(0.2))[:-1]:
+        weights = {name.split("_", 1)[1]: term.weight for name, term in group().terms.items()}
+        assert weights == {"uncl": 0.0, "pasted": 0.5, "fecl_unlabeled": 0.0}
+
+
+def test_the_teacher_is_asked_once_for_both_mixes() -> None:
+    method, student = made(MeanTeacher, MeanTeacher.settings_type(view="bcp", w=2.0, ramp=0.0))
+    asked = []
+    method.teacher.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0]))
+    data = batch()
+    first, second, _ = method.groups(student, data)
+    assert [{name: term.weight for name, term in group().terms.items()} for group in (first, second)] == [
+        {"in_consistency": 1.0},
+        {"out_consistency": 1.0},
+    ]
+    assert len(asked) == 1
+    assert asked[0] is data.x_u
 
 
 @pytest.mark.parametrize("classes", [2, 3])

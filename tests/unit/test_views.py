@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_dycon import views
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.views import VIEWS, make_view
+from nnunetv2_dycon.views import PASSES, VIEWS, make_view
 
 torch.set_num_threads(1)
 
@@ -269,7 +269,7 @@ def test_copy_paste_leaves_out_voxels_without_a_true_label(unknown, ignore_label
     assert torch.equal(view.mix(logits)[..., ::2], logits[..., ::2])
 
 
-@pytest.mark.parametrize("name", ["cutmix", "copy_paste", "copy_paste_both"])
+@pytest.mark.parametrize("name", ["cutmix", "copy_paste", "copy_paste_in", "copy_paste_out"])
 def test_intensity_on_a_mixing_view_changes_the_student_s_input_alone(name):
     x, x_l = batch((2, 1, 8, 9, 12)), batch((2, 1, 8, 9, 12), 2) + 50
     target = torch.ones(2, 1, 8, 9, 12, dtype=torch.int16)
@@ -287,18 +287,44 @@ def test_intensity_on_a_mixing_view_changes_the_student_s_input_alone(name):
         assert name == "cutmix" or seen[inside].min() > seen[~inside].max()
 
 
-def test_copy_paste_both_pastes_a_box_or_all_but_a_box_equally_often():
-    x, x_l = torch.zeros(1, 1, 9, 9, 9), torch.ones(1, 1, 9, 9, 9)
-    target = torch.ones(1, 1, 9, 9, 9, dtype=torch.int16)
-    outside = 0
-    for seed in range(200):
-        view = make_view("copy_paste_both", x, x_labeled=x_l, target=target, generator=seeded(seed))
-        pasted = (view.student == 1)[0, 0].numpy()
-        inverted = not is_one_box(pasted)
-        assert is_one_box(~pasted) or not inverted
-        outside += inverted
-        assert torch.equal(view.mix(torch.zeros(1, 2, 9, 9, 9))[0, 1] == 40, view.student[0, 0] == 1)
-    assert 75 < outside < 125  # 3.5 standard deviations about one half
+@pytest.mark.parametrize(("name", "inverted"), [("copy_paste_out", False), ("copy_paste_in", True)])
+def test_both_directions_of_bcp_have_its_box(name, inverted):
+    x, x_l = torch.zeros(2, 1, 9, 12, 6), torch.ones(2, 1, 9, 12, 6)
+    target = torch.ones(2, 1, 9, 12, 6, dtype=torch.int16)
+    starts = set()
+    for seed in range(20):
+        view = make_view(name, x, x_labeled=x_l, target=target, generator=seeded(seed))
+        for pasted in (view.student == 1)[:, 0]:
+            box = ~pasted if inverted else pasted
+            assert is_one_box(box.numpy())
+            assert box.sum() == 6 * 8 * 4
+            starts.add(tuple(box.nonzero()[0].tolist()))
+        assert torch.equal(view.mix(torch.zeros(2, 2, 9, 12, 6))[:, 1:] == 40, view.student == 1)
+    assert len(starts) > 20
+
+
+@pytest.mark.parametrize("name", [name for name in VIEWS if "copy_paste" in name])
+def test_a_view_that_pastes_labelled_voxels_says_where_and_what(name):
+    x, x_l = batch((2, 1, 8, 9, 12)), batch((2, 1, 8, 9, 12), 2)
+    target = torch.randint(-1, 3, (2, 1, 8, 9, 12), generator=seeded(3), dtype=torch.int16)
+    view = make_view(name, x, x_labeled=x_l, target=target, ignore_label=2, generator=seeded())
+    classes = torch.arange(2).view(2, 1, 1, 1)
+    wanted = torch.where(view.truth == classes, 40.0, -40.0).where(view.pasted, torch.zeros(()))
+    assert torch.equal(view.mix(torch.zeros(2, 2, 8, 9, 12)), wanted)
+    assert set(view.truth[view.pasted].tolist()) == {0, 1}
+    if not name.endswith("_intensity"):
+        assert torch.equal((view.student != x), view.pasted)
+
+
+def test_views_without_labelled_patches_paste_nothing():
+    x = batch((2, 1, 8, 9))
+    for name in ("weak", "noise", "intensity", "cutmix", "cutmix_intensity"):
+        assert make_view(name, x, generator=seeded()).pasted is None
+
+
+def test_passes_name_known_views():
+    assert set(VIEWS) <= set(PASSES)
+    assert {name for views in PASSES.values() for name in views.values()} <= set(VIEWS)
 
 
 @pytest.mark.parametrize(("space", "share"), [((48, 48, 48), (13 / 24) ** 3), ((160, 160), (13 / 24) ** 2)])
@@ -359,7 +385,7 @@ def test_labelled_tensors_that_do_not_fit_raise_and_name_the_shapes(x_l, target)
         )
 
 
-@pytest.mark.parametrize("name", ["cutmix", "copy_paste", "copy_paste_both_intensity"])
+@pytest.mark.parametrize("name", ["cutmix", "copy_paste", "copy_paste_in_intensity"])
 @pytest.mark.parametrize("shape", [(1, 3, 9, 12), (3, 3, 9, 6), (3, 3, 1, 1)])
 def test_logits_on_another_grid_raise_instead_of_broadcasting(name, shape):
     with pytest.raises(ValueError, match="do not lie on the grid"):
