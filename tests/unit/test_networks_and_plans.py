@@ -52,7 +52,11 @@ def test_without_deep_supervision(tiny: Path, method: str) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [*(f"DyCON_view{view}" for view in ("noise", "intensity", "cutmix", "copy_paste")), "BCP_pretrain0", "CPS"],
+    [
+        *(f"DyCON_view{view}" for view in ("noise", "intensity", "cutmix", "copy_paste", "bcp_intensity")),
+        "BCP_pretrain0",
+        "CPS",
+    ],
 )
 def test_2d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     for name, folder in environment(tmp_path).items():
@@ -73,7 +77,8 @@ PASSES = {
     "UAMT_samples3": (2, 4),
     "BCP_pretrain0": (3, 1),
     "CPS": (4, 2),
-    "DyCON_wfecl0": (2, 1),
+    "DyCON_wfecl0": (3, 1),
+    "DyCON_wfecl0_viewnoise": (2, 1),
 }
 
 
