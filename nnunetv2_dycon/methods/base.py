@@ -172,7 +172,9 @@ class Method(nn.Module):
         return known if self.task.ignore_label is None else known & (truth != self.task.ignore_label)
 
     def unlabeled(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
-        """Return the passes of the unlabelled patches; the base has none."""
+        """Return the passes of the unlabelled patches; a method that uses none has none."""
+        if self.uses_unlabeled:
+            raise TypeError(f"{type(self).__name__} uses unlabelled patches but defines no passes for them")
         return ()
 
     def labeled(self, student: nn.Module, batch: Batch) -> Group:

@@ -227,6 +227,12 @@ def test_option_paste_adds_pastes_among_labelled_patches_to_any_teacher_method(m
     assert "supervised" in groups[-1]().terms
 
 
+def test_a_method_without_passes_for_its_unlabelled_patches_is_an_error() -> None:
+    method, student = made(Method, Method.settings_type())
+    with pytest.raises(TypeError, match="Method uses unlabelled patches but defines no passes"):
+        method.groups(student, batch())
+
+
 def test_cps_crosses_the_hard_labels_of_two_networks() -> None:
     method, student = made(CPS, CPSSettings(w=2.0))
     data, second = batch(), method.teacher.network
