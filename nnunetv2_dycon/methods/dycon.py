@@ -20,6 +20,7 @@ from nnunetv2_dycon.losses.patches import (
     patch_weight,
     sample_anchors,
 )
+from nnunetv2_dycon.losses.targets import hard_targets
 from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded, uncl_literal
 from nnunetv2_dycon.methods.base import (
     Batch,
@@ -62,6 +63,9 @@ class DyCONTermSettings(TargetSettings):
         choices=("literal", "guarded"),
         none_text="literal, where target is mse",
         help="UnCL on squared differences: as in Eq. 1, or its guarded form",
+    )
+    labels: str = option(
+        "soft", choices=("soft", "hard"), help="UnCL's target: the teacher's probabilities or its largest class"
     )
     beta: Schedule = option(Schedule(0.5, 0.05), schedule=True, low=0.001, high=20.0, help="entropy scale of UnCL")
     entropy: str = option("dual", choices=("dual", "teacher", "student"), help="whose entropy weighs UnCL")
@@ -157,6 +161,9 @@ class DyCONTerms(ViewMethod):
             raise ConfigError(
                 "option focusuncertain: literal UnCL is Eq. 1, which weighs confident voxels most; add _unclguarded."
             )
+        if s.labels == "hard" and s.form != "ce_dice":
+            squares = f"uncl{s.uncl}" if s.uncl else "targetmse"
+            raise ConfigError(f"option labelshard: UnCL on squares compares probabilities; leave {squares} out.")
         if s.wfecl == 0:
             return False
         if not has_encoder_stages(student):
@@ -271,7 +278,8 @@ class DyCONTerms(ViewMethod):
             if pasted is not None:
                 taught = (~pasted[:, 0]).float()
                 voxels = voxels * taught / taught.mean().clamp_min(1e-12)
-            return {"uncl": Term(weight, soft_ce_dice(logits, torch.softmax(target.float(), 1), voxels))}
+            q = hard_targets(target).one_hot if s.labels == "hard" else torch.softmax(target.float(), 1)
+            return {"uncl": Term(weight, soft_ce_dice(logits, q, voxels))}
         if s.form == "literal":
             parts = uncl_literal(logits, target, beta=beta, entropy=s.entropy)
             return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(weight, parts.entropy)}

@@ -383,11 +383,15 @@ def test_switches_of_dycon_leave_the_terms_that_they_name(switches: dict, terms:
     assert found == {"supervised": 1.0, **terms}
 
 
-@pytest.mark.parametrize("entropy", ["dual", "teacher", "student"])
-def test_dycon_on_both_mixes_of_bcp(entropy: str) -> None:
+@pytest.mark.parametrize(
+    ("entropy", "kind"), [("dual", "soft"), ("teacher", "soft"), ("student", "soft"), ("dual", "hard")]
+)
+def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str) -> None:
     """True labels where labelled voxels were pasted, UnCL as the mean over the rest, FeCL with the mixed target."""
     student = UNet(0)
-    method = dycon(student, view="bcp", wfecl=0.5, topk=5, entropy=entropy, beta=Schedule(0.7), ramp=0.0, delay=0.3)
+    method = dycon(
+        student, view="bcp", wfecl=0.5, topk=5, entropy=entropy, labels=kind, beta=Schedule(0.7), ramp=0.0, delay=0.3
+    )
     method.teacher.network.load_state_dict(UNet(1).state_dict())
     labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
     labels[0, 0, 1, :2] = -1  # not annotated
@@ -412,7 +416,8 @@ def test_dycon_on_both_mixes_of_bcp(entropy: str) -> None:
             target[:, k][pasted & (truth == k)] = 40.0
         logits = student(x)
         taught_only = oracles.entropy_weights(logits, target, beta=0.7, entropy=entropy) * ~pasted
-        consistency = oracles.soft_ce_dice(logits, target.softmax(1), taught_only / (~pasted).double().mean())
+        q = (target == target.amax(1, keepdim=True)).double() if kind == "hard" else target.softmax(1)
+        consistency = oracles.soft_ce_dice(logits, q, taught_only / (~pasted).double().mean())
         rows = torch.tensor(oracles.probability_labels(target.softmax(1).numpy(), SPACE, 0.0, "majority"))
         z, taught = (
             method.head(student.encoder(x)[0]),
@@ -480,6 +485,8 @@ def test_uncertain_focus_turns_the_weight_round(classes: int, entropy: str) -> N
         ({"target": "mse", "focus": "uncertain"}, "focusuncertain: .* add _unclguarded"),
         ({"target": "ce_dice", "uncl": "guarded"}, "unclguarded is a form on squared differences; leave targetce_dice"),
         ({"lambdah": 0.1}, "lambdah: guarded UnCL alone"),
+        ({"uncl": "guarded", "labels": "hard"}, "labelshard: .* leave unclguarded out"),
+        ({"target": "mse", "labels": "hard"}, "labelshard: .* leave targetmse out"),
     ],
 )
 def test_options_of_uncl_that_contradict_each_other_are_refused(settings: dict, message: str) -> None:
