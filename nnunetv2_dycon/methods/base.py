@@ -221,7 +221,7 @@ class ViewMethod(Method):
 
     def compare(self, student: nn.Module, teacher: Callable[[Tensor], Tensor], batch: Batch, view: View) -> Group:
         """Return the terms of one view; `teacher` gives the logits (B, C, *S) of its images (B, C, *S)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} is a method on views but does not say what one costs")
 
     def views(self, batch: Batch) -> dict[str, Callable[[], View]]:
         """Return what makes the views of option `view`, each when it is first asked for, as in `views.PASSES`."""
