@@ -178,22 +178,8 @@ def _cutmix(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
     return View(mix(x), x, mix, mixes=True)
 
 
-def _random_box(x: Tensor, generator: Generator) -> Tensor:
-    return random_box(x.shape, x.device, generator)
-
-
-def _box_out(x: Tensor, generator: Generator) -> Tensor:
-    """Return BCP's box: two thirds of each side, 8/27 of the volume."""
-    return random_box(x.shape, x.device, generator, BCP_BOX_SIDE)
-
-
-def _box_in(x: Tensor, generator: Generator) -> Tensor:
-    """Return all but BCP's box, so that what is left of the unlabelled patch is a box in a labelled one."""
-    return ~_box_out(x, generator)
-
-
-def _copy_paste(region: Callable[[Tensor, Generator], Tensor]) -> ViewMaker:
-    """Return a view in which a region of each patch comes from a labelled patch, with its true labels.
+def _copy_paste(side: tuple[float, float], *, inverted: bool = False) -> ViewMaker:
+    """Return a view in which a box of each patch comes from a labelled patch, with its true labels; inverted, all else.
 
     Voxels without a true label (the ignore label, or below 0) are left out of what is pasted, image and target
     alike.
@@ -210,7 +196,8 @@ def _copy_paste(region: Callable[[Tensor, Generator], Tensor]) -> ViewMaker:
         order = torch.randperm(len(labeled.x), generator=generator, device=x.device)
         partner = order[torch.arange(len(x), device=x.device) % len(order)]
         truth = labeled.target[partner]
-        pasted = region(x, generator) & (truth >= 0)
+        box = random_box(x.shape, x.device, generator, side)
+        pasted = (~box if inverted else box) & (truth >= 0)
         if labeled.ignore_label is not None:
             pasted &= truth != labeled.ignore_label
 
@@ -238,9 +225,9 @@ def _then_intensity(mixing: ViewMaker) -> ViewMaker:
 
 _MIXING: dict[str, ViewMaker] = {
     "cutmix": _cutmix,
-    "copy_paste": _copy_paste(_random_box),
-    "copy_paste_in": _copy_paste(_box_in),
-    "copy_paste_out": _copy_paste(_box_out),
+    "copy_paste": _copy_paste(BOX_SIDE),
+    "copy_paste_in": _copy_paste(BCP_BOX_SIDE, inverted=True),
+    "copy_paste_out": _copy_paste(BCP_BOX_SIDE),
 }
 VIEWS: dict[str, ViewMaker] = {
     "weak": _weak,

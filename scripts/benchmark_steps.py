@@ -4,10 +4,10 @@ Takes a data set that is planned and preprocessed, unlabelled images included, a
 
     nnUNet_n_proc_DA=0 python scripts/benchmark_steps.py -d 501 -c 3d_fullres
 
-Operations are counted by torch (convolutions and matrix products, forward and backward) and are the bound on what time
-can be. Time is CPU seconds of one thread, the trainers taking turns, medians after a first step. Memory is the exact
-peak of torch's allocator within a step, weights and optimiser state not counted. All at the end of a training, when
-every term acts.
+Operations are counted by torch (convolutions and matrix products, forward and backward) and are what
+time is compared with. Time is CPU seconds of one thread, the trainers taking turns, medians after a first step. Memory
+is the exact peak of torch's allocator within a step, weights and optimiser state not counted. All at the end of a
+training, when every term acts.
 """
 
 import argparse
@@ -24,9 +24,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.memory
+from nnunetv2_dycon.trainers.names import TRAINERS
 from tests.memory import peak_bytes
-
-METHODS = ("LabeledOnly", "MeanTeacher", "UAMT", "PseudoLabel", "BCP", "CPS", "DyCON", "DyCONPaper", "DyCONCPS")
 
 
 def arguments() -> argparse.Namespace:
@@ -35,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-d", required=True, help="id or name of the data set")
     parser.add_argument("-c", required=True, help="configuration")
     parser.add_argument("-p", default="nnUNetPlans", help="plans")
-    parser.add_argument("-tr", nargs="+", help="trainers beside stock, with options (default: one of every method)")
+    parser.add_argument("-tr", nargs="+", help="trainers beside stock, with options (default: all)")
     parser.add_argument("--steps", type=int, default=5, help="steps that the median is of")
     return parser.parse_args()
 
@@ -71,7 +70,7 @@ def main() -> None:
     """Print one row for each trainer, as ratios to stock."""
     args = arguments()
     torch.set_num_threads(1)
-    names = ["nnUNetTrainer", *(args.tr or [f"nnUNetTrainer{m}" for m in METHODS])]
+    names = ["nnUNetTrainer", *(args.tr or TRAINERS)]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["nnUNet_results"] = folder
         begun = {name: begin(name, args) for name in names}
