@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.losses.consistency import region_ce_dice
 from nnunetv2_dycon.networks import Outputs, Teacher, full_resolution
 from nnunetv2_dycon.options import Settings, option
@@ -160,7 +161,18 @@ class Method(nn.Module):
     def paste_labeled(
         self, student: nn.Module, batch: Batch, weight: float, side: tuple[float, float] = BOX_SIDE
     ) -> Group:
-        """Return the loss of labelled patches with a box from the next labelled patch, images and labels alike."""
+        """Return the loss of labelled patches with a box from the next labelled patch, images and labels alike.
+
+        Raises
+        ------
+        ConfigError
+            If there is one labelled patch only, which would be pasted into itself.
+        """
+        if len(batch.x_l) < 2:
+            raise ConfigError(
+                "Pastes among labelled patches need two of them, but a process has only one: use a trainer name with "
+                "batch2 or more per process, or none of them (for BCP _pretrain0, else without paste)."
+            )
         box = random_box(batch.x_l.shape, batch.x_l.device, batch.generator, side)
         logits = full_resolution(student(torch.where(box, batch.x_l.roll(-1, 0), batch.x_l)))
         truth = torch.where(box, batch.y_l.roll(-1, 0), batch.y_l)

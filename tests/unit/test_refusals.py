@@ -166,6 +166,14 @@ def test_cutmix_with_one_unlabeled_patch(tiny: Path) -> None:
     assert "unlabeledbatch2" in one_line(error)
 
 
+@pytest.mark.parametrize("name", ["LabeledOnly_paste0p5", "BCP"])
+def test_pastes_among_labelled_patches_with_one_of_them(tiny: Path, name: str) -> None:
+    t = begin(make_trainer(f"nnUNetTrainer{name}_batch1"))
+    with pytest.raises(ConfigError) as error:
+        steps(t, 1)
+    assert "batch2" in one_line(error)
+
+
 @pytest.mark.parametrize("variable", ["nnUNet_results", "nnUNet_preprocessed"])
 def test_folders_that_are_not_set(tiny: Path, monkeypatch, variable: str) -> None:
     made = make_trainer("nnUNetTrainerDyCON")
