@@ -46,6 +46,8 @@ class Facts:
         Digest of the planned configuration: equal where network, patch, spacing and intensities are.
     checkpoint_digest : str or None
         Start of the SHA-256 of the checkpoint file.
+    settings : dict or None
+        All options of the trainer, those that its name leaves at their defaults included.
     self_training : int or None
         Round of self-training; its steps are those of all rounds so far, its pseudo-labelled cases are `unlabeled`.
     curves : dict
@@ -73,6 +75,7 @@ class Facts:
     hardware: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     plans: str | None = None
+    settings: dict[str, Any] | None = None
     self_training: int | None = None
     curves: dict[str, list[float]] = field(default_factory=dict)
 
@@ -254,6 +257,7 @@ def read_training(folder: Path, checkpoint: str = _FINAL) -> Facts:
             if version
         },
         plans=plans_digest(plans, configuration),
+        settings=settings or None,
         curves=_curves(logged, folder),
     )
     return _of_all_rounds(facts, iterations)
@@ -467,14 +471,16 @@ def check_alike(runs: Sequence[Run], cases: Collection[str], predicted: Mapping[
     Raises
     ------
     DataError
-        If a run has other test cases, was trained or chose its checkpoint on test cases, or if runs differ in
-        labelled cases, plans, checkpoint or mirroring. An upper bound must have all labelled cases of the others, and
-        more, and the plans of one of them. Facts that are not recorded cannot be checked.
+        If a run has other test cases, was trained or chose its checkpoint on test cases, if runs differ in
+        labelled cases, plans, checkpoint or mirroring, or if runs of one name differ in more than the seed. An upper
+        bound must have all labelled cases of the others, and more, and the plans of one of them. Facts that are not
+        recorded cannot be checked.
     """
     for run in runs:
         _check_cases(run, set(cases), set(predicted[str(run.predictions)]))
     others = [run for run in runs if not run.upper]
     _check_draws(others)
+    _check_settings(runs)
     for run in runs:
         if run.upper:
             _check_upper(run, others)
@@ -538,6 +544,20 @@ def _check_draws(runs: Sequence[Run]) -> None:
                 f"{run.name} (fold {run.facts.fold}) was trained on {_count(run.facts)} labelled cases that "
                 f"{first if only in own else method} was not trained on; compare runs of the same labelled cases"
             )
+
+
+def _check_settings(runs: Sequence[Run]) -> None:
+    """Runs of one method must have the same options: a default may have changed from one version to the next."""
+    known: dict[tuple[str, str], Run] = {}
+    for run in runs:
+        for option, value in (run.facts.settings or {}).items():
+            first = known.setdefault((run.method, option), run)
+            if option != "seed" and value != first.facts.settings[option]:
+                raise DataError(
+                    f"{run.training or run.predictions} and {first.training or first.predictions} have one trainer "
+                    f"name, but {option} is {value} and {first.facts.settings[option]}: its default changed between "
+                    "them; train one of them anew"
+                )
 
 
 def _check_upper(upper: Run, others: Sequence[Run]) -> None:

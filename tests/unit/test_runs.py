@@ -55,6 +55,7 @@ def test_facts_of_our_trainer_are_those_of_its_files(root):
     assert (facts.labeled, facts.validation, facts.labeled_count) == (LABELED, VALIDATION, 3)
     assert (facts.unlabeled, facts.epochs, facts.steps, facts.batch, facts.patches) == (12, 4, 20, 2, 40)
     assert (facts.checkpoint, facts.seed, facts.has_teacher, facts.hardware) == ("checkpoint_final.pth", 7, True, "cpu")
+    assert facts.settings == {"epochs": 4, "iters": 5, "batch": 0, "seed": 7}
     assert facts.seconds_per_step == pytest.approx(4 / 5)  # epochs take 2, 3, 4 and 5 s
     assert facts.versions == {"nnunetv2_dycon": "0.1.0", "nnunetv2": "2.8.1", "torch": "2.0"}
     assert facts.curves["pseudo Dice"] == pytest.approx([0, 0.2, 0.4, 0.6])
@@ -65,6 +66,7 @@ def test_facts_of_a_stock_trainer_leave_open_what_it_does_not_record(root):
     facts = read_training(make_training(root, "nnUNetTrainer", ours=False))
     assert (facts.unlabeled, facts.steps, facts.seed, facts.has_teacher) == (0, 20, None, False)
     assert facts.versions == {"torch": "2.0"}
+    assert facts.settings is None
 
 
 def test_a_self_training_counts_true_labels_and_the_steps_of_all_rounds(root):
@@ -281,6 +283,18 @@ def test_an_upper_bound_has_all_labelled_cases_and_more_of_the_same_plans():
         alike(a_run("a"), a_run("a", **bound | {"plans": "bbbb"}))
     with pytest.raises(DataError, match="trained on the test cases test_00"):
         alike(a_run("a"), a_run("a", **bound | {"labeled": (*LABELED, CASES[0])}))
+
+
+def test_one_name_with_other_settings_is_refused():
+    def seeds(*settings):
+        return [a_run("a", seed=seed, settings=one) for seed, one in enumerate(settings)]
+
+    one, other = {"seed": 0, "view": "bcp", "w": 1.0}, {"seed": 1, "view": "noise", "w": 1.0}
+    alike(*seeds(one, one | {"seed": 1}, one | {"paste": 0.0}, None))
+    alike(a_run("a", settings=one), a_run("b", settings=other))
+    for runs in (seeds(one, other), seeds({"w": 1.0}, one, other)):
+        with pytest.raises(DataError, match=r"one trainer name, but view is noise and bcp.* train one of them anew"):
+            alike(*runs)
 
 
 def test_other_plans_are_refused():
