@@ -95,14 +95,30 @@ class DyCONTermSettings(TargetSettings):
             return "ce_dice"
         return self.uncl or "literal"
 
+    @property
+    def hard(self) -> bool:
+        """Whether UnCL's target is the teacher's largest class."""
+        return self.labels == "hard"
+
 
 @dataclass(frozen=True)
 class DyCONSettings(DyCONTermSettings, ViewSettings, TeacherSettings):
-    """Options of nnUNetTrainerDyCON; docs/results.md has the trainings that chose view, target and ramp."""
+    """Options of nnUNetTrainerDyCON; docs/results.md has the trainings that chose view, target, labels and ramp."""
 
     ramp: float = option(0.1, low=0.0, high=1.0, help="fraction of the training over which unlabelled terms rise")
-    view: str = option("bcp_intensity", choices=tuple(PASSES), help="what differs between student and teacher input")
+    view: str = option("bcp", choices=tuple(PASSES), help="what differs between student and teacher input")
+    labels: str | None = option(
+        None,
+        choices=("soft", "hard"),
+        none_text="hard; soft where UnCL is on squares",
+        help="UnCL's target: the teacher's probabilities or its largest class",
+    )
     wuncl: float = option(0.5, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
+
+    @property
+    def hard(self) -> bool:
+        """Whether UnCL's target is the teacher's largest class."""
+        return self.form == "ce_dice" if self.labels is None else super().hard
 
 
 PAPER = DyCONSettings(
@@ -278,7 +294,7 @@ class DyCONTerms(ViewMethod):
             if pasted is not None:
                 taught = (~pasted[:, 0]).float()
                 voxels = voxels * taught / taught.mean().clamp_min(1e-12)
-            q = hard_targets(target).one_hot if s.labels == "hard" else torch.softmax(target.float(), 1)
+            q = hard_targets(target).one_hot if s.hard else torch.softmax(target.float(), 1)
             return {"uncl": Term(weight, soft_ce_dice(logits, q, voxels))}
         if s.form == "literal":
             parts = uncl_literal(logits, target, beta=beta, entropy=s.entropy)

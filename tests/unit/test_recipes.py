@@ -384,9 +384,9 @@ def test_switches_of_dycon_leave_the_terms_that_they_name(switches: dict, terms:
 
 
 @pytest.mark.parametrize(
-    ("entropy", "kind"), [("dual", "soft"), ("teacher", "soft"), ("student", "soft"), ("dual", "hard")]
+    ("entropy", "kind"), [("dual", "soft"), ("teacher", "soft"), ("student", "soft"), ("dual", "hard"), ("dual", None)]
 )
-def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str) -> None:
+def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str | None) -> None:
     """True labels where labelled voxels were pasted, UnCL as the mean over the rest, FeCL with the mixed target."""
     student = UNet(0)
     method = dycon(
@@ -416,7 +416,7 @@ def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str) -> None:
             target[:, k][pasted & (truth == k)] = 40.0
         logits = student(x)
         taught_only = oracles.entropy_weights(logits, target, beta=0.7, entropy=entropy) * ~pasted
-        q = (target == target.amax(1, keepdim=True)).double() if kind == "hard" else target.softmax(1)
+        q = (target == target.amax(1, keepdim=True)).double() if kind != "soft" else target.softmax(1)
         consistency = oracles.soft_ce_dice(logits, q, taught_only / (~pasted).double().mean())
         rows = torch.tensor(oracles.probability_labels(target.softmax(1).numpy(), SPACE, 0.0, "majority"))
         z, taught = (
