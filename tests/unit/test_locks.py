@@ -4,6 +4,9 @@ import errno
 import logging
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,12 +32,19 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def holder(place: Path) -> subprocess.Popen:
-    process = subprocess.Popen(
+@contextmanager
+def holder(place: Path) -> Iterator[subprocess.Popen]:
+    with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    return process
+    ) as process:
+        # a lock that waits where it should refuse must fail the test, not hang it
+        end = threading.Timer(20, process.kill)
+        end.start()
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            end.cancel()
 
 
 def test_another_process_is_kept_out_until_the_first_is_killed(place: Path) -> None:
