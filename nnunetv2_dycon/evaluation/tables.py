@@ -69,7 +69,7 @@ def main_table(comparison: Comparison, published: Sequence[dict[str, Any]] = ())
             cells.append(_result_cell(result, metric, best=result.best))
             if bounded and metric == "dice":
                 closed = comparison.gap_closed(method)
-                cells.append(Cell(NOTHING if closed is None else f"{100 * closed:.0f}".replace("-", "−")))
+                cells.append(Cell(NOTHING if closed is None else _printed(100 * closed, ".0f")))
         if counted:
             penalized = [run_mean(scores, ALL, "hd95_mm", penalized=True) for scores in method.scores]
             cells.append(Cell(_mean_text(spread([v for v in penalized if v is not None]), "hd95_mm")))
@@ -185,8 +185,13 @@ def _mean_text(mean: Spread | None, metric: str) -> str:
 
 
 def _signed(value: float, metric: str) -> str:
-    text = f"{(1.0 if metric in DISTANCES else 100.0) * value:+.2f}"
-    return "0.00" if float(text) == 0 else text.replace("-", "−")
+    return _printed((1.0 if metric in DISTANCES else 100.0) * value, "+.2f")
+
+
+def _printed(value: float, form: str) -> str:
+    """Return a number with the minus sign of print, and without a sign where it is 0 as printed."""
+    text = format(value, form)
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
 def _reading(comparison: Comparison) -> str:

@@ -50,14 +50,18 @@ def test_the_main_table_has_the_papers_columns(compared):
 
 def test_with_an_upper_bound_the_table_says_how_much_of_the_gap_is_closed():
     better, best = ([d + shift + 0.001 * i for i, d in enumerate(DICE)] for shift in (0.04, 0.09))
+    level, worse = ([d - loss for d in DICE] for loss in (0.0001, 0.0045))
     runs = [(a_run("nnUNetTrainer"), scores(DICE)), (a_run("nnUNetTrainerDyCON"), scores(better))]
+    losing = [(a_run("nnUNetTrainerCPS"), scores(level)), (a_run("nnUNetTrainerBCP"), scores(worse))]
     table = main_table(
-        make_comparison([*runs, (a_run("nnUNetTrainer", upper=True), scores(best))], "nnUNetTrainer (student)")
+        make_comparison([*runs, *losing, (a_run("nnUNetTrainer", upper=True), scores(best))], "nnUNetTrainer (student)")
     )
     assert table.header[4:6] == ("Dice (%) ↑", "Gap closed (%)")
     assert [(row[0], row[5]) for row in texts(table)] == [
         ("nnU-Net", "0"),
         ("DyCON", "47"),
+        ("CPS", "0"),
+        ("BCP", "−5"),
         ("nnU-Net_upper-bound", "100"),
     ]
     assert "nnU-Net_upper-bound is an upper bound" in table.notes[-1]
