@@ -45,7 +45,7 @@ from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.options import Settings
 from nnunetv2_dycon.precision import require_bf16
 from nnunetv2_dycon.randomness import global_states, seed_everything, seed_from_here, set_global_states
-from nnunetv2_dycon.trainers.history import History, epoch_means, lost_classes
+from nnunetv2_dycon.trainers.history import History, epoch_means, unseen_classes
 from nnunetv2_dycon.trainers.ranks import (
     average_gradients,
     finite_everywhere,
@@ -384,10 +384,11 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """As stock; the series go into the log, the CSV and the picture, before the checkpoint that holds them."""
         self.history.add(self.current_epoch, self.epoch_row)
         self._log_series()
-        for name in lost_classes(self.history, self._class_names()) if self.method_type.uses_unlabeled else ():
+        for name in unseen_classes(self.history, self._class_names()) if self.method_type.uses_unlabeled else ():
             self.print_to_log_file(
-                f"WARNING: the teacher has lost class '{name}' (pseudo Dice 0). Its unlabelled targets now teach the "
-                "student that this class is absent; a later start helps: _delay0p3 in the name (BCP: _pretrain0p4)."
+                f"WARNING: the teacher does not show class '{name}' (pseudo Dice 0). Its unlabelled targets now "
+                "teach the student that this class is absent. Where this stays, train anew with a later start: "
+                "_delay0p3 in the name (BCP: _pretrain0p4)."
             )
         super().on_epoch_end()
         if self.local_rank == 0:

@@ -89,14 +89,17 @@ SHARES = (
 )
 
 
-def lost_classes(history: History, classes: Sequence[str], *, learned: float = 0.1, lost: float = 0.01) -> list[str]:
-    """Return the classes whose teacher pseudo Dice fell below `lost` in the last epoch after it had passed `learned`.
+def unseen_classes(history: History, classes: Sequence[str], *, seen: float = 0.1, unseen: float = 0.01) -> list[str]:
+    """Return the classes that the teacher does not show in the last epoch, though it should: their pseudo Dice is 0.
 
-    A class that drops to zero is the alarm of semi-supervised training: the teacher no longer shows it to the student.
+    This is the alarm of semi-supervised training: such a teacher tells the student that the class is absent. A class
+    counts whose teacher pseudo Dice is below `unseen`, if it has passed `seen` before, or if the unlabelled terms have
+    more than half of their weight, so that it should have been learnt by now.
     """
+    last = history.rows[-1]
     return [
         name
         for name in classes
-        if history.rows[-1].get(f"dice_teacher_{name}", math.nan) < lost
-        and any(value > learned for value in history.series(f"dice_teacher_{name}"))
+        if last.get(f"dice_teacher_{name}", math.nan) < unseen
+        and (last.get("ramp", 0.0) > 0.5 or any(value > seen for value in history.series(f"dice_teacher_{name}")))
     ]

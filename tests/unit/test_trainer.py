@@ -396,11 +396,19 @@ def test_distributed_training_stops_with_the_command_instead(trainer, tiny: Path
     begin(make_ready)
 
 
-def test_a_class_that_the_teacher_loses_is_said_in_the_log(trainer, capsys) -> None:
+@pytest.mark.parametrize(
+    ("before", "ramp", "said"),
+    [
+        (0.6, 0.0, True),  # learnt and lost
+        (0.0, 0.9, True),  # not learnt, and the teacher teaches
+        (0.0, 0.2, False),  # early: the student has time to find it
+    ],
+)
+def test_a_class_that_the_teacher_does_not_show_is_said_in_the_log(trainer, capsys, before, ramp, said) -> None:
     t = trainer(named("nnUNetTrainerDyCON"))
     t.on_train_start()
     run_epochs(t, 1)
-    t.history.rows[0]["dice_teacher_class2"] = 0.6
+    t.history.rows[0]["dice_teacher_class2"] = before
     capsys.readouterr()
     t.on_epoch_start()
     t.on_train_epoch_start()
@@ -410,8 +418,9 @@ def test_a_class_that_the_teacher_loses_is_said_in_the_log(trainer, capsys) -> N
         output = t.validation_step(next(t.dataloader_val))
         output["teacher_tp_hard"] = np.zeros_like(output["teacher_tp_hard"])
         t.on_validation_epoch_end([output])
+    t.epoch_row["ramp"] = ramp
     t.on_epoch_end()
-    assert "the teacher has lost class 'class2'" in capsys.readouterr().out
+    assert ("the teacher does not show class 'class2'" in capsys.readouterr().out) == said
 
 
 def test_disabled_checkpointing_trains_without_a_file(trainer) -> None:
