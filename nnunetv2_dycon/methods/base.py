@@ -112,6 +112,11 @@ class ViewSettings(Settings):
     delay: float = option(0.02, low=0.0, high=1.0, help="fraction of the training before unlabelled terms begin")
     view: str = option("noise", choices=tuple(PASSES), help="what differs between student and teacher input")
 
+    @property
+    def rampup(self) -> float:
+        """Fraction of the training at which the unlabelled terms have their full weight."""
+        return self.ramp
+
 
 class Method(nn.Module):
     """Base of all methods: the EMA teacher and the supervised term; a subclass adds its unlabelled terms.
@@ -221,11 +226,11 @@ class ViewMethod(Method):
 
     def ramp(self, batch: Batch) -> float:
         """Return the factor r(t) in [0, 1] of all unlabelled terms."""
-        return gaussian_ramp(batch.t, rampup=self.settings.ramp, delay=self.settings.delay)
+        return gaussian_ramp(batch.t, rampup=self.settings.rampup, delay=self.settings.delay)
 
     def figures(self, t: float) -> dict[str, float]:
         """Return the ramp at fraction `t` of the training, for the log."""
-        return {"ramp": gaussian_ramp(t, rampup=self.settings.ramp, delay=self.settings.delay)}
+        return {"ramp": gaussian_ramp(t, rampup=self.settings.rampup, delay=self.settings.delay)}
 
     def unlabeled(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
         """Return one pass for each view; the teacher is asked once for each of its inputs."""

@@ -105,7 +105,13 @@ class DyCONTermSettings(TargetSettings):
 class DyCONSettings(DyCONTermSettings, ViewSettings, TeacherSettings):
     """Options of nnUNetTrainerDyCON; docs/results.md has the trainings that chose view, target, labels and ramp."""
 
-    ramp: float = option(0.1, low=0.0, high=1.0, help="fraction of the training over which unlabelled terms rise")
+    ramp: float | None = option(
+        None,
+        low=0.0,
+        high=1.0,
+        none_text="0.1, at least 800 steps, at most 0.4",
+        help="fraction of the training over which unlabelled terms rise",
+    )
     view: str = option("bcp", choices=tuple(PASSES), help="what differs between student and teacher input")
     labels: str | None = option(
         None,
@@ -114,6 +120,15 @@ class DyCONSettings(DyCONTermSettings, ViewSettings, TeacherSettings):
         help="UnCL's target: the teacher's probabilities or its largest class",
     )
     wuncl: float = option(0.5, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
+
+    @property
+    def rampup(self) -> float:
+        """Fraction of the training at which the unlabelled terms have their full weight.
+
+        A class takes some hundreds of steps to appear, however long the training is. Where the teacher teaches before
+        that, its labels say that the class is absent, and the student may never learn it.
+        """
+        return max(0.1, min(0.4, 800 / (self.epochs * self.iters))) if self.ramp is None else self.ramp
 
     @property
     def hard(self) -> bool:
