@@ -124,10 +124,9 @@ def _show_scores(rows: Sequence[Any]) -> int:
 
 def _show_rows(title: str, rows: Sequence[Any]) -> None:
     print(title)
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-    for row in rows:
-        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False))
-        print(f"  {'  '.join(cells)}  {row.help}")
+    name, default = (max((len(row[column]) for row in rows), default=0) for column in range(2))
+    for row in rows:  # what is allowed comes last: some lists of words are long
+        print(f"  {row.option:<{name}}  {row.default:<{default}}  {row.help} ({row.allowed})")
     print()
 
 
