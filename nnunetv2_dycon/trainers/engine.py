@@ -387,8 +387,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         for name in unseen_classes(self.history, self._class_names()) if self.method_type.uses_unlabeled else ():
             self.print_to_log_file(
                 f"WARNING: the teacher does not show class '{name}' (pseudo Dice 0). Its unlabelled targets now "
-                "teach the student that this class is absent. Where this stays, train anew with a later start: "
-                "_delay0p3 in the name (BCP: _pretrain0p4)."
+                "teach the student that this class is absent. Where this stays, train anew with a slower start: "
+                "_ramp0p6 in the name (BCP: _pretrain0p4)."
             )
         super().on_epoch_end()
         if self.local_rank == 0:
