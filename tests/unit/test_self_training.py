@@ -632,7 +632,8 @@ def test_real_commands_killed_at_every_stage_end_in_the_weights_of_a_clean_run(r
         process = launch(root)
         wait_for(root, process, text)
         if text == "This split has 6 training":
-            os.kill(process.pid, signal.SIGKILL)  # it alone: the training goes on, and keeps others out
+            os.killpg(process.pid, signal.SIGSTOP)  # or the short training could end before the second command looks
+            os.kill(process.pid, signal.SIGKILL)  # it alone: the training lives, and keeps others out
             process.wait()
             second = launch(root)
             assert second.wait() == 2
