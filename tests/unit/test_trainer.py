@@ -142,7 +142,10 @@ def test_zero_weights_reduce_a_method_to_the_control(trainer, method: str) -> No
     assert same(end[0], end[1])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=pytest.mark.slow if "_" in method else ()) for method in METHODS],  # 6 seconds each
+)
 def test_three_and_three_epochs_equal_six(trainer, method: str, tmp_path: Path) -> None:
     seed_all(2)
     whole = trainer(named(method))
