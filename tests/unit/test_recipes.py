@@ -510,7 +510,7 @@ def test_a_second_network_draws_its_weights_apart_from_everything_else() -> None
 
 @pytest.mark.parametrize(("epochs", "full"), [(2, 160), (8, 640), (10, 800), (40, 800), (80, 1600), (1000, 20000)])
 def test_dycon_has_its_full_weight_after_a_tenth_of_the_training_but_not_before_classes_can_appear(epochs, full):
-    """Hard labels of a teacher that has no class yet teach its absence: full weight before step 800 lost a class."""
+    """Hard labels of a teacher that has no class yet teach its absence; at twice the weight a training lost one."""
     method = DyCON(DyCONSettings(epochs=epochs, iters=200), Task(classes=CLASSES))
     ramp = [method.figures(step / (epochs * 200))["ramp"] for step in range(epochs * 200)]
     assert ramp.index(1.0) == full
