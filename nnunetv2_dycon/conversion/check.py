@@ -17,7 +17,15 @@ from tqdm import tqdm
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.dataset import conversion_of
 from nnunetv2_dycon.conversion.volumes import reading
-from nnunetv2_dycon.data.roles import Roles, fold_unlabeled, read_roles, read_splits, training_labels
+from nnunetv2_dycon.data.roles import (
+    Roles,
+    channel_names,
+    fold_unlabeled,
+    read_roles,
+    read_splits,
+    training_labels,
+    unlabeled_name_problems,
+)
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.folders import environment_folder
 
@@ -80,7 +88,7 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Check]
         Check(
             "roles", True, ", ".join(f"{len(getattr(roles, role))} {role}" for role in ("labeled", "unlabeled", "test"))
         ),
-        _unlabeled_have_no_labels(raw, content, roles),
+        _unlabeled(raw, content, roles),
         _duplicates(role_of, seen),
         *(_gathered(name, text, seen) for name, text in _LOOKED_AT.items()),
         _missing_labels(roles, labels),
@@ -135,7 +143,7 @@ def _tasks(raw: Path, content: Mapping[str, Any], roles: Roles, labels: Mapping[
     values: set[int] = set()
     for value in content["labels"].values():
         values |= set(value) if isinstance(value, list | tuple) else {value}
-    channels = len(content.get("channel_names", content.get("modality", {})))
+    channels = len(channel_names(content))
     return [
         _Task(
             case=case,
@@ -263,7 +271,10 @@ def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Check:
     return Check("duplicates", True, "no image occurs twice")
 
 
-def _unlabeled_have_no_labels(raw: Path, content: Mapping[str, Any], roles: Roles) -> Check:
+def _unlabeled(raw: Path, content: Mapping[str, Any], roles: Roles) -> Check:
+    problems = unlabeled_name_problems(raw, roles, content)
+    if problems:
+        return Check("unlabelled", False, _some(problems))
     hidden = set(roles.unlabeled)
     ending = content["file_ending"]
     for folder in (path for path in sorted(raw.iterdir()) if path.is_dir() and path.name.startswith("labels")):

@@ -116,6 +116,38 @@ def _first(files: Mapping[str, tuple[Path, ...]]) -> dict[str, Path]:
     return {case: paths[0] for case, paths in files.items()}
 
 
+def channel_names(dataset_json: Mapping[str, Any]) -> Mapping[str, str]:
+    """Names of the image channels, under nnU-Net's key or under the one of its first version."""
+    return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
+
+
+def unlabeled_name_problems(raw_folder: str | Path, roles: Roles, dataset_json: Mapping[str, Any]) -> list[str]:
+    """What is wrong with names of files in imagesUn, a line each: file ending, channel numbers, names in _seg."""
+    folder, ending = Path(raw_folder, "imagesUn"), dataset_json["file_ending"]
+    channels = len(channel_names(dataset_json))
+    problems = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir() or path.name.startswith(".") or path.suffix == ".json":
+            continue
+        if not path.name.endswith(ending):
+            problems.append(f"{path} does not end in {ending}, the data set's file ending; convert or remove it")
+        elif not re.fullmatch(r".+_\d{4}", path.name.removesuffix(ending)):
+            problems.append(f"{path} has no channel number; rename it as in CASE_0000{ending}")
+    for case in roles.unlabeled:
+        first = roles.files[case][0]
+        numbers = [int(path.name.removesuffix(ending)[-4:]) for path in roles.files[case]]
+        # one file may hold all channels (RGB pictures): known only when it is read
+        if numbers != list(range(channels)) and numbers != [0]:
+            problems.append(
+                f"{first}: the case has channel file{'s' * (len(numbers) > 1)} "
+                f"{', '.join(f'_{n:04d}' for n in numbers)}, dataset.json names {channels} "
+                f"(_0000 to _{channels - 1:04d}); add or remove files"
+            )
+        if case.endswith("_seg"):
+            problems.append(f"{first}: nnU-Net takes names in _seg for masks; rename the case")
+    return problems
+
+
 def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None = None) -> list[dict[str, Any]]:
     """Folds that training uses: those of the preprocessed folder, else of the raw folder, else none.
 

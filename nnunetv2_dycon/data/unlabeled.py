@@ -39,7 +39,15 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from nnunetv2_dycon import __version__, parallel
-from nnunetv2_dycon.data.roles import Splits, benchmark_cases, fold_unlabeled, read_roles, read_splits
+from nnunetv2_dycon.data.roles import (
+    Splits,
+    benchmark_cases,
+    channel_names,
+    fold_unlabeled,
+    read_roles,
+    read_splits,
+    unlabeled_name_problems,
+)
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.folders import environment_folder
 from nnunetv2_dycon.locks import locked
@@ -343,13 +351,9 @@ def _entries_that_matter(
     entries["image_reader_writer"] = plans.plans["image_reader_writer"]
     entries["transpose_forward"] = plans.transpose_forward
     entries["foreground_intensity_properties_per_channel"] = plans.foreground_intensity_properties_per_channel
-    entries["channel_names"] = _channel_names(dataset_json)
+    entries["channel_names"] = channel_names(dataset_json)
     entries["file_ending"] = dataset_json["file_ending"]
     return json.loads(json.dumps(entries))
-
-
-def _channel_names(dataset_json: Mapping[str, Any]) -> Mapping[str, str]:
-    return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
 
 
 # ---- what there is and what there should be ----------------------------------------------------------------
@@ -361,8 +365,9 @@ def _expected(target: _Target) -> dict[str, dict[str, Any]]:
     images = raw / "imagesUn"
     roles = read_roles(raw, target.dataset_json)
     listed = benchmark_cases(read_splits(target.preprocessed, raw), roles.labeled)
-    if images.is_dir():
-        _check_names(images, roles.unlabeled, roles.files, target.dataset_json)
+    problems = unlabeled_name_problems(raw, roles, target.dataset_json)
+    if problems:
+        raise DataError(_bad_files(problems))
     if not roles.unlabeled and not listed:
         raise DataError(
             f"{images} {'holds no image' if images.is_dir() else 'does not exist'} and no fold of "
@@ -397,33 +402,6 @@ def _recorded(target: _Target, manifest: Manifest) -> dict[str, dict[str, Any]]:
             "set nnUNet_raw, or copy the prepared folder and its .json here"
         )
     return {**{case: {"from": "imagesTr", "files": None} for case in listed}, **cases}
-
-
-def _check_names(
-    folder: Path, cases: Sequence[str], files: Mapping[str, Sequence[Path]], dataset_json: Mapping[str, Any]
-) -> None:
-    ending, channels = dataset_json["file_ending"], len(_channel_names(dataset_json))
-    problems = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() or path.name.startswith(".") or path.suffix == ".json":
-            continue
-        if not path.name.endswith(ending):
-            problems.append(f"{path} does not end in {ending}, the data set's file ending; convert or remove it")
-        elif not re.fullmatch(r".+_\d{4}", path.name.removesuffix(ending)):
-            problems.append(f"{path} has no channel number; rename it as in CASE_0000{ending}")
-    for case in cases:
-        numbers = [int(path.name.removesuffix(ending)[-4:]) for path in files[case]]
-        # one file may hold all channels (RGB pictures): known only when it is read
-        if numbers != list(range(channels)) and numbers != [0]:
-            problems.append(
-                f"{files[case][0]}: the case has channel file{'s' * (len(numbers) > 1)} "
-                f"{', '.join(f'_{n:04d}' for n in numbers)}, dataset.json names {channels} "
-                f"(_0000 to _{channels - 1:04d}); add or remove files"
-            )
-        if case.endswith("_seg"):
-            problems.append(f"{files[case][0]}: nnU-Net takes names in _seg for masks; rename the case")
-    if problems:
-        raise DataError(_bad_files(problems))
 
 
 def _read_manifest(target: _Target) -> Manifest:
@@ -537,7 +515,7 @@ def _make_case(task: _Task) -> str | None:
     plans = PlansManager(task.plans)
     configuration = plans.get_configuration(task.configuration)
     try:
-        image, properties = _read_image(task.files, plans, len(_channel_names(task.dataset_json)))
+        image, properties = _read_image(task.files, plans, len(channel_names(task.dataset_json)))
     except DataError as error:
         return str(error)
     # reading, then run_case_npy, is what nnU-Net's run_case does; apart, so that checks need not read again

@@ -92,6 +92,22 @@ def test_a_label_of_an_unlabeled_case_anywhere_is_found(raw):
     assert "labelsUn/u_00.nii.gz" in failed()["unlabelled"]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("foo_0000.nii", "does not end in .nii.gz"), ("foo.nii.gz", "no channel number"), ("a_seg_0000.nii.gz", "masks")],
+)
+def test_a_name_in_images_un_that_the_preparation_would_refuse_is_found(raw, name, message):
+    shutil.copy(raw / "imagesTr/l_00_0000.nii.gz", raw / "imagesUn" / name)
+    assert f"imagesUn/{name}" in failed()["unlabelled"]
+    assert message in failed()["unlabelled"]
+
+
+def test_images_un_with_nothing_usable_is_not_taken_for_a_data_set_without_unlabeled_cases(raw):
+    for path in (raw / "imagesUn").iterdir():
+        path.rename(path.with_suffix(""))  # .nii
+    assert "does not end in .nii.gz" in failed()["unlabelled"]
+
+
 def test_a_label_on_another_grid_is_found(raw):
     path = raw / "labelsTr/l_01.nii.gz"
     image = sitk.ReadImage(str(path))
