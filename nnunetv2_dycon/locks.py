@@ -15,10 +15,24 @@ except ImportError:  # Windows has no fcntl; there two runs at the same time are
 
 logger = logging.getLogger(__name__)
 
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+# A forked loader process may outlive the process that holds the lock, and would hold it for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
 
 @contextmanager
 def locked(path: Path, busy: str, *, wait: bool = False) -> Iterator[int | None]:
-    """Hold the lock of a file or folder that exists; gives its handle, which other processes may inherit, or None.
+    """Hold the lock of a file or folder that exists; gives its handle, or None.
+
+    Commands that are started may inherit the handle (`pass_fds`), forked processes do not.
 
     Where the file system has no locks a warning says so.
 
@@ -41,6 +55,7 @@ def locked(path: Path, busy: str, *, wait: bool = False) -> Iterator[int | None]
         return
     # NFS locks only what is open for writing, which a folder cannot be
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    _held.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,4 +68,6 @@ def locked(path: Path, busy: str, *, wait: bool = False) -> Iterator[int | None]
             logger.warning("%s cannot be locked (%s); start no second run now", path, error.strerror)
         yield handle
     finally:
-        os.close(handle)
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)

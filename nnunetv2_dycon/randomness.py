@@ -39,6 +39,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def derived_seed(*parts: int) -> int:
+    """Return a seed below 2**32 that follows from whole numbers; neighbours have nothing in common (unlike sums)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def process_seed(seed: int, rank: int, step: int) -> int:
+    """Return the seed of one process of a training that starts, or goes on, at `step`: `seed` for the very first."""
+    return seed if rank == step == 0 else derived_seed(seed, rank, step)
+
+
 def seed_from_here(salt: str) -> int:
     """Return a seed that follows from the global random states and `salt` without drawing from them."""
     digest = zlib.crc32(salt.encode())

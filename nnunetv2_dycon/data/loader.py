@@ -14,7 +14,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_dycon.randomness import RandomStream, part_from_other_workers, seed_from_here
+from nnunetv2_dycon.randomness import RandomStream, derived_seed, part_from_other_workers, seed_from_here
 
 Augmenter = SingleThreadedAugmenter | NonDetMultiThreadedAugmenter
 
@@ -110,7 +110,7 @@ def replace_loader(augmenter: Augmenter, loader: DataLoader, seed: int | None) -
         None,
         processes,
         num_cached=augmenter.num_cached,
-        seeds=None if seed is None else [seed + i for i in range(processes)],
+        seeds=None if seed is None else [derived_seed(seed, worker) for worker in range(processes)],
         pin_memory=augmenter.pin_memory,
         wait_time=augmenter.wait_time,
     )

@@ -44,7 +44,13 @@ from nnunetv2_dycon.methods.base import Batch, Group, Method, Outputs, Task
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.options import Settings
 from nnunetv2_dycon.precision import require_bf16
-from nnunetv2_dycon.randomness import global_states, seed_everything, seed_from_here, set_global_states
+from nnunetv2_dycon.randomness import (
+    global_states,
+    process_seed,
+    seed_everything,
+    seed_from_here,
+    set_global_states,
+)
 from nnunetv2_dycon.trainers.history import History, epoch_means, unseen_classes
 from nnunetv2_dycon.trainers.ranks import (
     average_gradients,
@@ -119,9 +125,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.method = self.method_type(self.settings, task)
         self.method.build(unwrap(self.network))
         self.method.to(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(seed + self.local_rank)
+        self.generator = torch.Generator(self.device).manual_seed(process_seed(seed, self.local_rank, 0))
         parameters = self._method_parameters()
-        share_weights(parameters)
+        share_weights(self.method.state_dict().values())
         if parameters:
             # An optimiser of its own, so that `optimizer_state` in the checkpoint stays stock's.
             self.method_optimizer = torch.optim.SGD(
@@ -190,7 +196,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         The validation loader gets random states of its own wherever it may not shift the training stream: its draws
         depend on validation labels. The control without option `seed` keeps stock's stream, draw for draw.
         """
-        seed = None if self.settings.seed is None else self.settings.seed + 1000 * self.local_rank
+        seed = self.settings.seed
+        if seed is not None:  # a training that goes on in loader processes must not draw its first patches again
+            seed = process_seed(seed, self.local_rank, self.step)
         apart = seed is not None or self.method_type.uses_unlabeled
         before = global_states()
         train, val = super().get_dataloaders()
@@ -469,8 +477,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         super().load_checkpoint(filename_or_checkpoint)
         if state is None:
             self.print_to_log_file(
-                f"WARNING: {filename_or_checkpoint} has no '{KEY}' entry (another trainer wrote it): all but the "
-                "network starts as in a new training."
+                f"WARNING: {filename_or_checkpoint} has no '{KEY}' entry (another trainer wrote it): network, "
+                "optimiser, epoch and schedules go on; teacher and all that the method adds start anew."
             )
             self.step = self.current_epoch * self.num_iterations_per_epoch
             self.method.start(unwrap(self.network))

@@ -16,11 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def share_weights(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every process the first one's weights."""
+def share_weights(tensors: Iterable[Tensor]) -> None:
+    """Give every process the first one's values, in place."""
     if world_size() > 1:
-        for parameter in parameters:
-            dist.broadcast(parameter.data, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

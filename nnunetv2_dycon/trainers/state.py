@@ -9,7 +9,7 @@ import torch
 import nnunetv2_dycon
 from nnunetv2_dycon.data.loader import IsolatedLoader
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.randomness import RandomStream, global_states, set_global_states
+from nnunetv2_dycon.randomness import RandomStream, global_states, process_seed, set_global_states
 from nnunetv2_dycon.trainers.history import History
 
 if TYPE_CHECKING:
@@ -60,7 +60,13 @@ def restore(trainer: "nnUNetTrainerSSL", state: dict[str, Any]) -> None:
 
 
 def restore_random_states(trainer: "nnUNetTrainerSSL", states: dict[str, Any]) -> None:
-    """Continue every random stream of this process; loader workers start new ones."""
+    """Continue every random stream of the first process. Others, and loader workers, start new ones.
+
+    The checkpoint has the states of the first process alone: with these, all would draw the same patches.
+    """
+    if trainer.local_rank:
+        trainer.generator.manual_seed(process_seed(trainer.method.task.seed, trainer.local_rank, trainer.step))
+        return
     set_global_states(states["global"])
     if trainer.device.type == "cuda" and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

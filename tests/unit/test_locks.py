@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -80,6 +82,30 @@ def test_waiting_says_so_and_gets_the_lock(place: Path, caplog: pytest.LogCaptur
                 assert other.poll() == 0
     assert waited == [None]
     assert [record.getMessage() for record in caplog.records] == ["waiting for it"]
+
+
+FORK = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+from nnunetv2_dycon.locks import locked
+with locked(Path(sys.argv[1]), "busy"):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    print(child.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_forked_process_that_outlives_the_holder_does_not_keep_the_lock(place: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", FORK, str(place)], stdout=subprocess.PIPE, text=True) as process:
+        orphan = int(process.stdout.readline())
+        try:
+            assert process.wait() == -signal.SIGKILL
+            os.kill(orphan, 0)  # it is there
+            with locked(place, "kept by the orphan"):
+                pass
+        finally:
+            os.kill(orphan, signal.SIGKILL)
 
 
 def test_it_can_be_taken_again_also_after_an_error(place: Path) -> None:

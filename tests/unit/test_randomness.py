@@ -1,0 +1,79 @@
+"""Seeds of processes: where several draw at the same time, none draws what another does."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from batchgenerators.dataloading.data_loader import DataLoader
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+
+from nnunetv2_dycon.data.loader import MixedLoader, replace_loader
+from nnunetv2_dycon.randomness import derived_seed, process_seed
+from tests.training import begin
+
+# batchgenerators' thread that collects results ends so when its workers are stopped
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+class Numbers(DataLoader):
+    """Draws from numpy's global state, as nnU-Net's loader does."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 1, 1, None, True, False, True)
+        self.transforms = None
+
+    def generate_train_batch(self) -> dict[str, np.ndarray]:
+        return {"data": np.random.random(3)}
+
+
+def drawn(seed: int, batches: int) -> set[float]:
+    stock = NonDetMultiThreadedAugmenter(Numbers(), None, 4, wait_time=0.001)
+    augmenter = replace_loader(stock, MixedLoader(Numbers(), None), seed)
+    try:
+        return {float(next(augmenter)["data"][0]) for _ in range(batches)}
+    finally:
+        augmenter._finish()
+
+
+def test_workers_of_neighboring_seeds_draw_nothing_in_common() -> None:
+    one, other = drawn(0, 40), drawn(1, 40)
+    assert len(one) == len(other) == 40  # nor do two workers of one seed
+    assert not one & other
+
+
+def test_seeds_of_processes_differ_and_the_first_is_the_users() -> None:
+    starts = list(product(range(5), range(4), (0, 1, 250)))
+    seeds = [process_seed(*start) for start in starts]
+    assert len(set(seeds)) == len(seeds)
+    assert [process_seed(seed, 0, 0) for seed in range(5)] == list(range(5))
+    assert len({derived_seed(seed, worker) for seed in seeds for worker in range(4)}) == 4 * len(seeds)
+    assert all(0 <= derived_seed(seed) < 2**32 for seed in (0, 2**32 - 1, 2**40))
+
+
+def test_a_training_that_goes_on_in_loader_processes_draws_new_patches(trainer, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+
+    def patches(t, number: int = 12) -> list[np.ndarray]:
+        begin(t)
+        try:
+            return [next(t.dataloader_train)["data"].numpy() for _ in range(number)]
+        finally:
+            t.dataloader_train._finish()
+            t.dataloader_val._finish()
+
+    name = "nnUNetTrainerMeanTeacher_epochs2_iters3_valiters1_seed1"
+    first = trainer(name)
+    before = patches(first)
+    first.step = 3
+    path = tmp_path / "checkpoint.pth"
+    first.save_checkpoint(str(path))
+    again = patches(trainer(name))
+    second = trainer(name, resume=True)
+    second.load_checkpoint(str(path))
+    after = patches(second)
+
+    def common(some, others) -> int:
+        return sum(any(np.array_equal(a, b) for b in others) for a in some)
+
+    assert common(again, before) > 6  # the same start gives the same patches, in whatever order
+    assert common(after, before) == 0
