@@ -286,8 +286,8 @@ def _why_not(rest: str, longest_first: list[_Option]) -> str:
         return f"option {item.name} has no value {value!r}: type _{item.name} and then {item.allowed}."
     names = [item.name for item in longest_first]
     word = re.match("[A-Za-z]*", part)[0].lower() or part
-    nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.0)[0]
-    return f"unknown option {part!r}; the nearest is {nearest}. Run: nnUNetv2_dycon trainers"
+    nearest = "".join(f"; the nearest is {name}" for name in difflib.get_close_matches(word, names, n=1))
+    return f"unknown option {part!r} of this trainer{nearest}. Run: nnUNetv2_dycon trainers"
 
 
 def _read_number(text: str) -> float:

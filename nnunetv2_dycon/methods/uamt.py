@@ -6,6 +6,7 @@ on its input does alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
@@ -16,11 +17,13 @@ from nnunetv2_dycon.losses.targets import certain_voxels
 from nnunetv2_dycon.methods.base import (
     Batch,
     Group,
+    Pass,
     TeacherSettings,
     Term,
     ViewMethod,
     ViewSettings,
     agreement,
+    passes,
 )
 from nnunetv2_dycon.networks import full_resolution
 from nnunetv2_dycon.options import Settings, option
@@ -41,11 +44,23 @@ class UAMT(ViewMethod):
 
     settings_type: ClassVar[type[Settings]] = UAMTSettings
 
-    def compare(self, student: nn.Module, teacher: Callable[[Tensor], Tensor], batch: Batch, view: View) -> Group:
+    def unlabeled(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
+        """Return one pass for each view; the noised teacher is asked once for all of them."""
+        mean = cache(partial(self._mean_answer, batch))
+        return passes(self.views(batch), partial(self._certain_terms, student, cache(self.teacher), mean, batch))
+
+    def _certain_terms(
+        self,
+        student: nn.Module,
+        teacher: Callable[[Tensor], Tensor],
+        mean: Callable[[], Tensor],
+        batch: Batch,
+        view: View,
+    ) -> Group:
         """Return the mean squared norm over the certain voxels, a zero on the graph where there is none."""
         with torch.no_grad():
             target = view.mix(teacher(view.teacher))
-            certain = certain_voxels(view.mix(self._mean_answer(batch)), _threshold(batch.t))
+            certain = certain_voxels(view.mix(mean()), _threshold(batch.t))
             kept = certain.mean()
         logits = full_resolution(student(view.student))
         value = mse(logits, target, certain / kept.clamp_min(1e-12))  # the mean over certain voxels alone

@@ -60,10 +60,13 @@ def trainer_class(name: str) -> type:
     AttributeError
         If the name is not one of ours.
     ConfigError
-        If it is ours but its options cannot be read.
+        If it is ours but its options cannot be read, or but for capital letters.
     """
     base_name = name.split("_", 1)[0]
     if base_name not in TRAINERS:
+        for known in TRAINERS:
+            if known.lower() == base_name.lower():
+                raise ConfigError(f"there is no trainer {base_name}: type {known}{name[len(base_name) :]}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     method, base = TRAINERS[base_name]
     try:

@@ -79,6 +79,11 @@ def test_a_name_of_somebody_else_is_an_attribute_error(name):
         names.trainer_class(name)
 
 
+def test_a_name_of_ours_in_other_capital_letters_is_corrected():
+    with pytest.raises(ConfigError, match=r"no trainer nnUNetTrainerDycon: type nnUNetTrainerDyCON_epochs5$"):
+        names.trainer_class("nnUNetTrainerDycon_epochs5")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -126,11 +126,11 @@ def test_only_what_differs_is_printed():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("_epoch5", "unknown option 'epoch5'; the nearest is epochs."),
-        ("_Epochs5", "unknown option 'Epochs5'; the nearest is epochs."),
-        ("_betta5", "unknown option 'betta5'; the nearest is beta."),
+        ("_epoch5", "unknown option 'epoch5' of this trainer; the nearest is epochs."),
+        ("_Epochs5", "unknown option 'Epochs5' of this trainer; the nearest is epochs."),
+        ("_betta5", "unknown option 'betta5' of this trainer; the nearest is beta."),
         ("_targett", "option target has no value 't': type _target and then mse | ce | ce_dice."),
-        ("_wfec5", "unknown option 'wfec5'; the nearest is wfecl."),
+        ("_wfec5", "unknown option 'wfec5' of this trainer; the nearest is wfecl."),
         ("_epochs0", "option epochs: 0 is out of range: whole number >= 1."),
         ("_w1001", "option w: 1001 is out of range: number from 0 to 1000."),
         ("_beta0p5to0", "option beta: 0p5to0 is out of range: number or AtoB from 0p001 to 20."),
@@ -138,7 +138,8 @@ def test_only_what_differs_is_printed():
         ("_stage21", "option stage: 21 is out of range: whole number from 0 to 20."),
         ("_epochs", "option epochs has no value '': type _epochs and then whole number >= 1."),
         ("_epochs1p5", "option epochs has no value '1p5'"),
-        ("_betato5", "unknown option 'betato5'; the nearest is beta."),
+        ("_viewbcp", "unknown option 'viewbcp' of this trainer. Run"),  # nothing near it
+        ("_betato5", "unknown option 'betato5' of this trainer; the nearest is beta."),
         ("_beta1to", "option beta has no value '1to'"),
         ("_epochs5_w1_epochs5", "option epochs occurs twice"),
         ("_hard_hard", "option hard occurs twice"),

@@ -120,6 +120,15 @@ def test_uamt_learns_where_the_noised_teacher_agrees_with_itself(t: float) -> No
     assert set(last().terms) == {"supervised"}
 
 
+def test_uamt_asks_the_noised_teacher_once_for_both_mixes_of_a_view() -> None:
+    method, student = made(UAMT, UAMTSettings(view="bcp", samples=3, ramp=0.0))
+    asked = []
+    method.teacher.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0]))
+    for one in method.groups(student, batch()):
+        one()
+    assert len(asked) == 1 + 3  # the target, which both mixes share, and each sample
+
+
 def test_uamt_without_a_certain_voxel_is_a_zero_on_the_graph() -> None:
     method, student = made(UAMT, UAMTSettings(ramp=0.0))
     for parameter in method.teacher.network.parameters():
