@@ -82,15 +82,16 @@ def read_scores(folders: Iterable[Path]) -> list[Score]:
     Raises
     ------
     DataError
-        If there is none, or a file is none of ours, or has distances in voxels.
+        If there is none, or a file is none of ours, or has distances in voxels, or runs are there twice.
     """
-    found = {}
+    found, places = {}, defaultdict(set)
     for folder in folders:
         for path in sorted(folder.rglob("scores.json")):
             run, _, weights = re.sub(r"^\d+_", "", path.parent.name).rpartition("_")
             place = path.parents[1] if path.parents[1].name != "scores" else path.parents[2]  # of a report of compare
             data = re.sub(r"^Dataset\d+_|_draw[^_]*$", "", place.name)
             data = re.sub(r"_labeled(.+)$", r", \1 labelled", data)
+            places[data, run, weights].add(place.parent)
             try:
                 means = json.loads(path.read_text())["mean_over_classes"]
                 dice, hd95 = 100 * means["dice"]["mean"], means["hd95_mm"]["penalized_mean"]
@@ -101,6 +102,10 @@ def read_scores(folders: Iterable[Path]) -> list[Score]:
             found[path.resolve()] = Score(data, run, weights, dice, float("nan") if hd95 is None else hd95)
     if not found:
         raise DataError(f"no scores.json below {', '.join(map(str, folders))}; run evaluate, compare or the workflow")
+    for (data, run, _), homes in places.items():
+        if len(homes) > 1:  # the workflow's scores, and a report on the same runs
+            both = " and in ".join(map(str, sorted(homes)))
+            raise DataError(f"{run} on {data} is in {both}; give one of these folders")
     return list(found.values())
 
 

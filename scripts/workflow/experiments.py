@@ -97,6 +97,8 @@ class Run:
         Folder of the fold, below nnUNet_results.
     command : str, optional
         What trains, where it is not nnU-Net's training.
+    new : int, optional
+        Id of the first data set that the command makes.
     """
 
     dataset: Dataset
@@ -106,6 +108,7 @@ class Run:
     training: str
     weights: tuple[str, ...]
     command: str | None = None
+    new: int | None = None
 
 
 @dataclass(frozen=True)
@@ -198,11 +201,10 @@ class Experiments:
 
     def train(self, run: Run, lock: str) -> str:
         """Command that trains, or goes on with a training, or sees that it is finished."""
-        options = ["--training", run.training, "--lock", lock]
-        if run.command is not None:
-            return _step("train", *options, "--", *shlex.split(run.command))
-        options += ["-device", self.settings["device"], "--threads", str(self.settings["threads"])]
-        return _step("train", *options, "--loaders", str(self.settings["loaders"]))
+        options = ["--training", run.training, "--lock", lock, "-device", self.settings["device"]]
+        options += ["--threads", str(self.settings["threads"]), "--loaders", str(self.settings["loaders"])]
+        command = [] if run.command is None else ["--", *shlex.split(run.command)]
+        return _step("train", *options, *command)
 
     def predict(self, run: Run, weights: str) -> str:
         """Command that predicts the test cases with the weights of student or teacher."""
@@ -300,6 +302,7 @@ def read(config: Mapping[str, Any]) -> Experiments:
                 for seed in method["seeds"]:
                     _add(found.runs, _run(found, dataset, name, method, seed))
     _check_used(methods, datasets)
+    _check_new(found)
     found.reports.update(_reports(found, settings.get("baseline"), methods))
     return found
 
@@ -319,6 +322,8 @@ def _datasets(name: str, entry: Any) -> list[Dataset]:
         raise ConfigurationError(f"{where}: give split: ID, or convert: [COLLECTION, FOLDER], and not both")
     if "phantom" in entry and "split" not in entry:
         raise ConfigurationError(f"{where}: phantom generates the data set that split: ID names; add split")
+    if not isinstance(entry.get("phantom", ""), str):
+        raise ConfigurationError(f"{where}: phantom is {entry['phantom']!r}; give its options as text")
     bases = _mapping(entry.get("labeled"), f"{where}: labeled (for example {{4: 610, 10: 620}}, numbers and first ids)")
     draws = entry.get("draws", [0])
     listed = "convert" in entry or "--protocol" in str(entry.get("options", ""))
@@ -403,7 +408,7 @@ def _method(name: str, entry: Any, settings: Mapping[str, Any]) -> dict[str, Any
 
 
 def _run(found: Experiments, dataset: Dataset, name: str, method: Mapping[str, Any], seed: int) -> Run:
-    plans, configuration, command = found.settings["plans"], found.configuration, None
+    plans, configuration, command, new = found.settings["plans"], found.configuration, None, None
     if "trainer" in method:
         key = "_".join(filter(None, [method["trainer"], str(method["options"]), f"seed{seed}"]))
         training = f"{dataset.folder}/{key}__{plans}__{configuration}/fold_{dataset.fold}"
@@ -413,11 +418,11 @@ def _run(found: Experiments, dataset: Dataset, name: str, method: Mapping[str, A
         known |= {"configuration": configuration, "options": method["options"], "device": found.settings["device"]}
         if seed in method["ids"]:
             first = min(one.id for one in found.datasets.values())
-            known["new"] = _whole(method["ids"][seed], f"methods: {name}: ids: {seed}") + dataset.id - first
+            known["new"] = new = _whole(method["ids"][seed], f"methods: {name}: ids: {seed}") + dataset.id - first
         command, training = (
             _filled(str(method[part]), known, f"methods: {name}: {part}") for part in ("command", "training")
         )
-    return Run(dataset, name, seed, key, training, tuple(method["weights"]), command)
+    return Run(dataset, name, seed, key, training, tuple(method["weights"]), command, new)
 
 
 def _filled(text: str, known: Mapping[str, Any], where: str) -> str:
@@ -494,6 +499,19 @@ def _check_ids(datasets: Sequence[Dataset]) -> None:
                 f"id {dataset.id} is used twice, by {owner[dataset.id]} and {dataset.key}; leave more room"
             )
         owner[dataset.id] = dataset.key
+
+
+def _check_new(found: Experiments) -> None:
+    owner = {dataset.id: dataset.key for dataset in found.datasets.values()}
+    owner |= {dataset.source: "split" for dataset in found.datasets.values() if dataset.source is not None}
+    for run in found.runs.values():
+        if run.new in owner:
+            raise ConfigurationError(
+                f"methods: {run.method}: ids: {run.dataset.key} with seed {run.seed} would make id {run.new}, which is "
+                f"of {owner[run.new]}; give each seed an id with room for every data set above it"
+            )
+        if run.new is not None:
+            owner[run.new] = f"{run.method}, {run.dataset.key}, seed {run.seed}"
 
 
 def _check_used(methods: Mapping[str, Any], datasets: Sequence[Dataset]) -> None:

@@ -7,12 +7,14 @@ import argparse
 import csv
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nnunetv2_dycon.errors import DataError, UserError
@@ -23,23 +25,38 @@ COLUMNS = ("dataset", "run", "weights", "dice", "hd95_mm", "hd95_penalized_mm", 
 
 
 def raw(folder: str, labeled: str, draw: str, command: Sequence[str]) -> None:
-    """Run the command that writes a raw data set, unless the data set is there with the same labelled draw.
+    """Run the command that writes a raw data set, unless the data set is there by the same command.
+
+    The command is noted in the data set. One that was written by hand is taken over where its draw is the same.
 
     Raises
     ------
     DataError
-        If there is a data set with another draw.
+        If there is a data set by another command, or with another draw.
     """
     target = environment_folder("nnUNet_raw") / folder
+    note, text = target / "workflow.json", json.dumps({"command": list(command)})
     if not target.exists():
         _run(command)
+        note.write_text(text)
+    if note.is_file():
+        if note.read_text() != text:
+            raise DataError(
+                f"{target} was written by another command ({note}) than the configuration's, {shlex.join(command)}; "
+                "take another first id, or delete it with its preprocessed data and results"
+            )
+        return
+    print(f"{target} was not written by this workflow: of its cases only number and draw are compared", flush=True)
     try:
         request = json.loads((target / "conversion.json").read_text())["request"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{target} was not written by this workflow; take another first id in the configuration"
         ) from error
-    seeds = (None, 0) if draw == "published" else (None, int(draw)) if labeled == "all" else (int(draw),)
+    if draw == "published":
+        seeds = [None]
+    else:
+        seeds = [None, int(draw)] if labeled == "all" else [int(draw)]
     if str(request.get("labeled")) != labeled or request.get("labeled_seed") not in seeds:
         raise DataError(f"{target} has other labelled cases ({request}); take another first id, or delete it")
 
@@ -103,14 +120,15 @@ def train(training: Path, lock: Path, device: str, threads: int, loaders: int, c
         if final.is_file():
             print(f"{final} is there: nothing to train", flush=True)
             return
+        variables = {"nnUNet_n_proc_DA": str(loaders)}
+        if device == "cpu":
+            variables["nnUNet_compile"] = "f"  # its compiler takes longer than it saves in short runs
         if command:
-            _run(command)
+            _run(command, variables | ({"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {}))
             if not final.is_file():
                 raise DataError(f"the command ended without {final}; correct training: in the configuration")
             return
-        os.environ["nnUNet_n_proc_DA"] = str(loaders)
-        if device == "cpu":
-            os.environ["nnUNet_compile"] = "f"  # its compiler takes longer than it saves in short runs
+        os.environ.update(variables)
         _train_with_nnunet(training, device, threads)
 
 
@@ -229,8 +247,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}{spread}"
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, check=False)
+def _run(command: Sequence[str], variables: Mapping[str, str] = MappingProxyType({})) -> None:
+    done = subprocess.run(command, env={**os.environ, **variables}, check=False)
     if done.returncode:
         raise DataError(f"{' '.join(command)} ended with {done.returncode}; see above")
 

@@ -35,6 +35,11 @@ CONFIG = {
 }
 
 
+def self_made(ids: dict[int, int]) -> dict:
+    """A method that makes data sets of its own."""
+    return {"command": "do --as {new}", "training": "Dataset{new}_{name}/{seed}", "ids": ids}
+
+
 def changed(path: str, value: object) -> dict:
     config = copy.deepcopy(CONFIG)
     *parents, last = path.split("/")
@@ -178,7 +183,8 @@ def test_the_configurations_that_are_there_can_be_used(name):
         ("datasets/Blobs/labeled", {"few": 4}, "labeled has 'few'"),
         ("datasets/Blobs/draws", ["published"], "draws is ['published']"),
         ("datasets/Blobs/convert", ["LA", "/data"], "and not both"),
-        ("datasets/Blobs/phantom", 5, None),
+        ("datasets/Blobs/phantom", 5, "phantom is 5; give its options"),
+        ("datasets/Blobs/phantom", "-n 9", None),
         ("methods/DyCON/trainer", "nnUNetTrainerDyCON_seed3", "leave it to seeds"),
         ("methods/DyCON/command", "train", "and not both"),
         ("methods/DyCON/labeled", 5, "labeled has 5, which no data set has"),
@@ -188,6 +194,10 @@ def test_the_configurations_that_are_there_can_be_used(name):
         ("methods/more", "nnUNetTrainerLabeledOnly", "control and more are the same training"),
         ("methods/more", {"command": "do {it}", "training": "x"}, "has the unknown {it}; known are {id}"),
         ("methods/more", {"command": "do --as {new}", "training": "x"}, "has the unknown {new}"),
+        ("methods/more", self_made({0: 700, 1: 750}), None),
+        ("methods/more", self_made({0: 700, 1: 701}), "more: ids: Dataset611_Blobs"),  # 610 and 611 would share 701
+        ("methods/more", self_made({0: 610, 1: 750}), "would make id 610, which is of Dataset610_Blobs"),
+        ("methods/more", self_made({0: 4, 1: 750}), "would make id 4, which is of split"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(path, value, said):
@@ -238,6 +248,41 @@ def test_a_raw_data_set_is_taken_over_only_with_its_own_draw(raw, capfd):
         assert "has other labelled cases" in capfd.readouterr().err
     with pytest.raises(DataError, match="false ended with 1"):
         steps.raw("Dataset611_Blobs", "4", "7", ["false"])
+
+
+def test_a_published_list_is_not_a_draw_with_seed_0(raw, capfd):
+    (raw / "conversion.json").write_text(json.dumps({"request": {"labeled": "4", "labeled_seed": 0}}))
+    assert steps.main(["raw", "--folder", raw.name, "--labeled", "4", "--draw", "published", "--", "false"]) == 2
+    assert "has other labelled cases" in capfd.readouterr().err
+    steps.raw(raw.name, "4", "0", ["false"])
+
+
+def test_a_raw_data_set_of_other_options_is_refused_though_its_draw_is_the_same(raw, capfd):
+    request = json.dumps({"request": {"labeled": "4", "labeled_seed": 7}})
+    place = raw.with_name("Dataset612_Blobs")
+    write = f"from pathlib import Path; place = Path({str(place)!r}); place.mkdir(); "
+    write += f"(place / 'conversion.json').write_text({request!r})"
+    command = [sys.executable, "-c", write, "--test", "2"]
+    steps.raw(place.name, "4", "7", command)
+    steps.raw(place.name, "4", "7", command)  # is not run again: the folder is there
+    wanted = ["raw", "--folder", place.name, "--labeled", "4", "--draw", "7", "--", *command[:-1], "40"]
+    assert steps.main(wanted) == 2
+    said = capfd.readouterr().err
+    assert "written by another command" in said
+    assert "--test 40" in said
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", "3"), ("cuda", "1")])
+def test_a_command_gets_loaders_and_threads_as_the_trainings(tmp_path, monkeypatch, device, threads):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    final = tmp_path / "checkpoint_final.pth"
+    text = f"import os; open({str(final)!r}, 'w').write(os.environ['nnUNet_n_proc_DA'] + os.environ['OMP_NUM_THREADS'])"
+    steps.train(tmp_path, tmp_path / "lock", device, 3, 4, [sys.executable, "-c", text])
+    assert final.read_text() == f"4{threads}"
+    found = experiments.read(changed("methods/more", self_made({0: 700, 1: 750})) | {"loaders": 4})
+    words = shlex.split(found.train(next(run for run in found.runs.values() if run.command), "lock"))
+    assert words[words.index("--loaders") + 1] == "4"
 
 
 def test_reduction_keeps_the_first_stages_and_the_data_of_the_parent(raw, tmp_path):
@@ -349,6 +394,16 @@ def test_a_sweep_has_the_default_where_the_name_has_no_option(tmp_path):
     seen = [(row[2], round(row[3])) for row in rows]
     assert seen == [(0.5, 70), (0.5, 80), (0.8, 80), (0.8, 90), (2, 60), (2, 70)]
     assert not sweep_figures.sweep_rows(scores, "topk", sweep_figures.defaults_of("topk"))
+
+
+def test_the_same_runs_in_two_places_are_refused(tmp_path):
+    for seed in (0, 1):
+        run = f"nnUNetTrainerDyCON_gamma{seed}_seed0_student"
+        write_scores(tmp_path / "scores", "Dataset610_Blobs_labeled4_draw0", run, 0.5, 3.0)
+        write_scores(tmp_path / "reports" / "Blobs_labeled4" / "scores", ".", f"0{seed}_{run}", 0.5, 3.0)
+    with pytest.raises(DataError, match=r"gamma0_seed0 on Blobs, 4 labelled is in .*reports.* and in .*scores; give"):
+        sweep_figures.read_scores([tmp_path])
+    assert len(sweep_figures.read_scores([tmp_path / "scores"])) == 2
 
 
 def test_frameworks_are_paired_with_equal_options_and_all_figures_are_written(tmp_path, capsys):
