@@ -96,7 +96,7 @@ class TeacherSettings(Settings):
         None,
         low=0.0,
         high=0.99999,
-        none_text="0.999, at most 1 - 10/steps",
+        none_text="0p999, at most 1 - 10/steps",
         help="EMA decay of the teacher, approached as 1 - 1/(step + 1)",
     )
     paste: float = option(

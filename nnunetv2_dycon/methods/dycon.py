@@ -109,7 +109,7 @@ class DyCONSettings(DyCONTermSettings, ViewSettings, TeacherSettings):
         None,
         low=0.0,
         high=1.0,
-        none_text="0.1, at least 800 steps, at most 0.4",
+        none_text="0p1, at least 800 steps, at most 0p4",
         help="fraction of the training over which unlabelled terms rise",
     )
     view: str = option("bcp", choices=tuple(PASSES), help="what differs between student and teacher input")

@@ -58,6 +58,16 @@ def test_a_split_may_take_the_lists_of_a_protocol():
     assert {data.draw for data in found.datasets.values()} == {"published"}
 
 
+@pytest.mark.parametrize("path", sorted((FOLDER / "config").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_file_can_be_read_and_all_its_trainers_exist(path):
+    found = experiments.read(yaml.safe_load(path.read_text()))
+    assert found.runs
+    assert found.reports
+    for run in found.runs.values():
+        if run.command is None:
+            trainer_class(run.key)
+
+
 def test_a_configuration_is_data_sets_by_draws_by_methods_by_seeds():
     found = experiments.read(CONFIG)
     folders = {data.folder: (data.labeled, data.draw) for data in found.datasets.values()}
