@@ -107,9 +107,10 @@ def _show_scores(rows: Sequence[Any]) -> int:
     from nnunetv2_dycon.evaluation.scores import summarize
 
     summary = summarize(rows)
-    first = next(iter(summary["classes"].values()))
-    metrics = [key for key, entry in first.items() if isinstance(entry, dict) and entry.get("mean") is not None]
-    statuses = list(first["status"])
+    classes = list(summary["classes"].values())
+    known = [key for key, entry in classes[0].items() if isinstance(entry, dict)]
+    metrics = [key for key in known if any(of_class[key].get("mean") is not None for of_class in classes)]
+    statuses = list(classes[0]["status"])
     table = [["label", "name", *statuses, *metrics]]
     for label, of_class in summary["classes"].items():
         means = (of_class[metric]["mean"] for metric in metrics)

@@ -1,6 +1,5 @@
 """Model folders that stock nnU-Net predicts with, on a machine without this package."""
 
-import logging
 import os
 import shutil
 import tempfile
@@ -13,8 +12,6 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
 from nnunetv2_dycon.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 STOCK_TRAINER = "nnUNetTrainer"
 MODEL_FILES = ("plans.json", "dataset.json")
@@ -61,7 +58,7 @@ def export_model(
     Raises
     ------
     DataError
-        If a checkpoint is missing or holds no teacher, or `output` exists or cannot be written.
+        If a checkpoint is missing, cannot be read or holds no teacher, or `output` exists or cannot be written.
     """
     try:
         model = Path(get_output_folder(dataset_id, trainer, plans, configuration))
@@ -108,9 +105,7 @@ def _members(folds: Sequence[int | str], weights: str) -> list[tuple[int | str, 
 
 
 def _stock_checkpoint(path: Path, weights: str) -> dict[str, Any]:
-    checkpoint, safely = read_checkpoint(path)
-    if not safely:
-        logger.warning("%s holds objects that had to be unpickled; open only files that you trust", path)
+    checkpoint = read_checkpoint(path, "network_weights", "init_args", "inference_allowed_mirroring_axes")
     network = checkpoint["network_weights"]
     if weights == "teacher":
         if KEY not in checkpoint:

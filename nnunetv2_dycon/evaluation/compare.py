@@ -20,7 +20,7 @@ from nnunetv2_dycon.evaluation.metrics import Convention
 from nnunetv2_dycon.evaluation.predict import predict as predict_run
 from nnunetv2_dycon.evaluation.report import REPORT_FILE, write_report
 from nnunetv2_dycon.evaluation.runs import Place, Run, Weights, check_alike, find_baseline, find_runs
-from nnunetv2_dycon.evaluation.scores import evaluate
+from nnunetv2_dycon.evaluation.scores import check_writable, evaluate
 from nnunetv2_dycon.evaluation.tables import choose_published
 from nnunetv2_dycon.folders import environment_folder
 
@@ -116,8 +116,8 @@ def compare(
     reference = find_baseline(runs[0] if baseline is None else baseline, found)
     rows = choose_published(dataset if published == "auto" else published, _labeled(found)) if published else []
     found += [replace(run, upper=True) for run in bounds]
-    if len(found) < 2:
-        raise ConfigError("--runs names one run only; give at least two, or --upper")
+    if len({run.method for run in found}) < 2:
+        raise ConfigError("--runs names one method only (seeds of it, or one run); give at least two, or --upper")
     for run in found:
         if not run.predictions.is_dir():
             _predict(run, predict, raw / "imagesTs", mirroring, device, save_probabilities)
@@ -125,7 +125,6 @@ def compare(
     check_alike(found, cases, predicted)
     images = Images(truth, raw / "imagesTs" if (raw / "imagesTs").is_dir() else None, labels)
     title = f"Comparison on {dataset.split('_', 1)[-1]}"
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         whole = Path(scratch, "report")
         scored = []
@@ -182,6 +181,7 @@ def _predict(
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    check_writable(output.parent)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / REPORT_FILE).is_file():

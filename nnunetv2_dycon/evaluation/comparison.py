@@ -3,8 +3,8 @@
 Means are taken over cases first, then over classes. A method is all runs that differ by seed or labelled draw alone.
 For a test, a case has one value a method: the mean over its runs, then over classes. Distances are those of status
 "ok" in means; where methods are compared, a missed structure and a false alarm cost the image's diagonal. An empty
-structure that is left empty counts as a whole overlap (1) against a method that has a false alarm there; where no
-method has one, the case says nothing and is left out and counted.
+structure that is left empty counts as a whole overlap (1) and as no distance (0) against a method that has a false
+alarm there; where neither has one, the case says nothing and is left out and counted.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.metrics import DISTANCES, OVERLAPS, Score
 from nnunetv2_dycon.evaluation.runs import Run, short_names
-from nnunetv2_dycon.evaluation.statistics import Paired, Spread, holds, holm, paired, spread
+from nnunetv2_dycon.evaluation.statistics import Paired, Ratio, Spread, holds, holm, paired, ratio, spread
 
 METRICS = ("dice", "iou", "hd95_mm", "asd_mm")  # the paper's four
 ALL = ""  # the mean over classes, in place of a label
@@ -56,7 +56,8 @@ class Result(NamedTuple):
     holds : bool
         Whether the difference to the baseline may be called one.
     best : bool
-        Whether this method is ahead of every other but upper bounds, and each of these differences holds.
+        Whether this method is ahead of every other but upper bounds, and each of these differences holds; those to the
+        baseline hold as in `holds`.
     left_out : int
         Cases times classes that the comparison could not use.
     """
@@ -70,13 +71,13 @@ class Result(NamedTuple):
 
 
 class _ByCase(NamedTuple):
-    values: list[float]
+    values: dict[str, float]
     of_runs: tuple[float, ...]
     left_out: int
 
     @property
     def mean(self) -> float:
-        return float(np.mean(self.values)) if self.values else 0.0
+        return float(np.mean(list(self.values.values()))) if self.values else 0.0
 
 
 class _Difference(NamedTuple):
@@ -126,10 +127,11 @@ class Comparison:
             }
         )
 
-    def gap_closed(self, method: Method) -> float | None:
-        """Return how much of the way from the baseline's mean Dice to the first upper bound's a method goes.
+    def gap_closed(self, method: Method) -> Ratio | None:
+        """Return how much of the way from the baseline's Dice to the first upper bound's a method goes.
 
-        None without an upper bound that is ahead of the baseline, by an interval that leaves out 0.
+        Both are mean differences over the same cases, as in the tests. None without an upper bound that is ahead of the
+        baseline, by an interval that leaves out 0.
         """
         upper = next((m for m in self.methods if m.upper), None)
         if upper is None:
@@ -137,8 +139,10 @@ class Comparison:
         gap = self.results[upper.name, ALL, "dice"].difference
         if gap is None or gap.low is None or gap.low <= 0:
             return None
-        low, own, high = (self.results[m.name, ALL, "dice"].mean.mean for m in (self.methods[0], method, upper))
-        return (own - low) / (high - low)
+        own, whole = (self._by_case(m, self.methods[0], ALL, "dice").values for m in (method, upper))
+        cases = sorted(own.keys() & whole.keys())
+        rng = np.random.default_rng(SEED)
+        return ratio([own[case] for case in cases], [whole[case] for case in cases], rng)
 
     @cached_property
     def results(self) -> dict[tuple[str, str, str], Result]:
@@ -156,25 +160,35 @@ class Comparison:
         baseline = self.methods[0]
         differences = [None if m is baseline else self._difference(m, baseline, label, k) for m, label, k in keys]
         adjusted = holm([d.paired.p if d and d.paired else None for d in differences])
-        leaders = {(label, metric): self._leader(label, metric) for _, label, metric in keys}
+        held = {
+            (m.name, label, k): bool(d) and holds(d.paired, p, d.of_runs)
+            for (m, label, k), d, p in zip(keys, differences, adjusted, strict=True)
+        }
+        leaders = {(label, metric): self._leader(label, metric, held) for _, label, metric in keys}
         return {
             (method.name, label, metric): Result(
                 mean=spread([v for v in (run_mean(s, label, metric) for s in method.scores) if v is not None]),
                 difference=d.paired if d else None,
                 p=p,
-                holds=bool(d) and holds(d.paired, p, d.of_runs),
+                holds=held[method.name, label, metric],
                 best=leaders[label, metric] is method,
                 left_out=d.left_out if d else 0,
             )
             for (method, label, metric), d, p in zip(keys, differences, adjusted, strict=True)
         }
 
-    def _leader(self, label: str, metric: str) -> Method | None:
-        """Return the method that is better than every other one, None where that does not hold."""
+    def _leader(self, label: str, metric: str, held: Mapping[tuple[str, str, str], bool]) -> Method | None:
+        """Return the method that is better than every other one, None where that does not hold.
+
+        `held` are the differences to the baseline that hold, by what they were corrected for.
+        """
         ahead = 1.0 if metric in OVERLAPS else -1.0
         rivals = [method for method in self.methods if not method.upper]
         for method in rivals:
             others = [other for other in rivals if other is not method]
+            to_baseline = [method] if method is not self.methods[0] else others
+            if not all(held[one.name, label, metric] for one in to_baseline):
+                continue
             means = [self._by_case(method, other, label, metric).mean for other in others]
             if not others or not all(ahead * mean > 0 for mean in means):  # no test is needed
                 continue
@@ -191,7 +205,9 @@ class Comparison:
         if key not in self._tested:
             by_case = self._by_case(second, first, label, metric)
             rng = np.random.default_rng(SEED)  # of its own, so that no comparison depends on which others are made
-            self._tested[key] = _Difference(paired(by_case.values, rng), by_case.of_runs, by_case.left_out)
+            self._tested[key] = _Difference(
+                paired(list(by_case.values.values()), rng), by_case.of_runs, by_case.left_out
+            )
         found = self._tested[key]
         return found if method is second else _turned(found)
 
@@ -208,15 +224,15 @@ class Comparison:
             if label not in (ALL, unit[1]):
                 continue
             ours, theirs = ([scores[unit] for scores in m.scores] for m in (method, other))
-            if not _comparable([*ours, *theirs], metric):
+            a, b = ([_paired_value(score, metric) for score in scores] for scores in (ours, theirs))
+            if None in (*a, *b) or all(score.status == "both_empty" for score in (*ours, *theirs)):
                 left_out += 1
                 continue
-            a, b = ([_paired_value(score, metric) for score in scores] for scores in (ours, theirs))
             values[unit] = [float(np.mean(a) - np.mean(b))]
             for (i, j), found in zip(pairs, by_pair, strict=True):
                 found[unit] = [a[i] - b[j]]
         of_runs = tuple(float(np.mean(list(_case_means(found).values()))) for found in by_pair if found)
-        return _ByCase(list(_case_means(values).values()), of_runs, left_out)
+        return _ByCase(_case_means(values), of_runs, left_out)
 
 
 def _turned(found: _Difference) -> _Difference:
@@ -237,15 +253,10 @@ def _run_pairs(method: Method, other: Method) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(keys[0])) for j in range(len(keys[1]))]
 
 
-def _comparable(scores: Sequence[Score], metric: str) -> bool:
-    if metric in DISTANCES:
-        return all(score.penalized(metric) is not None for score in scores)
-    return any(score.status != "both_empty" for score in scores)
-
-
-def _paired_value(score: Score, metric: str) -> float:
-    value = score.penalized(metric)
-    return 1.0 if value is None else value  # None is left for overlaps of a structure that is rightly empty
+def _paired_value(score: Score, metric: str) -> float | None:
+    if score.status == "both_empty":  # rightly empty, where another run has a false alarm
+        return 0.0 if metric in DISTANCES else 1.0
+    return score.penalized(metric)
 
 
 def _case_means(values: Mapping[Unit, Sequence[float | None]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ a marker or an outline too.
 import io
 import math
 import textwrap
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,7 +231,7 @@ def _probabilities(path: Path) -> NDArray:
     try:
         with np.load(path) as archive:
             return archive["probabilities"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} holds no probabilities of nnU-Net ({error}); predict again or delete it") from error
 
 
@@ -343,11 +344,17 @@ def _image(images: Images, case: str, shape: tuple[int, ...]) -> NDArray:
     path = images.images / f"{case}_0000{images.labels.ending}" if images.images else None
     if path is None or not path.is_file():
         return np.zeros(shape)
-    if images.labels.reader is not None:
-        return images.labels.reader().read_images([str(path)])[0][0].reshape(shape)
-    image = nibabel.load(path)
-    image = nibabel.as_closest_canonical(image) if images.labels.reorient else image
-    return np.asarray(image.dataobj, dtype=np.float32).T.reshape(shape)
+    try:
+        if images.labels.reader is not None:
+            return images.labels.reader().read_images([str(path)])[0][0].reshape(shape)
+        image = nibabel.load(path)
+        image = nibabel.as_closest_canonical(image) if images.labels.reorient else image
+        return np.asarray(image.dataobj, dtype=np.float32).T.reshape(shape)
+    except MemoryError:
+        raise
+    except Exception as error:  # every format and reader has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise DataError(f"{path} cannot be shown ({reason[:100]}); replace it, or move imagesTs away") from error
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:

@@ -19,6 +19,7 @@ from nnunetv2_dycon.evaluation.metrics import Structure
 
 DATASET_FILE = "dataset.json"
 _NIFTI = (".nii", ".nii.gz")
+_MILLIMETERS = {"meter": 1000.0, "micron": 0.001}  # as SimpleITK reads them; else they are taken for mm
 _NIFTI_READERS = ("SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient")
 
 
@@ -159,10 +160,11 @@ def _read_nifti(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...],
     values = np.asanyarray(image.dataobj)
     while values.ndim > 3 and values.shape[-1] == 1:
         values = values[..., 0]
-    spacing = tuple(float(step) for step in image.header.get_zooms()[: values.ndim])
+    in_mm = _MILLIMETERS.get(image.header.get_xyzt_units()[0], 1.0)
+    spacing = tuple(in_mm * float(step) for step in image.header.get_zooms()[: values.ndim])
     steps = np.linalg.norm(image.affine[:3, :3], axis=0)
     direction = image.affine[:3, :3] / np.where(steps > 0, steps, 1)
-    return values.T, spacing[::-1], image.affine[:3, 3], direction
+    return values.T, spacing[::-1], in_mm * image.affine[:3, 3], direction
 
 
 def _read_other(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...], NDArray | None, NDArray | None]:

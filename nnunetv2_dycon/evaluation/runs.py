@@ -34,8 +34,8 @@ class Facts:
 
     Attributes
     ----------
-    labeled, validation : tuple of str or None
-        Names of the cases; `labeled_count` may be known where the names are not.
+    labeled, validation, unlabeled_cases : tuple of str or None
+        Names of the cases; `labeled_count` and `unlabeled` may be known where the names are not.
     steps : int or None
         Optimiser steps; each saw `batch` labelled patches.
     mirroring : bool or None
@@ -78,6 +78,7 @@ class Facts:
     settings: dict[str, Any] | None = None
     self_training: int | None = None
     curves: dict[str, list[float]] = field(default_factory=dict)
+    unlabeled_cases: tuple[str, ...] | None = None
 
     @property
     def patches(self) -> int | None:
@@ -228,6 +229,7 @@ def read_training(folder: Path, checkpoint: str = _FINAL) -> Facts:
         raise _unfinished(folder, trainer, configuration, f"epoch {state['current_epoch']} of {epochs}")
     planned = resolved_plans(plans, configuration)
     labeled, validation, count, unlabeled = _cases(folder, plans["dataset_name"], ours.get("cases"))
+    unlabeled_cases = tuple(ours["cases"]["unlabeled"]) if "cases" in ours else None
     logged = state.get("logging") or {}
     facts = Facts(
         trainer=trainer or state["trainer_name"],
@@ -259,6 +261,7 @@ def read_training(folder: Path, checkpoint: str = _FINAL) -> Facts:
         plans=plans_digest(plans, configuration),
         settings=settings or None,
         curves=_curves(logged, folder),
+        unlabeled_cases=unlabeled_cases,
     )
     return _of_all_rounds(facts, iterations)
 
@@ -275,6 +278,7 @@ def _of_all_rounds(facts: Facts, iterations: int) -> Facts:
         labeled=tuple(sorted(entry["labeled"])),
         labeled_count=len(entry["labeled"]),
         unlabeled=len(entry["pseudo_labeled"]),
+        unlabeled_cases=tuple(sorted(entry["pseudo_labeled"])),
         steps=entry["total_epochs"] * iterations,
         self_training=entry["round"],
     )
@@ -290,12 +294,7 @@ def _read_checkpoint(folder: Path, name: str, trainer: str | None, configuration
             )
     from nnunetv2_dycon.checkpoint import read_checkpoint  # imports torch, which takes seconds
 
-    try:
-        state, _ = read_checkpoint(path)
-        state["current_epoch"], state["init_args"], state["trainer_name"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a checkpoint ({str(error)[:100]}); train again with --c") from error
-    return state
+    return read_checkpoint(path, "current_epoch", "init_args", "trainer_name")
 
 
 def _unfinished(folder: Path, trainer: str | None, configuration: str | None, what: str) -> DataError:
@@ -440,7 +439,7 @@ def read_run_file(folder: Path) -> Facts:
     content = read_json(folder / RUN_FILE)
     if not isinstance(content, dict) or not content.keys() <= {entry.name for entry in fields(Facts)}:
         raise DataError(f"{folder / RUN_FILE} was not written by --predict; delete it")
-    for key in ("labeled", "validation"):
+    for key in ("labeled", "validation", "unlabeled_cases"):
         content[key] = None if content.get(key) is None else tuple(content[key])
     return Facts(**content)
 
@@ -472,15 +471,16 @@ def check_alike(runs: Sequence[Run], cases: Collection[str], predicted: Mapping[
     ------
     DataError
         If a run has other test cases, was trained or chose its checkpoint on test cases, if runs differ in
-        labelled cases, plans, checkpoint or mirroring, or if runs of one name differ in more than the seed. An upper
-        bound must have all labelled cases of the others, and more, and the plans of one of them. Facts that are not
-        recorded cannot be checked.
+        labelled cases, plans, checkpoint or mirroring, or if runs of one name differ in more than the seed, or in
+        nothing. An upper bound must have all labelled cases of the others, and more, and the plans of one of them.
+        Facts that are not recorded cannot be checked.
     """
     for run in runs:
         _check_cases(run, set(cases), set(predicted[str(run.predictions)]))
     others = [run for run in runs if not run.upper]
     _check_draws(others)
     _check_settings(runs)
+    _check_repeats(runs)
     for run in runs:
         if run.upper:
             _check_upper(run, others)
@@ -512,6 +512,12 @@ def _check_cases(run: Run, cases: set[str], predicted: set[str]) -> None:
     trained = cases & set(run.facts.labeled or ())
     if trained:
         raise DataError(f"{run.name} was trained on the test cases {_some(sorted(trained))}; test on others")
+    seen = cases & set(run.facts.unlabeled_cases or ())
+    if seen:
+        raise DataError(
+            f"{run.name} was trained on images of the test cases {_some(sorted(seen))}, as unlabelled ones; test on "
+            "others"
+        )
     chosen = cases & set(run.facts.validation or ())
     if chosen and run.facts.checkpoint != _FINAL:
         raise DataError(
@@ -557,6 +563,31 @@ def _check_settings(runs: Sequence[Run]) -> None:
                     f"{run.training or run.predictions} and {first.training or first.predictions} have one trainer "
                     f"name, but {option} is {value} and {first.facts.settings[option]}: its default changed between "
                     "them; train one of them anew"
+                )
+
+
+def _check_repeats(runs: Sequence[Run]) -> None:
+    """Runs of one method are its spread: each must be of a seed or labelled draw of its own, all else equal."""
+    known: dict[Any, Run] = {}
+    images: dict[Any, Run] = {}
+    for run in runs:
+        facts = run.facts
+        # of a folder of predictions nothing may be recorded; then its name has to tell
+        own = run.predictions.name if facts.trainer is None else (facts.seed, facts.fold, _draw(facts))
+        first = known.setdefault((run.method, own), run)
+        if first is not run:
+            raise DataError(
+                f"{run.training or run.predictions} and {first.training or first.predictions} would be two runs of "
+                f"{run.method}, but neither seed nor labelled cases tell them apart; leave one out, or rename a folder "
+                "of predictions"
+            )
+        if facts.unlabeled is not None:
+            first = images.setdefault((run.method, _draw(facts)), run)
+            if facts.unlabeled != first.facts.unlabeled:
+                raise DataError(
+                    f"{run.training or run.predictions} and {first.training or first.predictions} would be runs of "
+                    f"{run.method}, but with {facts.unlabeled} and {first.facts.unlabeled} unlabelled images; compare "
+                    "them in two reports"
                 )
 
 

@@ -111,7 +111,7 @@ def evaluate(
     labels = read_labels(path, truth_folder)
     truths, predictions = (case_files(folder, labels.ending) for folder in (truth_folder, prediction_folder))
     _check_names(truths, predictions, truth_folder, prediction_folder, chill)
-    _check_writable(output)
+    check_writable(output)
     tasks = [_Task(case, truths[case], file, labels, protocol) for case, file in predictions.items()]
     done: dict[str, Scored] = {}
     with closing(parallel.run(_score_files, tasks, processes)) as results:
@@ -357,8 +357,14 @@ def _kind(hint: Any) -> type:
     return kind if kind in (int, float) else str
 
 
-def _check_writable(folder: Path) -> None:
-    """Refuse before the work what could not be written after it."""
+def check_writable(folder: Path) -> None:
+    """Make a folder, and refuse before the work what could not be written after it.
+
+    Raises
+    ------
+    DataError
+        If nothing can be written there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

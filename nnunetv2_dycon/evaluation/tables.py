@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.evaluation.comparison import ALL, METRICS, Comparison, Method, Result, run_mean
 from nnunetv2_dycon.evaluation.metrics import DISTANCES, OVERLAPS
-from nnunetv2_dycon.evaluation.statistics import LEVEL, Spread, spread
+from nnunetv2_dycon.evaluation.statistics import LEVEL, Ratio, Spread, spread
 
 UNKNOWN = "not recorded"
 NOTHING = "–"
@@ -69,11 +69,12 @@ def main_table(comparison: Comparison, published: Sequence[dict[str, Any]] = ())
             cells.append(_result_cell(result, metric, best=result.best))
             if bounded and metric == "dice":
                 closed = comparison.gap_closed(method)
-                cells.append(Cell(NOTHING if closed is None else _printed(100 * closed, ".0f")))
+                cells.append(Cell(NOTHING if closed is None else _share(closed)))
         if counted:
             penalized = [run_mean(scores, ALL, "hd95_mm", penalized=True) for scores in method.scores]
             cells.append(Cell(_mean_text(spread([v for v in penalized if v is not None]), "hd95_mm")))
-            cells += [Cell(str(comparison.status(method, status))) for status in ("missed", "false_alarm")]
+            each = [comparison.status(method, status) / len(method.runs) for status in ("missed", "false_alarm")]
+            cells += [Cell(f"{number:.1f}".removesuffix(".0")) for number in each]
         rows.append(tuple(cells))
     header = ["Method", "Labelled", "Unlabelled", "Runs", *(column_title(k, comparison.unit) for k in METRICS)]
     notes = [_reading(comparison), _distances(comparison)]
@@ -81,7 +82,7 @@ def main_table(comparison: Comparison, published: Sequence[dict[str, Any]] = ())
         header.insert(5, "Gap closed (%)")
         notes.append(_gap(comparison))
     if counted:
-        header += [f"HD95 with penalty ({comparison.unit}) ↓", "Missed", "False alarms"]
+        header += [f"HD95 with penalty ({comparison.unit}) ↓", "Missed per run", "False alarms per run"]
     if published:
         rows += [_published_row(row, header) for row in published]
         notes.append(_published_note(published))
@@ -125,7 +126,7 @@ def difference_table(comparison: Comparison) -> Table:
         "bootstrap over cases. p: Wilcoxon's signed-rank test, two-sided, Holm's correction over this table; none "
         f"under six cases. A difference holds if the interval leaves out 0, p is below {1 - LEVEL:.2f} and no pair of "
         "runs points the other way. The test knows these runs alone: with few of them it says little about other "
-        "seeds and labelled draws. Left out: cases times classes without a value in one of the two.",
+        "seeds and labelled draws. Left out: cases times classes that are rightly empty in all runs of the two.",
     )
     return Table(f"Differences to {comparison.methods[0].short}", header, rows, notes)
 
@@ -194,6 +195,11 @@ def _printed(value: float, form: str) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
+def _share(closed: Ratio) -> str:
+    value, low, high = (_printed(100 * number, ".0f") for number in closed)
+    return value if low == high else f"{value} ({low} to {high})"
+
+
 def _reading(comparison: Comparison) -> str:
     return (
         f"{len(comparison.cases)} test cases. Mean over cases, then classes, then runs; ± standard deviation over runs "
@@ -206,7 +212,8 @@ def _gap(comparison: Comparison) -> str:
     upper = next(method for method in comparison.methods if method.upper)
     return (
         f"{upper.short} is an upper bound, trained on more labels, and no rival of the others. Gap closed: of the mean "
-        f"Dice from {comparison.methods[0].short} (0) to it (100); none where the interval of that difference has 0."
+        f"Dice from {comparison.methods[0].short} (0) to it (100), with a {LEVEL:.0%} bootstrap interval over cases; "
+        "none where the interval of that difference has 0."
     )
 
 
@@ -215,7 +222,10 @@ def _distances(comparison: Comparison) -> str:
         text = "Distances in mm; HD95 is the larger of the two directions, ASD leads from prediction to truth."
     else:
         text = "Distances in voxels with MedPy's definitions, as most papers print them."
-    return f"{text} Means are over structures that both masks have; comparisons count a missed one as the diagonal."
+    return (
+        f"{text} Means are over structures that both masks have; comparisons count a missed and an invented one as the "
+        "diagonal."
+    )
 
 
 def read_published() -> list[dict[str, Any]]:
@@ -326,7 +336,8 @@ def results_csv(comparison: Comparison) -> str:
         method = next(m for m in comparison.methods if m.name == name)
         unit = comparison.unit if metric in DISTANCES else "1"
         d = result.difference or (None,) * 5
-        head = [method.runs[0].facts.trainer or name, method.runs[0].facts.weights, label or "mean over classes"]
+        weights = method.runs[0].facts.weights
+        head = [name.removesuffix(f" ({weights})"), weights, label or "mean over classes"]
         head += [comparison.labels.get(label, ""), metric.removesuffix("_mm"), unit, comparison.convention]
         numbers = list(result.mean or (0, None, None, None, None))
         tail = [

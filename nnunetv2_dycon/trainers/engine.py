@@ -470,7 +470,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As stock, then our key; a checkpoint without it starts the method anew."""
-        checkpoint, _ = read_checkpoint(Path(filename_or_checkpoint))
+        checkpoint = read_checkpoint(Path(filename_or_checkpoint))
         state = checkpoint.get(KEY)
         if state is not None:
             compare_settings(state["settings"], asdict(self.settings), self.output_folder)

@@ -162,8 +162,15 @@ def test_refusals_come_before_any_work(root, monkeypatch):
     few = str(make_predictions(root / "few", cases=CASES[:-1]))
     with pytest.raises(DataError, match=r"few has other test cases: .* lacks test_09"):
         report(root, good, few)
-    with pytest.raises(ConfigError, match="one run only"):
+    with pytest.raises(ConfigError, match="one method only"):
         report(root, good, good)
+    for seed in (4, 5):
+        make_training(root, STOCK.format(seed))
+    with pytest.raises(ConfigError, match=r"one method only \(seeds of it"):
+        report(root, *map(STOCK.format, (4, 5)))
+    (root / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write into .*file; give|cannot write into .*file \(.*\); give"):
+        compare(501, [good, few], output=root / "file" / "report")
     with pytest.raises(DataError, match="names none of the runs"):
         report(root, good, few, baseline="nnUNetTrainer")
     with pytest.raises(ConfigError, match="there are results of"):

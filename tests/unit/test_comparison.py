@@ -65,8 +65,12 @@ def test_a_method_that_is_ahead_in_every_case_is_best_and_the_baseline_is_first(
 
 def bounded(*shifts: float) -> Comparison:
     """Return baseline a, methods b and c, and upper bound u, each ahead of a by its shift in every case."""
+    dice = [*DICE, *(d - 0.01 for d in DICE)]
     runs = [
-        (a_run(name, upper=name == "u"), scores([d + shift * (1 + 0.01 * i) for i, d in enumerate(DICE)]))
+        (
+            a_run(name, upper=name == "u"),
+            [score(f"c{i}", dice=d + shift * (1 + 0.01 * i)) for i, d in enumerate(dice)],
+        )
         for name, shift in zip("uabc", shifts, strict=False)
     ]
     return make_comparison(runs, "a (student)")
@@ -76,7 +80,47 @@ def test_the_gap_is_closed_by_the_share_of_the_way_to_the_upper_bound():
     compared = bounded(0.1, 0.0, 0.075, -0.05)
     names = ["a (student)", "b (student)", "c (student)", "u_upper-bound (student)"]
     assert [method.name for method in compared.methods] == names
-    assert [compared.gap_closed(method) for method in compared.methods] == pytest.approx([0.0, 0.75, -0.5, 1.0])
+    assert [compared.gap_closed(method).value for method in compared.methods] == pytest.approx([0.0, 0.75, -0.5, 1.0])
+
+
+def test_the_gap_closed_is_of_the_differences_that_are_tested_and_has_an_interval_over_cases():
+    """Class 2 is in one case alone, where the bound is worst: class means and case means disagree."""
+    rng = np.random.default_rng(1)
+
+    def of(shift, rare):
+        own = [score(f"c{i}", "1", 0.5 + shift + rng.normal(0, 0.004)) for i in range(20)]
+        rows = [score(f"c{i}", "2", status="both_empty") for i in range(19)]
+        return [*own, *rows, score("c19", "2", rare)]
+
+    shifts = [("a", 0.0, 0.7, False), ("b", 0.05, 0.69, False), ("u", 0.1, 0.4, True)]
+    rows = [(a_run(name, upper=upper), of(shift, rare)) for name, shift, rare, upper in shifts]
+    compared = make_comparison(rows, "a (student)")
+    closed = compared.gap_closed(compared.methods[1])
+    to_baseline = [compared.results[m.name, ALL, "dice"].difference.mean for m in compared.methods[1:]]
+    assert closed.value == pytest.approx(to_baseline[0] / to_baseline[1])
+    assert closed.low < closed.value < closed.high
+    # a slow bootstrap of its own, with other draws
+    pairs = [
+        [np.mean([s.dice for s in run if s.case == f"c{i}" and s.dice is not None]) for i in range(20)]
+        for _, run in rows
+    ]
+    own, whole = np.subtract(pairs[1], pairs[0]), np.subtract(pairs[2], pairs[0])
+    drawn = [np.sum(own[k]) / np.sum(whole[k]) for k in (rng.integers(20, size=20) for _ in range(4000))]
+    assert (closed.low, closed.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.02)
+    assert [compared.gap_closed(compared.methods[k])[:] for k in (0, 2)] == [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)]
+
+
+@pytest.mark.parametrize("cases", [6, 7])
+def test_no_number_is_bold_whose_difference_does_not_hold_in_the_table_below(cases):
+    """Four metrics of so few cases: p is small enough alone, and not corrected over the table."""
+    names = [f"c{i}" for i in range(cases)]
+    low = [score(case, dice=0.5, distance=2.0) for case in names]
+    high = [score(case, dice=0.6 + 0.01 * i, distance=1.0 - 0.1 * i) for i, case in enumerate(names)]
+    for baseline in ("a (student)", "b (student)"):
+        compared = make_comparison([(a_run("a"), low), (a_run("b"), high)], baseline)
+        for found in compared.results.values():
+            assert not found.holds
+            assert not found.best
 
 
 def test_an_upper_bound_is_no_rival():
@@ -138,7 +182,8 @@ def test_a_false_alarm_counts_against_a_structure_that_is_rightly_empty():
     compared = make_comparison([(a_run("a"), empty), (a_run("b"), alarm), (a_run("c"), empty)], "a (student)")
     found = result(compared, "b")
     assert (found.difference.mean, found.left_out) == (pytest.approx(-1 / 8), 0)
-    assert (result(compared, "b", "asd_mm").left_out, result(compared, "b", "asd_mm").difference.n) == (1, 7)
+    distance = result(compared, "b", "asd_mm")  # the diagonal against no distance
+    assert (distance.difference.mean, distance.left_out) == (pytest.approx(100 / 8), 0)
     assert (result(compared, "c").left_out, result(compared, "c").difference.n) == (1, 7)
 
 

@@ -21,7 +21,7 @@ from nnunetv2_dycon.evaluation.label_files import read_labels
 from nnunetv2_dycon.evaluation.report import as_markdown, html
 from nnunetv2_dycon.evaluation.scores import evaluate
 from nnunetv2_dycon.evaluation.tables import Cell, Table
-from tests.madeup_runs import CASES, a_run, make_dataset, make_predictions
+from tests.madeup_runs import CASES, a_run, make_dataset, make_predictions, write_volume
 
 TABLE = Table("Title <1>", ("Method", "Dice"), [(Cell("<script>"), Cell("1.0", True, True))], ("note & more",))
 PICTURE = Picture("boxes", "Boxes", b"\x89PNG", 'alt "text"', "caption")
@@ -184,8 +184,25 @@ def test_calibration_is_shown_where_there_are_probabilities(raw, tmp_path):
     (comparison.methods[1].runs[0].predictions / f"{CASES[3]}.npz").unlink()
     assert " b " not in calibration(comparison, images).alt
     (comparison.methods[0].runs[0].predictions / f"{CASES[3]}.npz").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"test_03\.npz holds no probabilities"):
-        calibration(comparison, images)
+    broken = comparison.methods[0].runs[0].predictions / f"{CASES[3]}.npz"
+    whole = (broken.parent / f"{CASES[2]}.npz").read_bytes()
+    for content in (b"broken", whole[: len(whole) // 2], b""):
+        broken.write_bytes(content)
+        with pytest.raises(DataError, match=r"test_03\.npz holds no probabilities"):
+            calibration(comparison, images)
+
+
+@pytest.mark.parametrize("how", ["half", "shape"])
+def test_a_test_image_that_cannot_be_shown_is_named(raw, tmp_path, how):
+    comparison, images = compared(raw, tmp_path)
+    for path in (raw / "imagesTs").iterdir():
+        if how == "half":
+            whole = path.read_bytes()
+            path.write_bytes(whole[: len(whole) // 2])
+        else:
+            write_volume(path, np.zeros((3, 3, 3), np.float32))
+    with pytest.raises(DataError, match=r"_0000\.nii\.gz cannot be shown"):
+        overlays(comparison, images)
 
 
 def test_without_probabilities_and_logs_two_pictures_fall_away(raw, tmp_path):

@@ -1,5 +1,7 @@
 import json
+import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,12 +219,23 @@ def test_a_training_that_is_not_finished_is_refused_with_the_command(root, optio
         find(DYCON)
 
 
-def test_an_unreadable_checkpoint_is_refused(root):
-    folder = make_training(root, DYCON)
-    whole = (folder / "checkpoint_final.pth").read_bytes()
-    (folder / "checkpoint_final.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="cannot be read as a checkpoint"):
+@pytest.mark.parametrize(
+    "content", [None, b"", b"<html>not found</html>", b"version https://git-lfs", pickle.dumps([1])]
+)
+def test_an_unreadable_checkpoint_is_refused(root, content):
+    path = make_training(root, DYCON) / "checkpoint_final.pth"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(DataError, match=r"checkpoint_final\.pth cannot be read as a checkpoint"):
         find(DYCON)
+
+
+def test_a_checkpoint_with_foreign_objects_is_read_with_a_warning(root, caplog):
+    path = make_training(root, DYCON) / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False)
+    torch.save({**content, "extra": Path("x")}, path)
+    find(DYCON)
+    assert f"{path} holds objects that had to be unpickled" in caplog.text
 
 
 def test_a_missing_plans_file_and_a_missing_length_are_refused(root):
@@ -295,6 +308,24 @@ def test_one_name_with_other_settings_is_refused():
     for runs in (seeds(one, other), seeds({"w": 1.0}, one, other)):
         with pytest.raises(DataError, match=r"one trainer name, but view is noise and bcp.* train one of them anew"):
             alike(*runs)
+
+
+def test_a_run_that_learnt_from_images_of_test_cases_is_refused():
+    with pytest.raises(DataError, match="b was trained on images of the test cases test_03, as unlabelled ones"):
+        alike(a_run("a"), a_run("b", unlabeled=2, unlabeled_cases=("other", CASES[3])))
+
+
+def test_what_would_be_averaged_as_seeds_but_is_none_is_refused():
+    alike(a_run("a"), *(a_run("b", seed=seed) for seed in (0, 1)), a_run("b", "t", seed=0, weights="teacher"))
+    with pytest.raises(DataError, match=r"twice and .*_0 would be two runs of b \(student\), but neither seed"):
+        alike(a_run("a", seed=0), a_run("b", seed=0), a_run("b", "twice", seed=0))
+    nothing = Facts()
+    folders = [Run(name, nothing, Path(name)) for name in ("bcp/out", "dycon/out")]
+    with pytest.raises(DataError, match=r"dycon/out and bcp/out would be two runs of out"):
+        alike(*folders)
+    alike(*(Run(name, nothing, Path(name)) for name in ("bcp_seed0", "bcp_seed1", "dycon")))
+    with pytest.raises(DataError, match=r"would be runs of b \(student\), but with 9 and 72 unlabelled images"):
+        alike(a_run("a"), a_run("b", seed=0, unlabeled=72), a_run("b", seed=1, unlabeled=9))
 
 
 def test_other_plans_are_refused():

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunetv2_dycon import commands
 from nnunetv2_dycon.errors import ConfigError, DataError
@@ -344,6 +345,24 @@ def test_spacing_goes_with_its_axis(tmp_path: Path) -> None:
     assert evaluate(tmp_path / "truth", tmp_path / "prediction", dataset, processes=1)[0].hd95_mm == 7.5
 
 
+@pytest.mark.parametrize(("unit", "scale"), [("micron", 1000.0), ("meter", 0.001), ("mm", 1.0), ("unknown", 1.0)])
+def test_distances_and_volumes_are_in_mm_and_ml_whatever_unit_a_file_has(
+    folders: tuple[Path, Path], tmp_path: Path, unit: str, scale: float
+) -> None:
+    """SimpleITK converts, and an image that nnU-Net wrote by it has the same geometry as the one that it read."""
+    truth, prediction = folders
+    expected = evaluate(truth, prediction, processes=1)
+    image = nib.load(truth / "a.nii.gz")
+    affine = np.diag([*(scale,) * 3, 1.0]) @ image.affine
+    other = nib.Nifti1Image(np.asarray(image.dataobj), affine)
+    other.header.set_xyzt_units(unit)
+    nib.save(other, truth / "a.nii.gz")
+    assert sitk.ReadImage(str(truth / "a.nii.gz")).GetSpacing() == pytest.approx(tuple(image.header.get_zooms()))
+    assert [row.hd95_mm for row in evaluate(truth, prediction, processes=1)] == pytest.approx(
+        [row.hd95_mm for row in expected]
+    )
+
+
 def test_a_reader_that_reorients_may_compare_other_orientations(folders: tuple[Path, Path]) -> None:
     truth, prediction = folders
     before = evaluate(truth, prediction, processes=1)
@@ -538,6 +557,21 @@ def test_the_command_prints_a_line_a_class(folders: tuple[Path, Path], capsys: p
     assert lines[0].split()[6:] == ["dice", "iou", "nsd", *DISTANCES, "volume_error_ml", "lesion_f1"]
     assert [line.split()[:3] for line in lines[1:3]] == [["1", "first", "3"], ["2", "second", "3"]]
     assert len(lines) == 4
+
+
+def test_the_command_prints_every_metric_that_any_class_has(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    truth, prediction = folders
+    for path in (*truth.iterdir(), *prediction.iterdir()):  # the first class is nowhere
+        labels = np.asarray(nib.load(path).dataobj)
+        write(path, np.where(labels == 1, 0, labels).astype(np.uint8))
+    assert commands.main(["evaluate", str(truth), str(prediction), "-np", "1"]) == 0
+    title, first, second = (line.split() for line in capsys.readouterr().out.splitlines()[:3])
+    assert {"dice", *DISTANCES} <= set(title)
+    at = title.index("dice")
+    assert first[at] == "-"
+    assert 0 < float(second[at]) < 1
 
 
 def test_the_command_prints_one_line_for_an_error(folders: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:

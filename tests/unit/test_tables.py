@@ -59,7 +59,7 @@ def test_with_an_upper_bound_the_table_says_how_much_of_the_gap_is_closed():
     assert table.header[4:6] == ("Dice (%) ↑", "Gap closed (%)")
     assert [(row[0], row[5]) for row in texts(table)] == [
         ("nnU-Net", "0"),
-        ("DyCON", "47"),
+        ("DyCON", "47 (46 to 47)"),
         ("CPS", "0"),
         ("BCP", "−5"),
         ("nnU-Net_upper-bound", "100"),
@@ -83,11 +83,19 @@ def test_one_run_has_no_spread_and_voxels_are_not_called_mm():
 def test_missed_structures_are_counted_beside_the_distances():
     missed = [score("c0", status="missed"), *scores(DICE)[1:]]
     table = main_table(make_comparison([(a_run("a"), scores(DICE)), (a_run("b"), missed)], "a (student)"))
-    assert table.header[8:] == ("HD95 with penalty (mm) ↓", "Missed", "False alarms")
+    assert table.header[8:] == ("HD95 with penalty (mm) ↓", "Missed per run", "False alarms per run")
     assert [row[6:] for row in texts(table)] == [
         ["2.00", "2.00", "2.00", "0", "0"],
         ["2.00", "2.00", "14.25", "1", "0"],
     ]
+
+
+def test_missed_structures_are_counted_per_run():
+    """Two methods that miss the same structure in each run have the same number, however many runs they have."""
+    missed = [score("c0", status="missed"), *scores(DICE)[1:]]
+    runs = [(a_run("a", seed=seed), missed) for seed in range(3)] + [(a_run("b", seed=seed), missed) for seed in (0, 1)]
+    runs.append((a_run("b", seed=2), scores(DICE)))
+    assert [row[-2] for row in texts(main_table(make_comparison(runs, "a (student)")))] == ["1", "0.7"]
 
 
 def test_classes_have_a_column_each_and_one_class_has_no_table(compared):
