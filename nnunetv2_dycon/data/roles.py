@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nnunetv2_dycon.errors import ConfigError, SplitError
 
 UNLABELED = "unlabeled"
 SPLITS_FILE = "splits_final.json"
+STOCK_FOLDS = 5  # that nnU-Net makes, and needs as many cases for
 
 Splits = Sequence[Mapping[str, Any]]
 
@@ -155,7 +156,8 @@ def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None =
     ------
     SplitError
         If a file is no list of folds, or if both files are there and their "unlabeled" lists differ: training
-        would read the one in the preprocessed folder and pass over the other.
+        would read the one in the preprocessed folder and pass over the other. A fold that only the raw folder's
+        file has must have no such list.
     """
     found = []
     for folder in (preprocessed_folder, raw_folder):
@@ -164,10 +166,11 @@ def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None =
             found.append((path, _load_splits(path)))
     if len(found) == 2:
         (used, splits), (other, others) = found
-        if [fold.get(UNLABELED) for fold in splits[: len(others)]] != [fold.get(UNLABELED) for fold in others]:
+        pairs = zip_longest(splits[: len(others)], others, fillvalue={})
+        if any(fold.get(UNLABELED) != passed_over.get(UNLABELED) for fold, passed_over in pairs):
             raise SplitError(
                 f'the "unlabeled" lists of {used} and {other} differ and training reads the first; '
-                f"type: cp {other} {used} (or the other way round)"
+                f"type: cp {other} {used} (this replaces the first), or: cp {used} {other}"
             )
     return found[0][1] if found else []
 
@@ -219,6 +222,35 @@ def check_fold(splits: Splits, fold: int | str) -> None:
         raise ConfigError(
             f'fold {fold} would train on the labels of cases that {SPLITS_FILE} lists as "unlabeled"; use fold {choice}'
         )
+
+
+def check_training_cases(
+    cases: Iterable[str], unlabeled: Iterable[str], test: Iterable[str], number: int, preprocessed_folder: Path
+) -> None:
+    """Refuse cases of a fold that have another role by now: their labels must not be used.
+
+    Parameters
+    ----------
+    cases : iterable of str
+        Training and validation cases of the fold, which come from the preprocessed folder.
+    unlabeled, test : iterable of str
+        Cases of imagesUn and of imagesTs, which come from the raw data set.
+    number : int
+        Of the data set, for the message.
+
+    Raises
+    ------
+    SplitError
+        If one is an unlabelled or a test case.
+    """
+    for role, others in (("an unlabelled", unlabeled), ("a test", test)):
+        moved = set(cases) & set(others)
+        if moved:
+            raise SplitError(
+                f"{_some(moved)}: trained or validated on by this fold, but {role} case by now; the preprocessed "
+                f"data are older. Delete {preprocessed_folder} and type: "
+                f"nnUNetv2_plan_and_preprocess -d {number}"
+            )
 
 
 def fold_unlabeled(splits: Splits, fold: int | str, known: Collection[str] | None = None) -> tuple[str, ...]:

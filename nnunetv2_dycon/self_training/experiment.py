@@ -11,7 +11,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_dycon import parallel
-from nnunetv2_dycon.data.roles import SPLITS_FILE, UNLABELED, Roles, read_roles, read_splits
+from nnunetv2_dycon.data.roles import SPLITS_FILE, STOCK_FOLDS, UNLABELED, Roles, read_roles, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_labels
 from nnunetv2_dycon.folders import environment_folder
@@ -109,12 +109,16 @@ def read_experiment(
     Raises
     ------
     ConfigError
-        If `repeat`, the configuration or the fold cannot be used.
+        If `repeat`, `processes`, the configuration or the fold cannot be used.
     DataError, SplitError
-        If the data set is not there, not planned or not preprocessed, or has no unlabelled images.
+        If the data set is not there, not planned or not preprocessed, or has no unlabelled images, or if the fold names
+        a case that is not labelled.
     """
     if repeat != "half" and not (isinstance(repeat, int) and repeat >= 1):
         raise ConfigError(f"--repeat {repeat}: give half, or how often each labelled case is listed (1 and more)")
+    processes = parallel.default_processes() if processes is None else processes
+    if processes < 1:
+        raise ConfigError(f"-np {processes}: the number of processes must be at least 1")
     try:
         name = str(maybe_convert_to_dataset_name(dataset_id))
     except (RuntimeError, ValueError) as error:
@@ -131,11 +135,15 @@ def read_experiment(
     planned = PlansManager(plans).get_configuration(configuration)
     if planned.previous_stage_name is not None:
         raise ConfigError(f"-c {configuration} is a cascade, which needs predictions of another stage; take another")
-    _check_splits(read_splits(data.preprocessed, data.raw), fold)
+    splits = read_splits(data.preprocessed, data.raw)
+    _check_splits(splits, fold)
+    made = min(STOCK_FOLDS, len(roles.labeled))  # by the first training, where there is no file
+    if not splits and fold != "all" and not 0 <= fold < made:
+        raise ConfigError(f"-f {fold}: there will be folds 0 to {made - 1} of {len(roles.labeled)} labelled cases")
     labels = read_labels(data.raw / "dataset.json", data.raw / "labelsTr")
     if not (data.preprocessed / planned.data_identifier).is_dir():
         raise DataError(f"{data.preprocessed / planned.data_identifier} does not exist; {plan}")
-    return Experiment(
+    experiment = Experiment(
         data=data,
         content=content,
         roles=roles,
@@ -148,8 +156,11 @@ def read_experiment(
         repeat=repeat,
         keep_empty=keep_empty,
         device=device if device is not None else "cuda" if torch.cuda.is_available() else "cpu",
-        processes=parallel.default_processes() if processes is None else processes,
+        processes=processes,
     )
+    if read_splits(data.preprocessed):
+        experiment.fold_cases()
+    return experiment
 
 
 def _check_splits(splits: Sequence[Mapping[str, Any]], fold: int | str) -> None:

@@ -18,6 +18,7 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 from torch import Tensor, nn
 
 import nnunetv2_dycon
@@ -32,8 +33,10 @@ from nnunetv2_dycon.data.loader import (
 from nnunetv2_dycon.data.ready import UnlabeledCases, ready_cases
 from nnunetv2_dycon.data.roles import (
     SPLITS_FILE,
+    STOCK_FOLDS,
     adopt_splits,
     check_fold,
+    check_training_cases,
     read_roles,
     read_splits,
     write_small_splits,
@@ -64,7 +67,6 @@ from nnunetv2_dycon.trainers.state import compare_settings, restore, restore_ran
 
 CLIP_NORM = 12.0  # as stock
 SKIPS_TO_STOP = 5
-STOCK_FOLDS = 5
 
 
 class nnUNetTrainerSSL(nnUNetTrainer):
@@ -170,12 +172,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         return rotation, dummy_2d, initial_patch_size, axes
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """As stock; refuses a fold that would train on the labels of cases that serve unlabelled.
+        """As stock; refuses a fold that would use the labels of cases that serve unlabelled, or for the test.
 
         Stock's five folds need five cases: with fewer there are as many folds as cases.
         """
-        preprocessed = Path(self.preprocessed_dataset_folder_base)
-        check_fold(read_splits(preprocessed, raw_folder(self.plans_manager.dataset_name)), self.fold)
+        preprocessed, raw = Path(self.preprocessed_dataset_folder_base), raw_folder(self.plans_manager.dataset_name)
+        check_fold(read_splits(preprocessed, raw), self.fold)
         if self.fold != "all" and not (preprocessed / SPLITS_FILE).exists():
             cases = infer_dataset_class(self.preprocessed_dataset_folder).get_identifiers(
                 self.preprocessed_dataset_folder
@@ -187,6 +189,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):
                     f"{preprocessed / SPLITS_FILE}, each fold validates on one case. Fold 'all' trains on all of them."
                 )
         train, val = super().do_split()
+        unlabeled, test = (() if self.unlabeled is None else self.unlabeled.names), ()
+        if raw is not None:
+            roles = read_roles(raw, self.dataset_json)
+            unlabeled, test = {*unlabeled, *roles.unlabeled}, roles.test
+        number = convert_dataset_name_to_id(self.plans_manager.dataset_name)
+        check_training_cases({*train, *val}, unlabeled, test, number, preprocessed)
         self.fold_cases = {"labeled": sorted(train), "validation": sorted(val)}
         return train, val
 

@@ -1,6 +1,7 @@
 """No label of an unlabelled, validation or test case takes part in training (T1, T7)."""
 
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
-from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.errors import ConfigError, SplitError
 from nnunetv2_dycon.networks import unwrap
 from tests.datasets import environment, make_dataset, plan_and_preprocess, write_image, write_splits
 from tests.training import begin, make_trainer, same, seed_all
@@ -158,3 +159,27 @@ def test_fold_all_and_folds_beyond_the_file_are_refused_in_benchmark_mode(benchm
         for method in ("nnUNetTrainerDyCON", "nnUNetTrainerLabeledOnly"):
             with pytest.raises(ConfigError, match="would train on the labels"):
                 begin(make_trainer(f"{method}_epochs1", fold=fold))
+
+
+@pytest.mark.parametrize("method", ["nnUNetTrainerLabeledOnly", "nnUNetTrainerDyCON"])
+@pytest.mark.parametrize("role", ["imagesUn", "imagesTs"])
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_cases_that_lost_their_label_after_the_preprocessing_are_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, role: str, fold: int | str
+) -> None:
+    names = make_dataset(tmp_path, labeled=5, unlabeled=1)
+    plan_and_preprocess(root=tmp_path)
+    for name, folder in environment(tmp_path).items():
+        monkeypatch.setenv(name, folder)
+    raw = tmp_path / "nnUNet_raw" / names.dataset
+    moved = names.labeled[3]
+    (raw / "labelsTr" / f"{moved}.nii.gz").unlink()
+    (raw / "imagesTr" / f"{moved}_0000.nii.gz").rename(raw / role / f"{moved}_0000.nii.gz")
+    what = "unlabelled" if role == "imagesUn" else "test"
+    with pytest.raises(SplitError, match=rf"{moved}.*{what} case by now.*{re.escape(str(tmp_path))}"):
+        begin(make_trainer(f"{method}_epochs2_iters2_valiters1", fold=fold))
+    if method == "nnUNetTrainerDyCON" and role == "imagesUn":
+        preprocess_unlabeled(901, processes=1)
+        shutil.rmtree(raw)  # as on a machine that only trains
+        with pytest.raises(SplitError, match=rf"{moved}.*unlabelled case by now"):
+            begin(make_trainer(f"{method}_epochs2_iters2_valiters1", fold=fold))

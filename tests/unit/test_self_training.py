@@ -551,6 +551,11 @@ def edit_splits(root, **fold):
         (root / folder / NAME / "splits_final.json").write_text(json.dumps([fold]))
 
 
+def drop_splits(root):
+    for folder in ("nnUNet_preprocessed", "nnUNet_raw"):
+        (root / folder / NAME / "splits_final.json").unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(
     ("prepare", "options", "said"),
     [
@@ -564,6 +569,8 @@ def edit_splits(root, **fold):
         (lambda root: edit_splits(root, train=["l_00"], val=["l_01"], unlabeled=["l_02"]), {}, "nnUNetv2_dycon split"),
         (lambda root: edit_splits(root, train=["l_00", "x"], val=["l_01"]), {}, "'x'"),
         (None, {"fold": 3}, "-f 3"),
+        (drop_splits, {"fold": 7}, "-f 7: there will be folds 0 to"),
+        (None, {"processes": 0}, "-np 0"),
         (None, {"fold": "best"}, "-f best"),
         (None, {"configuration": "3d_none"}, "-c 3d_none"),
         (None, {"repeat": 0}, "--repeat 0"),
@@ -580,6 +587,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(monkeypatch, root, prepare, 
         start(monkeypatch, root, **options)
     assert "\n" not in str(caught.value)
     assert not raw(root).exists()
+    assert not list((root / "nnUNet_results").rglob("*.pth"))  # no training before it is said
 
 
 @pytest.mark.parametrize("ids", [(901,), (911, 911), ()])
