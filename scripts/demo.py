@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 import nibabel as nib
 import numpy as np
 
-from nnunetv2_dycon.errors import DataError, UserError
+from nnunetv2_dycon.errors import ConfigError, DataError, UserError
 from nnunetv2_dycon.precision import cpu_has_bf16
 
 CONFIGURATION = "3d_demo"
@@ -39,6 +39,7 @@ PATCH, FEATURES, BATCH = 32, 16, 2
 BEAT_SECONDS = 10
 ARMS = {"labelled only": "nnUNetTrainerLabeledOnly", "DyCON": "nnUNetTrainerDyCON"}
 WEIGHTS = ("student", "teacher")
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions", "exported")  # of --out
 COLORS = {"tp": (0, 0.8, 0), "fn": (0.1, 0.3, 1), "fp": (1, 0, 0)}  # green, blue, red
 
 # `nnUNetv2_train -device cpu` would take every core for each of the two trainings, which is much slower, and would
@@ -213,7 +214,6 @@ def make_hippocampus(demo: Demo, path: Path, labeled: int) -> None:
     """Raw data set from the Decathlon's hippocampus data: labelled, 100 unlabelled, 40 test cases."""
     part = demo.raw.with_name(f".{demo.raw.name}")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(demo.raw, ignore_errors=True)
     with task04_files(path) as files:
         cases = [case for case, pair in files.items() if fits(case, *pair)]
         roles = deal_pairs(cases, {"Ts": 40, "Tr": labeled, "Un": 100}, seed=0)
@@ -235,6 +235,7 @@ def make_hippocampus(demo: Demo, path: Path, labeled: int) -> None:
     (part / "dataset.json").write_text(json.dumps(dataset, indent=2))
     # as for the phantom: all labels train, the same cases are watched, only test cases measure
     (part / "splits_final.json").write_text(json.dumps([{"train": training, "val": training}], indent=2))
+    shutil.rmtree(demo.raw, ignore_errors=True)
     part.rename(demo.raw)
 
 
@@ -478,8 +479,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def same_options(out: Path, options: dict) -> None:
-    """A folder holds one demo; other options need another folder."""
+    """A folder holds one demo and nothing that a demo could replace; other options need another folder."""
     path = out / "options.json"
+    foreign = [name for name in FOLDERS if (out / name).exists()]
+    if foreign and not path.exists():
+        raise DataError(f"{out} holds {foreign[0]}, which no demo made: give another --out.")
     if path.exists() and json.loads(path.read_text()) != options:
         raise DataError(f"{out} holds a demo with other options: give another --out, or delete it. It has {path}.")
     out.mkdir(parents=True, exist_ok=True)
@@ -495,8 +499,17 @@ def hardware() -> tuple[str, int, bool]:
     return "cuda" if gpu else "cpu", max(1, cores // 2), not gpu and cpu_has_bf16()
 
 
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse what would mean no case or no step."""
+    for name in ("labeled", "epochs", "iters"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: give 1 or more.")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """All steps, then the table and the picture."""
+    check_numbers(arguments)
     task04, labeled = arguments.task04, arguments.labeled or (10 if arguments.task04 else 4)
     if task04 and not task04.exists():
         raise DataError(f"--task04 {task04} does not exist: give the folder Task04_Hippocampus or its .tar.")

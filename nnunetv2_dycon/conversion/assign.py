@@ -92,8 +92,8 @@ class Known:
     groups: Mapping[str, str] = field(default_factory=dict)
 
 
-def parse_labeled(text: str | float | Path) -> Labeled:
-    """Fraction, number, 'all' or path of what --labeled was given.
+def parse_labeled(text: str | float | Path, option: str = "--labeled") -> Labeled:
+    """Fraction, number, 'all' or path of what --labeled, or another `option`, was given.
 
     Raises
     ------
@@ -110,13 +110,16 @@ def parse_labeled(text: str | float | Path) -> Labeled:
         if Path(text).is_file():
             return Path(text)
         raise ConfigError(
-            f"--labeled {text}: no such file; give a fraction (0.1), a number (8), all, or a file with one id a line"
+            f"{option} {text}: no such file; give a fraction (0.1), a number (8), all, or a file with one id a line"
         ) from None
     if 0 < number < 1:
         return number
+    if number == 1 and not str(text).strip().isdecimal():
+        every = " or all" if option == "--labeled" else ""
+        raise ConfigError(f"{option} {text} may mean one case or all of them; type 1 (one case){every}")
     if number >= 1 and number.is_integer() and "." not in str(text).removesuffix(".0"):
         return int(number)
-    raise ConfigError(f"--labeled {text}: give a fraction between 0 and 1, a whole number of cases, all, or a file")
+    raise ConfigError(f"{option} {text}: give a fraction between 0 and 1, a whole number of cases, all, or a file")
 
 
 def assign(protocol: Protocol, request: Request, known: Known, canonical: Callable[[str], str]) -> Assignment:
@@ -195,11 +198,11 @@ def _labeled_cases(
     return protocol, tuple(first), [f"{number} labelled cases are not a published number ({published}): the first ones"]
 
 
-def labeled_number(labeled: float | int, cases: int) -> int:
+def labeled_number(labeled: float | int, cases: int, option: str = "--labeled") -> int:
     """Return how many of `cases` a fraction or number means; halves are rounded to even."""
     number = round(labeled * cases) if isinstance(labeled, float) else labeled
     if not 1 <= number <= cases:
-        raise ConfigError(f"--labeled {labeled} means {number} of {cases} training cases; give 1 to {cases}")
+        raise ConfigError(f"{option} {labeled} means {number} of {cases} training cases; give 1 to {cases}")
     return number
 
 

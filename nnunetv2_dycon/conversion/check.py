@@ -1,7 +1,6 @@
 """A look at a whole raw data set before hours go into it: roles, duplicates, geometry, channels, labels."""
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from tqdm import tqdm
 
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.dataset import conversion_of
+from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.conversion.volumes import reading
 from nnunetv2_dycon.data.roles import (
     Roles,
@@ -27,7 +26,6 @@ from nnunetv2_dycon.data.roles import (
     unlabeled_name_problems,
 )
 from nnunetv2_dycon.errors import DataError, UserError
-from nnunetv2_dycon.folders import environment_folder
 
 _SHOWN = 3
 
@@ -72,9 +70,9 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Check]
     Raises
     ------
     DataError
-        If there is no such data set.
+        If there is no such data set, or nnU-Net cannot use its dataset.json.
     """
-    raw, content = _find(dataset_id)
+    raw, content = find_raw(dataset_id)
     try:
         roles = read_roles(raw, content)
     except UserError as error:
@@ -110,22 +108,6 @@ _LOOKED_AT = {
     "geometry": "every label is on the grid of its image",
     "label values": "every label holds values of dataset.json alone",
 }
-
-
-def _find(dataset_id: int | str) -> tuple[Path, dict[str, Any]]:
-    raw = environment_folder("nnUNet_raw")
-    try:
-        folder = raw / str(maybe_convert_to_dataset_name(dataset_id))
-        content = json.loads((folder / "dataset.json").read_text())
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).split(". ")[0]
-        raise DataError(f"-d {dataset_id}: {reason}; check the id, nnUNet_raw and dataset.json") from error
-    for key in ("labels", "file_ending"):
-        if key not in content:
-            raise DataError(f"{folder / 'dataset.json'} has no {key!r}; add it")
-    if "channel_names" not in content and "modality" not in content:
-        raise DataError(f"{folder / 'dataset.json'} has no 'channel_names'; add it")
-    return folder, content
 
 
 def _labels(raw: Path, content: Mapping[str, Any], roles: Roles) -> dict[str, Path]:

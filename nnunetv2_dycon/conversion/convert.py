@@ -100,10 +100,14 @@ class Collection:
     drop_reason: str = ""
 
     def case_name(self, text: str) -> str:
-        """Case name of an id as lists write it: with an ending, a prefix, or without leading zeros."""
+        """Case name of an id as lists write it: with an ending, a prefix, a channel, or without leading zeros."""
         stem = re.sub(r"(\.nii)?(\.(gz|h5|npy|nrrd))?$", "", text.strip())
-        digits = re.findall(r"\d+", stem)
-        return f"{self.prefix}{int(digits[-1]):04d}" if self.prefix and digits else stem
+        if not self.prefix:
+            return stem
+        word = re.findall("[a-z]+", self.prefix, re.IGNORECASE)[-1]  # lists leave the "sub-" of ISLES out
+        # other numbers, of a session or channel, may follow that of the case
+        digits = re.findall(rf"{word}_?(\d+)", stem, re.IGNORECASE)[:1] or re.findall(r"\d+", stem)[-1:]
+        return f"{self.prefix}{int(digits[0]):04d}" if digits else stem
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,7 @@ def convert(
                 None, (found.form, *found.notes, *_drop_notes(collection, roles.protocol, known), *role_notes(roles))
             )
         ),
+        dated=True,
     )
     return carry_out(job, processes=processes, dry_run=dry_run, overwrite=overwrite)
 
@@ -371,6 +376,9 @@ class Job:
         Writes dataset.json into a folder.
     title, rows, notes
         For the report.
+    dated : bool
+        Whether conversion.json keeps the `stamp`, so that a later run notices changed sources. Not where sources may
+        be made again with the same content.
     """
 
     target: Path
@@ -381,6 +389,7 @@ class Job:
     title: str
     rows: tuple[tuple[str, int, int], ...]
     notes: tuple[str, ...]
+    dated: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -394,7 +403,7 @@ class Job:
             file.stat().st_mtime_ns
             for task in self.tasks
             for path in task.sources
-            for file in (path, *(sorted(path.iterdir()) if path.is_dir() else ()))
+            for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
         ]
         return _hash(f"{self.fingerprint} {times}")
 
@@ -413,32 +422,39 @@ def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, 
     Raises
     ------
     DataError
-        If the target is taken, a case is bad (all bad ones are counted) or nothing can be written.
+        If the target is taken, or made from sources that were changed since; if a case is bad (all bad ones are
+        counted) or nothing can be written.
     """
+    stamp = job.stamp  # once, so that it tells of changes during the conversion
     if not dry_run:
-        dataset.settle(job.target, job.stamp)
-    if not overwrite and _is_there(job):
+        dataset.settle(job.target, stamp)
+    if not overwrite and _is_there(job, stamp):
         return job.report("up to date")
     made_by = job.plan["converter"]
     if dry_run:
         dataset.check_free(job.target, made_by=made_by, overwrite=overwrite)
         return job.report("planned")
-    with dataset.building(job.target, stamp=job.stamp, made_by=made_by, overwrite=overwrite) as space:
+    with dataset.building(job.target, stamp=stamp, made_by=made_by, overwrite=overwrite) as space:
         _write_cases(job.tasks, parallel.default_processes() if processes is None else processes)
-        notes = _describe(job, space.data)
+        notes = _describe(job, stamp, space.data)
     stale = dataset.stale_preparation(job.target)
     if stale is not None:
         notes.append(f"{stale} may still be made from an earlier data set: delete it and plan again")
     return job.report("written", notes)
 
 
-def _is_there(job: Job) -> bool:
+def _is_there(job: Job, stamp: str) -> bool:
     """Whether the data set was made by the same command and is complete; its files are not opened."""
-    if dataset.conversion_of(job.target).get("fingerprint") != job.fingerprint:
+    made = dataset.conversion_of(job.target)
+    if made.get("fingerprint") != job.fingerprint:
         return False
     for name in (*dataset.FILES, *(name for task in job.tasks for name in task.outputs)):
         if not (job.target / name).is_file():
             raise DataError(f"{job.target / name} is gone; type --overwrite to make the data set again")
+    if made.get("stamp", stamp) != stamp:  # older versions kept none
+        raise DataError(
+            f"source files were changed after {job.target} was made from them; type --overwrite to make it again"
+        )
     return True
 
 
@@ -462,16 +478,18 @@ def _write_cases(tasks: Sequence[Task], processes: int) -> None:
         raise DataError(f"{len(problems)} cases are bad: {' | '.join(sorted(problems)[:3])}{more}")
 
 
-def _describe(job: Job, folder: Path) -> list[str]:
+def _describe(job: Job, stamp: str, folder: Path) -> list[str]:
     """Write the three JSON files; returns what the cases' reports have to say."""
     reports = {task.name: task.report() for task in job.tasks}
+    written = {task.name: list(task.outputs) for task in job.tasks}
     cases = {}
     for name, case in job.plan["cases"].items():
         kept = {key: reports[name][key] for key in ("label_voxels", "notes") if reports[name].get(key)}
-        cases[name] = {**case, **kept}
+        cases[name] = {**case, "written": written[name], **kept}
     job.describe(folder)
     dataset.write_json(folder / "splits_final.json", list(job.folds))
-    dataset.write_json(folder / "conversion.json", {**job.plan, "fingerprint": job.fingerprint, "cases": cases})
+    marks = {"fingerprint": job.fingerprint, **({"stamp": stamp} if job.dated else {})}
+    dataset.write_json(folder / "conversion.json", {**job.plan, **marks, "cases": cases})
     ways = Counter(way for report in reports.values() for way in report["how"])
     notes = [f"{name}: {note}" for name, report in reports.items() for note in report["notes"]]
     return [*notes, "files: " + ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))]

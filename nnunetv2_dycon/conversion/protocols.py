@@ -2,7 +2,8 @@
 
 The published ones are data files in `published/`, with their source. A user's own file has the same form:
 ``{"labeled": [...], "train": [...], "val": [...], "test": [...]}``, where "labeled" may also be a mapping
-``{"4": [...], "8": [...]}`` from a number to a list, and "unlabeled" may stand in place of "train".
+``{"4": [...], "8": [...]}`` from a number to a list, and "unlabeled" may stand in place of "train". Beside "train",
+whose cases are unlabelled unless they are labelled, it decides nothing and may name none but these.
 """
 
 import json
@@ -84,6 +85,11 @@ def read_protocol(path: Path, canonical: Callable[[str], str]) -> Protocol:
         longest = max(labeled.values(), key=len, default=())
         lists["train"] = (*longest, *unlabeled)
         _no_case_twice(path, "train", lists["train"])
+    outside = [case for case in unlabeled if case not in lists["train"]]
+    if outside:
+        raise SplitError(
+            f'{path}: unlabelled case {outside[0]!r} is not in "train"; add it there, or leave "train" out'
+        )
     protocol = Protocol(
         name=str(content.get("name", path.stem)),
         source=str(content.get("source", path.name)),

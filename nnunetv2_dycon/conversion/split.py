@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
 from nnunetv2_dycon import __version__
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.assign import Known, Request, assign, draw, labeled_number, parse_labeled
@@ -24,9 +22,9 @@ from nnunetv2_dycon.conversion.convert import (
     training_cases,
 )
 from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
+from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.roles import Roles, read_roles, training_labels
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
-from nnunetv2_dycon.folders import environment_folder
 
 TEST_SEED = 12345  # test cases are the same for every draw of labelled ones
 
@@ -76,7 +74,8 @@ def split(
     test : str or float, optional
         Fraction or number of training cases to draw as test cases; the same ones for every `labeled_seed`.
     groups : path, optional
-        JSON ``{case: subject}`` or a table with two columns: scans of one subject stay in one role.
+        JSON ``{case: subject}`` or a table with two columns: scans of one subject stay on one side of training
+        (labelled or not), validation and test.
     protocol : path, optional
         JSON file with "labeled", "train", "val", "test", in place of draws.
     processes, dry_run, overwrite
@@ -123,23 +122,13 @@ def split(
         title=f"{data.folder.name} as {target.name}, --labeled {Path(str(labeled)).name}",
         rows=rows,
         notes=(*role_notes(roles), *_left_out(data, kept_tests)),
+        dated=True,
     )
     return carry_out(job, processes=processes, dry_run=dry_run, overwrite=overwrite)
 
 
 def _read(dataset_id: int | str) -> _Data:
-    raw = environment_folder("nnUNet_raw")
-    try:
-        folder = raw / str(maybe_convert_to_dataset_name(dataset_id))
-    except (RuntimeError, ValueError) as error:
-        raise DataError(f"-d {dataset_id}: {str(error).split('. ')[0]}; check the id and nnUNet_raw") from error
-    path = folder / "dataset.json"
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); a raw data set of nnU-Net has one") from error
-    except ValueError as error:
-        raise DataError(f"{path} is no valid JSON ({error}); mend it") from error
+    folder, content = find_raw(dataset_id)
     roles = read_roles(folder, content)
     if not roles.labeled:
         raise DataError(f"{folder} has no training cases; put them into imagesTr and labelsTr")
@@ -158,14 +147,26 @@ def _protocol(
         if test is not None:
             raise ConfigError("--test and --protocol: a protocol names its own test cases; leave --test out")
         return find_protocol(protocol, (), partial(_case_name, data.ending))
-    tests: tuple[str, ...] = ()
-    if test is not None:
-        number = parse_labeled(test)
-        if not isinstance(number, float | int):
-            raise ConfigError(f"--test {test}: give a fraction (0.2) or a number of cases")
-        tests = draw(data.roles.labeled, TEST_SEED, subjects, labeled_number(number, len(data.roles.labeled)))
+    tests = () if test is None else _drawn_tests(data, test, subjects)
     train = tuple(case for case in data.roles.labeled if case not in set(tests))
     return Protocol(name, data.folder.name, "", train, (), tests, {})
+
+
+def _drawn_tests(data: _Data, test: str | float, subjects: Mapping[str, str]) -> tuple[str, ...]:
+    number = parse_labeled(test, "--test")
+    if not isinstance(number, float | int):
+        raise ConfigError(f"--test {test}: give a fraction (0.2) or a number of cases")
+    # a scan in imagesUn is trained on, whatever is drawn
+    trained = {subjects[case] for case in data.roles.unlabeled if case in subjects}
+    free = [case for case in data.roles.labeled if subjects.get(case) not in trained]
+    count = labeled_number(number, len(data.roles.labeled), "--test")
+    tests = draw(data.roles.labeled, TEST_SEED, subjects, count, among=free)
+    if not tests:
+        raise SplitError(
+            f"--test {test}: no subject without a scan in imagesUn has {count} annotated scans or fewer; type a larger "
+            f"number, or move the other scans of some subjects out of {data.folder / 'imagesUn'}"
+        )
+    return tests
 
 
 def _read_groups(path: Path, data: _Data) -> dict[str, str]:
@@ -187,17 +188,18 @@ def _read_groups(path: Path, data: _Data) -> dict[str, str]:
 
 
 def _check_subjects(role_of: Mapping[str, str], subjects: Mapping[str, str]) -> None:
-    """Refuse a subject both in test and elsewhere, or both labelled and unlabelled."""
+    """Refuse a subject with scans in two of training (labelled or not), validation and test."""
+    sides = {role: "training" if role in ("labeled", "unlabeled") else role for role in dataset.IMAGES}
     seen: dict[str, str] = {}
     for case, role in sorted(role_of.items()):
-        side = "labeled" if role == "validation" else role
-        if case in subjects and role_of[seen.setdefault(subjects[case], case)] != role:
-            other = seen[subjects[case]]
-            if side != ("labeled" if role_of[other] == "validation" else role_of[other]):
-                raise SplitError(
-                    f"subject {subjects[case]!r} has {other!r} as {role_of[other]} and {case!r} as {role}; "
-                    "name all scans of a subject in one list"
-                )
+        if case not in subjects:
+            continue
+        other = seen.setdefault(subjects[case], case)
+        if sides[role_of[other]] != sides[role]:
+            raise SplitError(
+                f"subject {subjects[case]!r} has {other!r} as {role_of[other]} and {case!r} as {role}; name its scans "
+                "in one list (--protocol FILE), or move one of them out of the data set"
+            )
 
 
 def _task(data: _Data, case: str, role: str, target: Path) -> LinkTask:

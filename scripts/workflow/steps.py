@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from nnunetv2_dycon.conversion.dataset import COMMAND_FILE
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.folders import environment_folder
 from nnunetv2_dycon.locks import locked
@@ -35,7 +36,7 @@ def raw(folder: str, labeled: str, draw: str, command: Sequence[str]) -> None:
         If there is a data set by another command, or with another draw.
     """
     target = environment_folder("nnUNet_raw") / folder
-    note, text = target / "workflow.json", json.dumps({"command": list(command)})
+    note, text = target / COMMAND_FILE, json.dumps({"command": list(command)})
     if not target.exists():
         _run(command)
         note.write_text(text)

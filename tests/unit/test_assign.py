@@ -275,6 +275,12 @@ def test_what_labeled_may_be(text, value) -> None:
     assert (parsed, type(parsed)) == (value, type(value))
 
 
+@pytest.mark.parametrize("text", ["1.0", 1.0, "1.", "1e0"])
+def test_one_that_may_mean_a_case_or_all_of_them_is_refused(text) -> None:
+    with pytest.raises(ConfigError, match=r"--labeled 1.* type 1 \(one case\) or all$"):
+        parse_labeled(text)
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "inf", "1e400", "-inf", "ten", "", "0.0", 2.5])
 def test_what_labeled_may_not_be(text) -> None:
     with pytest.raises(ConfigError, match="--labeled"):

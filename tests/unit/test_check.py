@@ -9,6 +9,7 @@ import SimpleITK as sitk
 
 from nnunetv2_dycon.commands import main
 from nnunetv2_dycon.conversion.check import Check, check
+from nnunetv2_dycon.conversion.split import split
 from nnunetv2_dycon.errors import DataError
 from tests.datasets import environment, make_dataset
 
@@ -176,3 +177,33 @@ def test_a_data_set_that_is_not_there_is_one_line(root):
     (root / "nnUNet_raw").mkdir()
     with pytest.raises(DataError, match="-d 4"):
         check(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": {"0": "background", "1": "a"}}, '"background": 0, "organ": 1}, or run nnUNetv2_convert_old_'),
+        ({"labels": {"0": "background", "1": "a"}, "file_ending": None}, "nnUNetv2_convert_old_nnUNet_dataset"),
+        ({"labels": ["background", "a"]}, '"labels" must give a number to each name'),
+        ({"labels": {"background": 0, "a": {"b": 1}}}, '"labels" must give a number to each name'),
+        ({"labels": None}, "has no 'labels'; add it"),
+        ({"file_ending": None}, "has no 'file_ending'; add it"),
+        ({"channel_names": None}, "has no 'channel_names'; add it"),
+    ],
+)
+@pytest.mark.parametrize("command", [lambda: check(4, processes=1), lambda: split(4, 604, 1)], ids=["check", "split"])
+def test_a_wrong_dataset_json_is_one_line(raw, command, change, words):
+    path = raw / "dataset.json"
+    content = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    with pytest.raises(DataError) as caught:
+        command()
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_json_that_is_a_list_is_one_line(raw):
+    (raw / "dataset.json").write_text("[]")
+    with pytest.raises(DataError, match=r"dataset\.json must be \{"):
+        check(4, processes=1)

@@ -873,6 +873,44 @@ def test_an_id_that_is_taken_and_foreign_files_are_left_alone(raw, source) -> No
         refused(raw, form, source, "give 1 to 999", dataset_id=wrong)
 
 
+def as_written_before(folder: Path) -> None:
+    """Take out of conversion.json what older versions did not note."""
+    path = folder / "conversion.json"
+    content = json.loads(path.read_text())
+    del content["stamp"]
+    for entry in content["cases"].values():
+        del entry["written"]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["isles-archive", "isles-adc", "la-h5", "pancreas-dicom"])
+def test_a_data_set_of_an_older_version_is_replaced_without_what_was_added(raw, source, name) -> None:
+    form = FORMS[name]
+    lay_out(name, source)
+    folder = run(form, source, dataset_id=700, labeled="all").folder
+    as_written_before(folder)
+    assert run(form, source, dataset_id=700, labeled="all").state == "up to date"
+    assert run(form, source, dataset_id=700, overwrite=True).state == "written"
+    as_written_before(folder)
+    label = folder / "labelsTr" / f"{form.names['unlabeled'][0]}.nii.gz"
+    label.touch()
+    refused(raw, form, source, f"{label} was added later", dataset_id=700, labeled="all", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["btcv-raw", "pancreas-dicom"])
+def test_a_source_that_was_changed_at_the_same_size_is_said(raw, source, name) -> None:
+    form = FORMS[name]
+    lay_out(name, source)
+    folder = run(form, source).folder
+    (find(source, AN_IMAGE[name]).parent / ".DS_Store").touch()  # no file of a scan
+    (find(source, AN_IMAGE[name]).parent / ".DS_Store").unlink()
+    assert run(form, source).state == "up to date"
+    os.utime(find(source, AN_IMAGE[name]), ns=(1, 1))
+    refused(raw, form, source, "source files were changed", str(folder), "--overwrite")
+    assert run(form, source, overwrite=True).state == "written"
+    assert run(form, source).state == "up to date"
+
+
 def test_a_failed_overwrite_leaves_the_old_data_set(raw, source) -> None:
     form = FORMS["btcv-raw"]
     lay_out("btcv-raw", source)

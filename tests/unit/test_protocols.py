@@ -136,6 +136,11 @@ def test_brats_has_the_sites_that_were_counted_and_la_ids_of_twenty_characters()
         ("BraTS19", "BraTS19_CBICA_AAP_1", "BraTS19_CBICA_AAP_1"),
         ("LA", "06SR5RBREL16DQ6M8LWS", "06SR5RBREL16DQ6M8LWS"),
         ("BTCV", "case0005.npy.h5", "img0005"),
+        ("BTCV", "img0021_0000.nii.gz", "img0021"),
+        ("PancreasNIH", "PANCREAS_0001_0000.nii.gz", "PANCREAS_0001"),
+        ("PancreasNIH", "pancreas0012_2.h5", "PANCREAS_0012"),
+        ("ISLES22", "sub-strokecase0123_ses-0001", "sub-strokecase0123"),
+        ("ISLES22", "strokecase0123_ses-0001_dwi.nii.gz", "sub-strokecase0123"),
     ],
 )
 def test_ids_become_case_names_however_lists_write_them(collection: str, written: str, name: str) -> None:
@@ -193,6 +198,7 @@ def test_train_may_be_given_in_place_of_unlabeled_and_labeled_by_number(tmp_path
     protocol = read_protocol(write(tmp_path / "own.json", content), plain)
     assert (protocol.train, protocol.labeled) == (("a", "b", "c"), {1: ("b",), 2: ("c", "b")})
     assert protocol.first_are_labeled is False
+    assert read_protocol(write(tmp_path / "own.json", content | {"unlabeled": ["a"]}), plain) == protocol
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -239,6 +245,7 @@ def test_two_spellings_of_one_case_are_a_case_named_twice(tmp_path: Path) -> Non
         ({"train": ["b"], "val": ["a"], "test": ["a"]}, '\'a\' is in both "val" and "test"'),
         ({"labeled": ["a"], "unlabeled": ["a", "b"]}, "names 'a' twice"),
         ({"labeled": ["z"], "train": ["a"]}, "'z' is not in \"train\""),
+        ({"labeled": ["a"], "train": ["a", "b"], "unlabeled": ["z"]}, "unlabelled case 'z' is not in \"train\""),
         ({"labeled": {"2": ["a"]}, "train": ["a"]}, '"labeled" 2 lists 1 cases'),
         ({"labeled": {"few": ["a"]}, "train": ["a"]}, "number: list of ids"),
         ({"labeled": "a", "train": ["a"]}, "must be a list of ids"),

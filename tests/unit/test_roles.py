@@ -140,6 +140,28 @@ def test_splits_are_read_where_training_reads_them(tmp_path: Path) -> None:
     assert read_splits(used, raw) == marked * 2
 
 
+def test_only_lists_that_training_would_pass_over_are_differences(tmp_path: Path) -> None:
+    used, raw = tmp_path / "used", tmp_path / "raw"
+    for folder in (used, raw):
+        folder.mkdir()
+    plain, marked = fold(["a"], ["b"]), fold(["a"], ["b"], ["c"])
+    for splits, others, same in (
+        ([plain], [plain] * 5, True),
+        ([plain] * 5, [plain], True),
+        ([], [plain], True),
+        ([marked], [marked, plain], True),
+        ([plain], [plain, marked], False),
+        ([plain, marked], [marked, plain], False),
+    ):
+        (used / "splits_final.json").write_text(json.dumps(splits))
+        (raw / "splits_final.json").write_text(json.dumps(others))
+        if same:
+            assert read_splits(used, raw) == splits
+        else:
+            with pytest.raises(SplitError, match=r"cp .*raw.* .*used.* \(this replaces the first\), or: cp .*used"):
+                read_splits(used, raw)
+
+
 @pytest.mark.parametrize("text", ["{", '{"train": []}', "[1]"])
 def test_a_broken_splits_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "splits_final.json").write_text(text)

@@ -40,6 +40,22 @@ def roles(folder: Path) -> dict[str, set[str]]:
     return {where: names(folder, where) for where in ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs")}
 
 
+def as_written_before(folder: Path) -> None:
+    """Take out of conversion.json what older versions did not note."""
+    path = folder / "conversion.json"
+    content = json.loads(path.read_text())
+    del content["stamp"]
+    for entry in content["cases"].values():
+        del entry["written"]
+    path.write_text(json.dumps(content))
+
+
+def subjects(path: Path, divided: dict[str, str]) -> Path:
+    """Write a table in which every annotated case is its own subject but for those that are given."""
+    path.write_text(json.dumps({f"l_{i:02d}": f"s{i}" for i in range(10)} | divided))
+    return path
+
+
 def test_labels_of_unlabeled_cases_are_not_in_the_new_data_set(raw):
     folder = split(4, 604, 3).folder
     new = roles(folder)
@@ -203,6 +219,8 @@ def test_a_spacing_file_beside_a_tiff_image_goes_along(tmp_path, monkeypatch):
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.json") if path.parent != folder)
     assert len(found) == 3  # two of the labelled case, one of the unlabelled
     assert split(7, 607, 1, overwrite=True).state == "written"  # names with dots are known as its own
+    as_written_before(folder)
+    assert split(7, 607, 1, overwrite=True).state == "written"
 
 
 def test_what_was_added_later_is_not_overwritten(raw):
@@ -212,6 +230,49 @@ def test_what_was_added_later_is_not_overwritten(raw):
     with pytest.raises(DataError, match=r"new_0000\.nii\.gz was added later"):
         split(4, 604, 4, overwrite=True)
     assert added.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(
+    "added", ["labelsTr/{un}.nii.gz", "imagesTr/{un}_0000.nii.gz", "labelsTs/t_00.nii.gz", "imagesUn/{un}_0001.nii.gz"]
+)
+def test_files_that_were_added_for_its_cases_are_not_overwritten(raw, older, added):
+    (raw / "Dataset004_Tiny/labelsTs/t_00.nii.gz").unlink()
+    folder = split(4, 604, 3).folder
+    if older:
+        as_written_before(folder)
+    path = folder / added.format(un=min(names(folder, "imagesUn")))
+    path.write_bytes(b"mine")
+    with pytest.raises(DataError, match=f"{path.name} was added later"):
+        split(4, 604, 4, overwrite=True)
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("options", [{"labeled": 3}, {"labeled": "all", "test": 2}])
+def test_a_data_set_of_an_older_version_is_up_to_date_and_can_be_replaced(raw, options):
+    folder = split(4, 604, **options).folder
+    before = tree(folder)
+    as_written_before(folder)
+    os.utime(raw / "Dataset004_Tiny/labelsTr/l_00.nii.gz", ns=(1, 1))
+    assert split(4, 604, **options).state == "up to date"
+    assert split(4, 604, **options, overwrite=True).state == "written"
+    assert tree(folder).keys() == before.keys()
+
+
+def test_a_source_that_was_changed_in_place_is_said(raw):
+    folder = split(4, 604, "all").folder
+    label = raw / "Dataset004_Tiny/labelsTr/l_00.nii.gz"
+    content = label.read_bytes()
+    label.unlink()  # what was linked stays as it was
+    label.write_bytes(content)
+    os.utime(label, ns=(1, 1))
+    for dry_run in (False, True):
+        with pytest.raises(DataError, match=r"source files were changed after .*Dataset604_Tiny.*--overwrite"):
+            split(4, 604, "all", dry_run=dry_run)
+    assert not (folder / "labelsTr/l_00.nii.gz").samefile(label)
+    assert split(4, 604, "all", overwrite=True).state == "written"
+    assert (folder / "labelsTr/l_00.nii.gz").samefile(label)
+    assert split(4, 604, "all").state == "up to date"
 
 
 def test_another_data_set_with_this_id_is_left_alone(raw):
@@ -240,6 +301,8 @@ def test_a_dry_run_writes_nothing(raw):
         ({"labeled": "none.txt"}, ConfigError, "no such file"),
         ({"labeled": 3, "labeled_seed": -1}, ConfigError, "--labeled-seed -1"),
         ({"labeled": 3, "test": "all"}, ConfigError, "--test all"),
+        ({"labeled": 3, "test": "1.0"}, ConfigError, r"--test 1\.0 .*type 1 \(one case\)$"),
+        ({"labeled": 3, "test": 20}, ConfigError, "--test 20 means"),
         ({"labeled": 3, "protocol": "fold9"}, ConfigError, "--protocol fold9"),
         ({"labeled": 3, "processes": 0}, ConfigError, "-np 0"),
         ({"labeled": 3, "new_id": 1000}, ConfigError, "1 to 999"),
@@ -267,6 +330,40 @@ def test_a_subject_in_a_kept_test_set_is_refused_in_training(raw, tmp_path):
     path.write_text(json.dumps({f"l_{i:02d}": f"s{i}" for i in range(10)} | {"t_00": "s1"}))
     with pytest.raises(SplitError, match="subject 's1'"):
         split(4, 604, 3, groups=path)
+
+
+def test_a_subject_may_be_labeled_and_unlabeled_since_both_are_training(raw, tmp_path):
+    new = roles(split(4, 604, "all", groups=subjects(tmp_path / "groups.json", {"u_00": "s3"})).folder)
+    assert {"l_03"} <= new["imagesTr"]
+    assert {"u_00"} <= new["imagesUn"]
+
+
+def test_tests_are_drawn_among_subjects_without_a_scan_that_is_trained_on(raw, tmp_path):
+    drawn = roles(split(4, 604, "all", test=2).folder)["imagesTs"]
+    trained = min(drawn)
+    groups = subjects(tmp_path / "groups.json", {"u_00": f"s{int(trained[-2:])}"})
+    other = roles(split(4, 605, "all", test=2, groups=groups).folder)
+    assert trained in other["imagesTr"]
+    assert len(other["imagesTs"]) == 2
+    assert drawn - {trained} < other["imagesTs"]  # the others are the same ones
+    groups.write_text(json.dumps(dict.fromkeys([*(f"l_{i:02d}" for i in range(10)), "u_00"], "one")))
+    with pytest.raises(SplitError, match=r"--test 2: no subject without a scan in imagesUn has 2 .*/imagesUn$"):
+        split(4, 606, "all", test=2, groups=groups)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("labeled", "val"), ("unlabeled", "val"), ("labeled", "test"), ("val", "test")]
+)
+def test_a_protocol_that_divides_a_subject_is_refused(raw, tmp_path, one, other):
+    lists = {"labeled": ["l_00"], "unlabeled": ["l_01"], "val": ["l_02"], "test": ["l_03"]}
+    protocol = tmp_path / "protocol.json"
+    protocol.write_text(json.dumps(lists))
+    groups = subjects(tmp_path / "groups.json", dict.fromkeys([lists[one][0], lists[other][0]], "both"))
+    with pytest.raises(SplitError, match=f"subject 'both' has '{lists[one][0]}' as .* and '{lists[other][0]}' as "):
+        split(4, 604, 1, protocol=protocol, groups=groups)
+    assert not (raw / "Dataset604_Tiny").exists()
+    groups = subjects(tmp_path / "groups.json", {"l_00": "both", "l_01": "both"})
+    assert split(4, 604, 1, protocol=protocol, groups=groups).state == "written"
 
 
 def test_a_missing_label_leaves_its_case_out_and_says_so(raw):

@@ -1,0 +1,51 @@
+"""A raw data set of nnU-Net that is there: its folder, and its dataset.json with the keys that are needed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.folders import environment_folder
+
+
+def find_raw(dataset_id: int | str) -> tuple[Path, dict[str, Any]]:
+    """Folder and dataset.json of a data set in nnUNet_raw, by id or name.
+
+    Raises
+    ------
+    DataError
+        If there is no such data set, or nnU-Net cannot use its dataset.json.
+    """
+    raw = environment_folder("nnUNet_raw")
+    try:
+        folder = raw / str(maybe_convert_to_dataset_name(dataset_id))
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"-d {dataset_id}: {str(error).split('. ')[0]}; check the id and nnUNet_raw") from error
+    path = folder / "dataset.json"
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); a raw data set of nnU-Net has one") from error
+    except ValueError as error:
+        raise DataError(f"{path} is no valid JSON ({error}); mend it") from error
+    _check(path, content)
+    return folder, content
+
+
+def _check(path: Path, content: Any) -> None:
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must be {{...}} with labels, channel_names and file_ending; mend it")
+    try:
+        for value in content.get("labels", {}).values():
+            for number in value if isinstance(value, list) else [value]:
+                int(number)
+    except (AttributeError, TypeError, ValueError):
+        raise DataError(
+            f'{path}: "labels" must give a number to each name; write {{"background": 0, "organ": 1}}, or run '
+            "nnUNetv2_convert_old_nnUNet_dataset if the data set is of the first nnU-Net"
+        ) from None
+    for keys in (("labels",), ("file_ending",), ("channel_names", "modality")):
+        if not any(key in content for key in keys):
+            raise DataError(f"{path} has no {keys[0]!r}; add it")

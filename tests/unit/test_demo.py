@@ -1,0 +1,73 @@
+"""What the demo refuses before it writes or removes anything."""
+
+import json
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from nnunetv2_dycon.errors import ConfigError, DataError
+from scripts import demo
+
+
+def task04(folder: Path) -> Path:
+    """Twenty-two tiny scans in the Decathlon's tree: eleven subjects."""
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+        for number in range(1, 23):
+            volume = nib.Nifti1Image(np.ones((2, 2, 2), np.uint8), np.eye(4))
+            nib.save(volume, folder / part / f"hippocampus_{number:03d}.nii.gz")
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    demo.run(demo.parse_arguments())
+
+
+@pytest.fixture(autouse=True)
+def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise AssertionError("the demo went on")
+
+    monkeypatch.setattr(demo.Demo, "run", stop)
+
+
+@pytest.mark.parametrize("name", ["nnUNet_raw/Dataset504_Hippocampus", "nnUNet_preprocessed", "exported/DyCON"])
+def test_a_folder_with_data_of_somebody_is_refused_and_left_alone(tmp_path, monkeypatch, name) -> None:
+    mine = tmp_path / "out" / name / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("scans")
+    with pytest.raises(DataError, match=f"holds {name.split('/')[0]}, which no demo made: give another --out"):
+        run(monkeypatch, "--out", str(tmp_path / "out"), "--task04", str(task04(tmp_path / "Task04")))
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_folder_of_the_same_demo_is_taken_and_one_of_another_refused(tmp_path) -> None:
+    demo.same_options(tmp_path / "out", {"seed": 0})
+    (tmp_path / "out/nnUNet_raw").mkdir()
+    demo.same_options(tmp_path / "out", {"seed": 0})
+    with pytest.raises(DataError, match="other options"):
+        demo.same_options(tmp_path / "out", {"seed": 1})
+
+
+def test_the_old_data_set_stays_until_the_new_one_is_whole(tmp_path) -> None:
+    one = demo.Demo(tmp_path / "out", "Dataset504_Hippocampus", 1, "cpu")
+    one.raw.mkdir()
+    (one.raw / "old").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"--task04 .* has no imagesTr"):
+        demo.make_hippocampus(one, tmp_path / "empty", 2)
+    assert (one.raw / "old").exists()
+    demo.make_hippocampus(one, task04(tmp_path / "Task04"), 2)
+    assert not (one.raw / "old").exists()
+    assert json.loads((one.raw / "dataset.json").read_text())["file_ending"] == ".nii.gz"
+
+
+@pytest.mark.parametrize("option", ["--labeled", "--iters", "--epochs"])
+def test_zero_is_refused_and_does_not_mean_the_default(tmp_path, monkeypatch, option) -> None:
+    with pytest.raises(ConfigError, match=f"{option} 0: give 1 or more"):
+        run(monkeypatch, "--out", str(tmp_path / "out"), option, "0")
+    assert not (tmp_path / "out").exists()
