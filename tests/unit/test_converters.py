@@ -21,7 +21,7 @@ from nnunetv2_dycon.dataset_conversion import converter
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError, UserError
 from tests import collections
 from tests.collections import Truth
-from tests.datasets import environment
+from tests.datasets import as_written_before, environment
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 FOLDERS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
@@ -871,16 +871,6 @@ def test_an_id_that_is_taken_and_foreign_files_are_left_alone(raw, source) -> No
     refused(raw, form, source, "mine_0000.nii.gz was added", dataset_id=700, labeled=2, overwrite=True)
     for wrong in (0, 1000):
         refused(raw, form, source, "give 1 to 999", dataset_id=wrong)
-
-
-def as_written_before(folder: Path) -> None:
-    """Take out of conversion.json what older versions did not note."""
-    path = folder / "conversion.json"
-    content = json.loads(path.read_text())
-    del content["stamp"]
-    for entry in content["cases"].values():
-        del entry["written"]
-    path.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("name", ["isles-archive", "isles-adc", "la-h5", "pancreas-dicom"])

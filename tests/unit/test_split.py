@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.split import split
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
-from tests.datasets import environment, make_dataset
+from tests.datasets import as_written_before, environment, make_dataset
 
 OPTIONS = {"labeled": 10, "unlabeled": 2, "test": 3, "shape": (8, 8, 8)}
 
@@ -38,16 +38,6 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def roles(folder: Path) -> dict[str, set[str]]:
     return {where: names(folder, where) for where in ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs")}
-
-
-def as_written_before(folder: Path) -> None:
-    """Take out of conversion.json what older versions did not note."""
-    path = folder / "conversion.json"
-    content = json.loads(path.read_text())
-    del content["stamp"]
-    for entry in content["cases"].values():
-        del entry["written"]
-    path.write_text(json.dumps(content))
 
 
 def subjects(path: Path, divided: dict[str, str]) -> Path:
