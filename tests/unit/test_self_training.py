@@ -606,7 +606,8 @@ def launch(root, *more):
     with open(root / "log.txt", "a") as log:
         return subprocess.Popen(
             [sys.executable, "-c", script, *words],
-            env={**os.environ, **environment(root)},
+            # a text is waited for: in a buffer it would be seen when the training has long gone on, or ended
+            env={**os.environ, **environment(root), "PYTHONUNBUFFERED": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
