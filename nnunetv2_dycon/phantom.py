@@ -505,7 +505,12 @@ def _write_descriptions(folder: Path, settings: Phantom, roles: list[Role]) -> N
         "spacing_mm": SPACING_MM,
         "validation": "fold 0 validates on its own training cases: only the test cases measure anything",
         "cases": {
-            case_name(i): {"role": role, "scanner": _scanner_of(i), "seed": settings.case_seed(i)}
+            case_name(i): {
+                "role": role,
+                "scanner": _scanner_of(i),
+                "seed": settings.case_seed(i),
+                "written": sorted(p.relative_to(folder).as_posix() for p in folder.glob(f"*/{case_name(i)}[._]*")),
+            }
             for i, role in enumerate(roles)
         },
     }

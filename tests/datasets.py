@@ -243,13 +243,3 @@ def write_splits(root: Path, dataset: str, **fold: Sequence[str]) -> None:
     """Write a one-fold splits_final.json into the raw folder, where nnU-Net's planner finds it."""
     path = root / "nnUNet_raw" / dataset / "splits_final.json"
     path.write_text(json.dumps([{name: list(cases) for name, cases in fold.items()}]))
-
-
-def as_written_before(folder: Path) -> None:
-    """Take out of conversion.json what older versions did not note."""
-    path = folder / "conversion.json"
-    content = json.loads(path.read_text())
-    del content["stamp"]
-    for entry in content["cases"].values():
-        del entry["written"]
-    path.write_text(json.dumps(content))

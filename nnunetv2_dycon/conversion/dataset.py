@@ -24,7 +24,6 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunetv2_dycon.conversion.volumes import to_disk
-from nnunetv2_dycon.data.roles import channel_names
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.locks import locked
 
@@ -81,12 +80,8 @@ def target_folder(dataset_id: int, name: str) -> Path:
 
 def conversion_of(target: Path) -> dict[str, Any]:
     """Content of a data set's conversion.json; empty where there is none that can be read."""
-    return _content(target / "conversion.json")
-
-
-def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads((target / "conversion.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -114,36 +109,13 @@ def check_free(target: Path, *, made_by: str, overwrite: bool) -> None:
 
 
 def _added(target: Path, conversion: Mapping[str, Any]) -> Iterator[Path]:
-    description = _content(target / "dataset.json")
-    own = {*FILES, COMMAND_FILE}
-    for case, entry in conversion.get("cases", {}).items():
-        own.update(entry["written"] if "written" in entry else _written_before(case, entry, description))
+    # what no list says was written is taken for added: a data set of a version that kept none is left alone
+    written = (entry.get("written", ()) for entry in conversion.get("cases", {}).values())
+    own = {*FILES, COMMAND_FILE}.union(*written)
     for path in sorted(target.rglob("*")):
         place = path.relative_to(target).as_posix()
         if place not in (FOLDERS if path.is_dir() else own):
             yield path
-
-
-def _written_before(case: str, entry: Mapping[str, Any], description: Mapping[str, Any]) -> Iterator[str]:
-    """Files that a case must have by its role and sources, where conversion.json does not list what was written."""
-    role, ending = entry.get("role"), description.get("file_ending")
-    if role not in IMAGES or ending is None:
-        return
-    sources = [file["name"] for file in entry.get("files", ())]
-    scans = [name for name in sources if not name.endswith(".json")]
-    # a test case that had no label came from imagesTs alone
-    label = role in LABELS and not (scans and all(name.startswith("imagesTs/") for name in scans))
-    # the empty label of a case without lesion has no source
-    made_up = any(note.startswith("no label file") for note in entry.get("notes", ()))
-    channels = len(scans) - (label and not made_up) if scans else len(channel_names(description))
-    yield from (f"{IMAGES[role]}/{case}_{channel:04d}{ending}" for channel in range(channels))
-    if label:
-        yield f"{LABELS[role]}/{case}{ending}"
-    beside = len(sources) - len(scans)  # spacing of TIFF images, and of labels
-    if beside:
-        yield f"{IMAGES[role]}/{case}.json"
-    if beside > 1 and label:
-        yield f"{LABELS[role]}/{case}.json"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from nnunetv2_dycon.dataset_conversion import converter
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError, UserError
 from tests import collections
 from tests.collections import Truth
-from tests.datasets import as_written_before, environment
+from tests.datasets import environment
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 FOLDERS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
@@ -871,20 +871,6 @@ def test_an_id_that_is_taken_and_foreign_files_are_left_alone(raw, source) -> No
     refused(raw, form, source, "mine_0000.nii.gz was added", dataset_id=700, labeled=2, overwrite=True)
     for wrong in (0, 1000):
         refused(raw, form, source, "give 1 to 999", dataset_id=wrong)
-
-
-@pytest.mark.parametrize("name", ["isles-archive", "isles-adc", "la-h5", "pancreas-dicom"])
-def test_a_data_set_of_an_older_version_is_replaced_without_what_was_added(raw, source, name) -> None:
-    form = FORMS[name]
-    lay_out(name, source)
-    folder = run(form, source, dataset_id=700, labeled="all").folder
-    as_written_before(folder)
-    assert run(form, source, dataset_id=700, labeled="all").state == "up to date"
-    assert run(form, source, dataset_id=700, overwrite=True).state == "written"
-    as_written_before(folder)
-    label = folder / "labelsTr" / f"{form.names['unlabeled'][0]}.nii.gz"
-    label.touch()
-    refused(raw, form, source, f"{label} was added later", dataset_id=700, labeled="all", overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["btcv-raw", "pancreas-dicom"])

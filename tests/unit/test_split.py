@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.split import split
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
-from tests.datasets import as_written_before, environment, make_dataset
+from tests.datasets import environment, make_dataset
 
 OPTIONS = {"labeled": 10, "unlabeled": 2, "test": 3, "shape": (8, 8, 8)}
 
@@ -209,8 +209,6 @@ def test_a_spacing_file_beside_a_tiff_image_goes_along(tmp_path, monkeypatch):
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.json") if path.parent != folder)
     assert len(found) == 3  # two of the labelled case, one of the unlabelled
     assert split(7, 607, 1, overwrite=True).state == "written"  # names with dots are known as its own
-    as_written_before(folder)
-    assert split(7, 607, 1, overwrite=True).state == "written"
 
 
 def test_what_was_added_later_is_not_overwritten(raw):
@@ -222,15 +220,12 @@ def test_what_was_added_later_is_not_overwritten(raw):
     assert added.read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize(
     "added", ["labelsTr/{un}.nii.gz", "imagesTr/{un}_0000.nii.gz", "labelsTs/t_00.nii.gz", "imagesUn/{un}_0001.nii.gz"]
 )
-def test_files_that_were_added_for_its_cases_are_not_overwritten(raw, older, added):
+def test_files_that_were_added_for_its_cases_are_not_overwritten(raw, added):
     (raw / "Dataset004_Tiny/labelsTs/t_00.nii.gz").unlink()
     folder = split(4, 604, 3).folder
-    if older:
-        as_written_before(folder)
     path = folder / added.format(un=min(names(folder, "imagesUn")))
     path.write_bytes(b"mine")
     with pytest.raises(DataError, match=f"{path.name} was added later"):
@@ -238,15 +233,20 @@ def test_files_that_were_added_for_its_cases_are_not_overwritten(raw, older, add
     assert path.read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("options", [{"labeled": 3}, {"labeled": "all", "test": 2}])
-def test_a_data_set_of_an_older_version_is_up_to_date_and_can_be_replaced(raw, options):
-    folder = split(4, 604, **options).folder
+def test_a_data_set_that_does_not_say_what_was_written_is_up_to_date_but_left_alone(raw):
+    folder = split(4, 604, 3).folder
+    path = folder / "conversion.json"
+    content = json.loads(path.read_text())
+    del content["stamp"]
+    for entry in content["cases"].values():
+        del entry["written"]
+    path.write_text(json.dumps(content))
     before = tree(folder)
-    as_written_before(folder)
     os.utime(raw / "Dataset004_Tiny/labelsTr/l_00.nii.gz", ns=(1, 1))
-    assert split(4, 604, **options).state == "up to date"
-    assert split(4, 604, **options, overwrite=True).state == "written"
-    assert tree(folder).keys() == before.keys()
+    assert split(4, 604, 3).state == "up to date"
+    with pytest.raises(DataError, match="was added later and would be lost"):
+        split(4, 604, 3, overwrite=True)
+    assert tree(folder) == before
 
 
 def test_a_source_that_was_changed_in_place_is_said(raw):
