@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "nnunetv2_dycon"
 
 # "" is the package itself, for its version
-BASE = {"", "errors", "schedules", "options", "folders", "locks", "parallel"}
+BASE = {"", "errors", "schedules", "options", "folders", "locks", "parallel", "files"}
 TENSORS = {"losses", "networks", "views", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "folders": {"errors"},
     "locks": {"errors"},
     "parallel": {"errors"},
+    "files": {"errors"},
     **dict.fromkeys(TENSORS, BASE),
     "methods": BASE | TENSORS,
     "data": BASE | TENSORS,
@@ -39,7 +40,18 @@ MAY_IMPORT = {
     "commands": BASE
     | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"},
 }
-STANDARD_LIBRARY_ONLY = {"", "_register", "errors", "schedules", "options", "folders", "locks", "parallel", "commands"}
+STANDARD_LIBRARY_ONLY = {
+    "",
+    "_register",
+    "errors",
+    "schedules",
+    "options",
+    "folders",
+    "locks",
+    "parallel",
+    "files",
+    "commands",
+}
 WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"methods", "_nnunet_ext"}
 
 

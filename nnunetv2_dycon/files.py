@@ -1,0 +1,139 @@
+"""Files that are whole or absent: written under a temporary name, brought to the disk, then renamed.
+
+One promise for every file of this package. Another process sees the previous file until the new one is complete; after
+a power cut the file has its old or its new content; two processes never share a temporary name; a write that fails
+leaves nothing behind.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_dycon.errors import DataError
+
+PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our own listings pass over them
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder; on leaving without an error it becomes `path`.
+
+    The temporary name keeps the ending of `path` (`.nii.gz`, `.png`), by which writers choose the format.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write; its folder exists.
+
+    Raises
+    ------
+    DataError
+        If the disk is full, or the folder cannot be written.
+    """
+    part = temporary_name(path)
+    try:
+        with _disk_errors(path):
+            yield part
+            sync(part)
+            os.replace(part, path)
+            sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name next to `path` that no other process uses: hidden, with the endings of `path`."""
+    return path.with_name(f".{secrets.token_hex(4)}{PART}.{path.name}")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all; line ends as given."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
+    """Write JSON that a person can read, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=sort_keys))
+
+
+def read_json(path: Path, mend: str = "restore it") -> Any:
+    """Return the content of a JSON file.
+
+    Parameters
+    ----------
+    path : Path
+        A UTF-8 file, with or without a byte order mark.
+    mend : str
+        What the user can do; ends the error message.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); {mend}") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DataError(f"{path} is not JSON ({error}); {mend}") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def json_digest(content: Any) -> str:
+    """Return the SHA-256 of a JSON value in hexadecimal, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") -> str:
+    """Return the first items for a message, and how many more there are.
+
+    Examples
+    --------
+    >>> first_few(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    shown = separator.join(map(str, items[:limit]))
+    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}); make room on the disk or choose another folder"
+        ) from error

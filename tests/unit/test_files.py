@@ -1,0 +1,82 @@
+"""Every file is whole or absent, and nothing temporary stays."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_dycon import files
+from nnunetv2_dycon.errors import DataError
+
+
+def test_a_write_that_fails_leaves_the_previous_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": 1})
+
+    def fail_after_half() -> None:
+        with files.whole_file(path) as part:
+            part.write_text("{")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_after_half()
+    assert files.read_json(path) == {"x": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_content_and_folder_reach_the_disk_before_and_after_the_rename(tmp_path: Path, monkeypatch) -> None:
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(handle: int) -> None:
+        events.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
+        fsync(handle)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        events.append(f"rename to {Path(target).name}")
+        assert Path(source).read_text() == "text"
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "fsync", noted_fsync)
+    monkeypatch.setattr(files.os, "replace", noted_replace)
+    files.write_text(tmp_path / "a.txt", "text")
+    assert events == ["file", "rename to a.txt", "folder"]
+    assert os.listdir(tmp_path) == ["a.txt"]  # renamed, not copied
+
+
+def test_two_writers_have_different_temporary_names_with_the_ending_of_the_file(tmp_path: Path) -> None:
+    one, other = (files.temporary_name(tmp_path / "case.nii.gz") for _ in range(2))
+    assert one != other
+    assert all(name.name.startswith(".") and name.name.endswith(".case.nii.gz") for name in (one, other))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(DataError, match=r"a\.txt cannot be written \(No space left on device\); make room"):
+        files.write_text(tmp_path / "a.txt", "text")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (None, "No such")]
+)
+def test_a_json_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.json .*{reason}.*; fetch it again") as caught:
+        files.read_json(path, "fetch it again")
+    assert "\n" not in str(caught.value)
+
+
+def test_first_few_counts_what_it_leaves_out() -> None:
+    assert [files.first_few("abcd"[:n], 2) for n in range(5)] == ["", "a", "a, b", "a, b and 1 more", "a, b and 2 more"]
+
+
+def test_digests_follow_content_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert files.file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.json_digest({"a": 1, "b": 2}) == files.json_digest({"b": 2, "a": 1}) != files.json_digest({"a": 2})
