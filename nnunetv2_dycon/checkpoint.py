@@ -1,7 +1,6 @@
 """Checkpoint files: written whole or not at all, read without unpickling objects where the file allows it."""
 
 import logging
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import whole_file
 
 KEY = "ssl"
 
@@ -17,12 +17,8 @@ logger = logging.getLogger(__name__)
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write `checkpoint` to `path`; the previous file stays until the new one is whole on disk."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with whole_file(path) as part:
+        torch.save(checkpoint, part)
 
 
 def read_checkpoint(path: Path, *keys: str) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""Everything beside the student network: averaged teacher, second network, projection head, tap on the encoder.
+"""All networks but the student: averaged teacher, second network, projection head, tap on the encoder.
 
 Shapes: `(B, C, *S)` is batch, channel, space (two or three axes). None of these parts changes the student's
 class or its state dict, so that stock nnU-Net can load what was trained.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_dycon.errors import ConfigError
 
-Outputs = Tensor | Sequence[Tensor]
-
-PEER = 2_654_435_769  # far from any seed that is likely beside another, so that no student starts as this network
+SECOND = 2_654_435_769  # far from any seed that is likely next to another, so that no student starts as this network
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -30,11 +27,6 @@ def unwrap(network: nn.Module) -> nn.Module:
             network = network._orig_mod
         else:
             return network
-
-
-def full_resolution(outputs: Outputs) -> Tensor:
-    """Return the output at the patch's own resolution, shape (B, C, *S), with or without deep supervision."""
-    return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
 
 
 def has_encoder_stages(network: nn.Module) -> bool:
@@ -80,49 +72,29 @@ def choose_stage(strides: Sequence[Sequence[int]], target: float = 8) -> int:
     return distances.index(min(distances))
 
 
-class Guide(nn.Module):
-    """A plain network as a source of targets: what it answers, without gradients.
+class TargetNetwork(nn.Module):
+    """A plain network that gives targets, held in `network`; its state dict has the student's names there.
 
     Parameters
     ----------
     network : nn.Module
-        The network, not wrapped, held in `network`.
+        The network, not wrapped.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits `(B, K, *S)` at full resolution of images `(B, C, *S)`."""
-        return full_resolution(self.network(x))
 
-    @torch.no_grad()
-    def encode(self, x: Tensor) -> list[Tensor]:
-        """Return the output of every encoder stage, finest first, without running the decoder."""
-        return self.network.encoder(x)
-
-    @torch.no_grad()
-    def features_and_logits(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-        """Return the output `(B, F, *G)` of one encoder stage and the logits `(B, K, *S)`, from one pass."""
-        skips = self.network.encoder(x)
-        return skips[stage], full_resolution(self.network.decoder(skips))
-
-
-class Teacher(Guide):
+class Teacher(TargetNetwork):
     """The exponential moving average of a student: always in eval mode, never with a gradient.
 
-    `teacher.network.state_dict()` has the keys of the plain student.
+    `step.average_` moves it.
 
     Parameters
     ----------
     student : nn.Module
         The network to copy, wrapped or not, with the weights to start from. Its forward hooks are not copied.
-
-    References
-    ----------
-    Tarvainen and Valpola, NeurIPS 2017. Buffers are copied, not averaged.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -136,53 +108,9 @@ class Teacher(Guide):
         """Stay in eval mode, whatever is asked: the module that owns a teacher is switched to and fro."""
         return super().train(False)
 
-    @torch.no_grad()
-    def sync(self, student: nn.Module) -> None:
-        """Copy all weights and buffers of the student, wrapped or not.
 
-        Raises
-        ------
-        ValueError
-            If the student's shapes differ.
-        """
-        for mine, its in (*self._weights(student), *self._buffers_of(student)):
-            mine.copy_(its)
-
-    @torch.no_grad()
-    def update(self, student: nn.Module, decay: float) -> None:
-        """Move each weight to `decay * teacher + (1 - decay) * student`, and copy the buffers.
-
-        Parameters
-        ----------
-        student : nn.Module
-            The network that was copied, wrapped or not.
-        decay : float
-            In [0, 1]; 0 makes an exact copy.
-
-        Raises
-        ------
-        ValueError
-            If the decay is out of range or the student's shapes differ.
-        """
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be in [0, 1], got {decay}.")
-        if decay == 0:  # also heals a teacher weight that is not finite, which averaging would keep
-            self.sync(student)
-            return
-        averaged, target = zip(*self._weights(student), strict=True)
-        torch._foreach_lerp_(averaged, target, 1 - decay)
-        for mine, its in self._buffers_of(student):
-            mine.copy_(its)
-
-    def _weights(self, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        return _paired(self.network.parameters(), unwrap(student).parameters())
-
-    def _buffers_of(self, student: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        return _paired(self.network.buffers(), unwrap(student).buffers())
-
-
-class Peer(Guide):
-    """A second network of the student's architecture, with random weights of its own, to be trained beside it.
+class SecondNetwork(TargetNetwork):
+    """A network of the student's architecture with random weights of its own, to be trained next to it.
 
     Layers are initialised as torch and the network's own `initialize` do it. No global random state moves, so that a
     training with a second network draws what one without it draws.
@@ -198,7 +126,7 @@ class Peer(Guide):
     def __init__(self, student: nn.Module, *, seed: int) -> None:
         network = _copied(student).cpu()
         state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed((seed + PEER) % 2**32)  # it looks at 32 bits only
+        torch.default_generator.manual_seed((seed + SECOND) % 2**32)  # it looks at 32 bits only
         try:
             for module in network.modules():
                 if hasattr(module, "reset_parameters"):
@@ -208,26 +136,6 @@ class Peer(Guide):
         finally:
             torch.default_generator.set_state(state)
         super().__init__(network)
-
-
-class Mean(nn.Module):
-    """The mean of what networks answer at full resolution: as nnU-Net predicts with several folds.
-
-    Parameters
-    ----------
-    networks : nn.Module
-        Plain networks, which stay the caller's.
-    """
-
-    def __init__(self, *networks: nn.Module) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.decoder = SimpleNamespace(deep_supervision=False)  # nnU-Net switches it; the answer is the finest always
-        self.train(networks[0].training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mean logits `(B, K, *S)` of images `(B, C, *S)`."""
-        return sum(full_resolution(network(x)) for network in self.networks) / len(self.networks)
 
 
 def _copied(student: nn.Module) -> nn.Module:
@@ -240,15 +148,6 @@ def _copied(student: nn.Module) -> nn.Module:
     hooks = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
     memo = {id(getattr(m, name)): type(getattr(m, name))() for m in plain.modules() for name in hooks}
     return deepcopy(plain, memo)
-
-
-def _paired(mine: Iterable[Tensor], its: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return pairs of tensors; copying alone would let shapes broadcast."""
-    pairs = list(zip(mine, its, strict=True))
-    for left, right in pairs:
-        if left.shape != right.shape:
-            raise ValueError(f"Teacher and student differ: {tuple(left.shape)} against {tuple(right.shape)}.")
-    return pairs
 
 
 class ProjectionHead(nn.Module):

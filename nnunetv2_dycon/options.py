@@ -8,10 +8,11 @@ options hold no underscore; only the words of a choice may.
 import dataclasses
 import difflib
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
-from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
 
 from nnunetv2_dycon.errors import ConfigError
 
@@ -40,6 +41,7 @@ def option(
     flag: bool = False,
     schedule: bool = False,
     none_text: str | None = None,
+    neutral: Any = ...,
     help: str = "",
 ) -> Any:
     """Declare one option: a dataclass field with its default and what the parser has to know.
@@ -58,12 +60,16 @@ def option(
         The option takes `A` or `AtoB` and its value is a `Schedule`.
     none_text : str, optional
         What the default None means, for the printed table.
+    neutral : object, optional
+        The value with which training is as it was before there was the option; the default if not given. It is that of
+        a checkpoint that does not know the option.
     help : str
         One line for the printed table.
     """
     kind = "flag" if flag else "schedule" if schedule else "choice" if choices else "number"
     words = tuple(choices or ())
     metadata = {"kind": kind, "low": low, "high": high, "choices": words, "none": none_text, "help": help}
+    metadata["neutral"] = default if neutral is ... else neutral
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -86,6 +92,7 @@ class _Option(NamedTuple):
     choices: tuple[str, ...]
     none: str | None
     help: str
+    neutral: Any
 
     @property
     def pattern(self) -> str:
@@ -158,6 +165,8 @@ class Settings:
         If a value is out of its range or not one of its choices.
     """
 
+    renamed: ClassVar[Mapping[str, str]] = {}  # former name of an option -> today's
+
     epochs: int = option(1000, low=1, help="epochs")
     iters: int = option(250, low=1, help="training steps per epoch")
     valiters: int = option(50, low=1, help="validation steps per epoch")
@@ -172,6 +181,20 @@ class Settings:
     def __post_init__(self) -> None:
         for known in _options(type(self)).values():
             known.check(getattr(self, known.name))
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return self.epochs * self.iters
+
+    def schedules(self) -> dict[str, Callable[[float], float]]:
+        """Return the numbers that change during training, by name, as functions of the fraction of it that is done."""
+        return {}
+
+    @classmethod
+    def translated(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """Return settings of a checkpoint (as `dataclasses.asdict` wrote them) in today's names and words."""
+        return {cls.renamed.get(name, name): value for name, value in stored.items()}
 
 
 S = TypeVar("S", bound=Settings)
@@ -211,7 +234,7 @@ def parse(text: str, settings_type: type[S] | S) -> S:
             if match:
                 break
         else:
-            raise ConfigError(_why_not(rest, longest_first))
+            raise ConfigError(_why_not(rest, longest_first, type(base).renamed))
         if item.name in found:
             raise ConfigError(f"option {item.name} occurs twice; leave one out.")
         found[item.name] = item.read(match[1])
@@ -246,6 +269,21 @@ def format(settings: Settings, base: Settings | None = None) -> str:
     return "".join(parts)
 
 
+def stored_values(settings_type: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint in today's options, as `dataclasses.asdict` writes them.
+
+    Parameters
+    ----------
+    settings_type : type of Settings
+        The class of the trainer that reads the checkpoint.
+    stored : mapping
+        What the checkpoint holds. A renamed option is translated, a missing one has its neutral value; what is unknown
+        stays as it is.
+    """
+    neutral = {item.name: _plain(item.neutral) for item in _options(settings_type).values()}
+    return neutral | settings_type.translated(dict(stored))
+
+
 def describe(settings_type: type[Settings] | Settings) -> list[Row]:
     """Return one row per option, in canonical order, with the defaults of a class or of a preset."""
     base = settings_type() if isinstance(settings_type, type) else settings_type
@@ -272,7 +310,7 @@ def _options(settings_type: type[Settings]) -> dict[str, _Option]:
     return known
 
 
-def _why_not(rest: str, longest_first: list[_Option]) -> str:
+def _why_not(rest: str, longest_first: list[_Option], renamed: Mapping[str, str]) -> str:
     """Return one line that says why no option matches the start of `rest`, and what to type."""
     part = rest[1:].split("_")[0]
     if not part:
@@ -284,10 +322,17 @@ def _why_not(rest: str, longest_first: list[_Option]) -> str:
         if item.kind == "flag":
             return f"option {item.name} is a switch and takes no value: type _{item.name}"
         return f"option {item.name} has no value {value!r}: type _{item.name} and then {item.allowed}."
+    for former, today in renamed.items():
+        if part.startswith(former):
+            return f"option {former} is called {today} now: type _{today}{part.removeprefix(former)}"
     names = [item.name for item in longest_first]
     word = re.match("[A-Za-z]*", part)[0].lower() or part
     nearest = "".join(f"; the nearest is {name}" for name in difflib.get_close_matches(word, names, n=1))
     return f"unknown option {part!r} of this trainer{nearest}. Run: nnUNetv2_dycon trainers"
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if isinstance(value, Schedule) else value
 
 
 def _read_number(text: str) -> float:

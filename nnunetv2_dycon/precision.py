@@ -1,8 +1,13 @@
-"""Which devices multiply in bfloat16."""
+"""Which devices multiply in bfloat16, and what stays in float32."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from nnunetv2_dycon.errors import ConfigError
 
@@ -19,3 +24,29 @@ def cpu_has_bf16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def in_float32(loss: Callable[[Any, Any], Tensor], device: torch.device) -> Callable[[Any, Any], Tensor]:
+    """Return a loss that is computed in float32 also under autocast, for one output (B, C, *S) or a list of them.
+
+    Parameters
+    ----------
+    loss : callable
+        Takes outputs and target.
+    device : torch.device
+        Where it is computed.
+    """
+
+    def wide(outputs: Any, target: Any) -> Tensor:
+        with torch.autocast(device.type, enabled=False):  # a loss in bf16 keeps three digits
+            single = isinstance(outputs, Tensor)
+            return loss(outputs.float() if single else [output.float() for output in outputs], target)
+
+    return wide
+
+
+def autocast_of(device: torch.device, *, bf16: bool) -> Callable[[], AbstractContextManager]:
+    """Return what makes the context of a forward pass: nnU-Net's on CUDA, bfloat16 where it is asked for."""
+    if bf16:
+        return partial(torch.autocast, device.type, dtype=torch.bfloat16)
+    return partial(torch.autocast, "cuda") if device.type == "cuda" else nullcontext

@@ -1,13 +1,14 @@
-"""What the student and the teacher see of one unlabelled batch, made on the tensors' device.
+"""What the student and the teacher see of a step's patches, made on the tensors' device.
 
-Shapes: `(B, C, *S)` is batch, input channel, space (two or three axes); `K` counts the classes. The teacher
-sees the loader's patch, the student a view of it; both keep the loader's geometry, except where a view moves
-voxels between patches. Such a view hands back the map that moves the teacher's targets alike, so that a loss
-on a mixed view is the same loss. Nothing here waits for the device: all draws are tensors, all choices are
-masks.
+Shapes: `(B, C, *S)` is batch, input channel, space (two or three axes); `K` counts the classes. The teacher sees the
+loader's patch, the student a view of it; both keep the loader's geometry, except where a view moves voxels between
+patches. Such a view has the map that moves the teacher's targets alike, so that a loss on a mixed view is the same
+loss, and where it only moves voxels about, its inverse. Nothing here waits for the device: all draws are tensors, all
+choices are masks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,12 @@ from torch.nn.functional import pad
 
 from nnunetv2_dycon.errors import ConfigError
 
+Outputs = Tensor | Sequence[Tensor]  # of a network: with deep supervision several, the finest first
+
 # Side of a mixing box as a fraction of the patch, per axis. In 3D the mean volume share is 0.54^3 = 0.16 and
 # never above 0.42; in 2D it is 0.29 and never above 0.56. At least a third, so that a whole structure with its
 # surroundings moves and the box spans several FeCL patches; at most three quarters, so that on each axis the
-# receiving patch keeps context beside the box and, on average, most of its own voxels.
+# receiving patch keeps context around the box and, on average, most of its own voxels.
 BOX_SIDE = (1 / 3, 3 / 4)
 BCP_BOX_SIDE = (2 / 3, 2 / 3)  # BCP's own; 8/27 of the volume
 # Logit of a known label: softmax gives 1 and exp(-80), so its entropy is 0 in float32 and every value stays
@@ -36,101 +39,162 @@ CONTRAST = (0.75, 1.25)
 GAMMA = (0.7, 1.5)
 
 
-class View(NamedTuple):
-    """One unlabelled batch as both networks see it.
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class View:
+    """The inputs of one student pass, and how they lie to the patches that they come from.
 
     Attributes
     ----------
-    student, teacher : Tensor, shape (B, C, *S)
-        The inputs of the two networks.
-    mix : Callable
-        Turns the teacher's logits `(B, K, *S)` for `teacher` into targets, as logits, for `student`.
+    student : Tensor, shape (B, C, *S)
+        Input of the student: a view of the unlabelled patches, of the labelled ones, or of both, one after the other.
+    teacher : Tensor, shape (B_u, C, *S), or None
+        Input of the teacher, where it has a say.
+    mix : callable
+        Turns the teacher's logits `(B_u, K, *S)` for `teacher` into targets, as logits, for `student`.
+    restore : callable
+        Turns each of the student's outputs `(B, K, *G)`, of any resolution, back into the frame of the patches. The
+        identity unless voxels were exchanged between patches and all of them are still there.
     mixes : bool
-        Whether voxels moved between patches; if not, `mix` is the identity.
+        Whether `mix` moves voxels.
     pasted : Tensor, shape (B, 1, *S), bool, or None
-        Where the student's input is a labelled patch's; None where no labelled patch takes part.
+        Where the student's input is a labelled patch's; None where no labelled patch was pasted.
     truth : Tensor, shape (B, 1, *S), integer, or None
         True labels there, anything elsewhere.
+    name : str
+        Begins the names of the pass's terms.
+    share : float
+        Factor of the terms' weights: two views of the same patches have half each.
     """
 
     student: Tensor
-    teacher: Tensor
-    mix: Callable[[Tensor], Tensor]
-    mixes: bool
+    teacher: Tensor | None = None
+    mix: Callable[[Tensor], Tensor] = _identity
+    restore: Callable[[Tensor], Tensor] = _identity
+    mixes: bool = False
     pasted: Tensor | None = None
     truth: Tensor | None = None
+    name: str = ""
+    share: float = 1.0
+
+    def restored(self, outputs: Outputs) -> Outputs:
+        """Return the student's outputs, one or a list, in the frame of the patches."""
+        return self.restore(outputs) if isinstance(outputs, Tensor) else [self.restore(output) for output in outputs]
 
 
-class Labeled(NamedTuple):
+class LabeledPatches(NamedTuple):
     """The labelled half of a batch, as far as a view may use it.
 
     Attributes
     ----------
     x : Tensor, shape (B_l, C, *S)
         Images.
-    target : Tensor, shape (B_l, 1, *S), integer
-        Labels at full resolution.
+    y : Tensor, shape (B_l, 1, *S), integer
+        Labels at full resolution, below K.
     ignore_label : int or None
         The label that means "not annotated".
     """
 
     x: Tensor
-    target: Tensor
+    y: Tensor
     ignore_label: int | None
 
 
-ViewMaker = Callable[[Tensor, Labeled | None, Generator], View]
+ViewMaker = Callable[[Tensor, LabeledPatches, Generator], View]
 
 
-def make_view(
+def draw_views(
     name: str,
-    x_unlabeled: Tensor,
-    *,
-    x_labeled: Tensor | None = None,
-    target: Tensor | None = None,
+    x_u: Tensor,
+    x_l: Tensor,
+    y_l: Tensor,
     ignore_label: int | None = None,
+    *,
     generator: Generator,
-) -> View:
-    """Return one of `VIEWS` of an unlabelled batch.
+) -> Iterator[View]:
+    """Yield the views of an unlabelled batch that an option `view` names, each drawn when its turn comes.
 
     Parameters
     ----------
     name : str
         A key of `VIEWS`.
-    x_unlabeled : Tensor, shape (B, C, *S), floating
+    x_u : Tensor, shape (B, C, *S), floating
         Unlabelled patches from the loader, z-scored.
-    x_labeled : Tensor, shape (B_l, C, *S), optional
-        Labelled patches; needed by views that paste labelled voxels.
-    target : Tensor, shape (B_l, 1, *S), integer, optional
-        Their labels at full resolution, below K; needed by views that paste labelled voxels.
+    x_l : Tensor, shape (B_l, C, *S)
+        Labelled patches.
+    y_l : Tensor, shape (B_l, 1, *S), integer
+        Their labels at full resolution, below K.
     ignore_label : int, optional
         The label that means "not annotated".
     generator : Generator
-        Source of every draw, on the device of `x_unlabeled`.
+        Source of every draw, on the device of `x_u`.
 
     Raises
     ------
     ConfigError
         If the name is unknown, or `cutmix` has one patch only.
     ValueError
-        If a shape does not fit, or a view that pastes labelled voxels lacks the labelled half.
+        If a shape does not fit.
     """
     if name not in VIEWS:
         raise ConfigError(f"Unknown view {name!r}; choose one of {', '.join(VIEWS)}.")
-    if x_unlabeled.ndim not in (4, 5):
-        raise ValueError(f"x_unlabeled must be (B, C, *S) with 2 or 3 axes, got {tuple(x_unlabeled.shape)}.")
-    if x_labeled is None or target is None:
-        return VIEWS[name](x_unlabeled, None, generator)
-    if x_labeled.shape[1:] != x_unlabeled.shape[1:] or target.shape != (
-        len(x_labeled),
-        1,
-        *x_labeled.shape[2:],
-    ):
+    if x_u.ndim not in (4, 5):
+        raise ValueError(f"x_u must be (B, C, *S) with 2 or 3 axes, got {tuple(x_u.shape)}.")
+    if x_l.shape[1:] != x_u.shape[1:] or y_l.shape != (len(x_l), 1, *x_l.shape[2:]):
         raise ValueError(
-            f"Labelled images {tuple(x_labeled.shape)} and labels {tuple(target.shape)} do not fit "
-            f"unlabelled images {tuple(x_unlabeled.shape)}: expected (B_l, C, *S) and (B_l, 1, *S)."
+            f"Labelled images {tuple(x_l.shape)} and labels {tuple(y_l.shape)} do not fit "
+            f"unlabelled images {tuple(x_u.shape)}: expected (B_l, C, *S) and (B_l, 1, *S)."
         )
-    return VIEWS[name](x_unlabeled, Labeled(x_labeled, target, ignore_label), generator)
+    makers = VIEWS[name]
+    for start, maker in makers.items():
+        view = maker(x_u, LabeledPatches(x_l, y_l, ignore_label), generator)
+        yield replace(view, name=start, share=1 / len(makers))
+
+
+def paste_labeled(
+    x_l: Tensor,
+    y_l: Tensor,
+    ignore_label: int | None,
+    side: tuple[float, float],
+    *,
+    generator: Generator,
+) -> View:
+    """Return a view of labelled patches with a box from the next labelled patch, images and labels alike.
+
+    Parameters
+    ----------
+    x_l : Tensor, shape (B_l, C, *S)
+        Labelled patches.
+    y_l : Tensor, shape (B_l, 1, *S), integer
+        Their labels.
+    ignore_label : int or None
+        The label that means "not annotated".
+    side : tuple of float
+        Smallest and largest side of the box, as `random_box` takes them.
+    generator : Generator
+        Source of every draw, on the device of `x_l`.
+
+    Returns
+    -------
+    View
+        `truth` are the mixed labels, `pasted` is where they are annotated.
+
+    Raises
+    ------
+    ConfigError
+        If there is one labelled patch only, which would be pasted into itself.
+    """
+    if len(x_l) < 2:
+        raise ConfigError(
+            "Pastes among labelled patches need two of them, but a process has only one: use a trainer name with "
+            "batch2 or more per process, or none of them (for BCP _pretrain0, else without paste)."
+        )
+    box = random_box(x_l.shape, x_l.device, generator, side)
+    truth = torch.where(box, y_l.roll(-1, 0), y_l)
+    return View(torch.where(box, x_l.roll(-1, 0), x_l), pasted=_annotated(truth, ignore_label), truth=truth)
 
 
 def noisy(x: Tensor, generator: Generator) -> Tensor:
@@ -139,25 +203,25 @@ def noisy(x: Tensor, generator: Generator) -> Tensor:
     return x + noise.mul_(0.1).clamp_(-0.2, 0.2)
 
 
-def _weak(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+def _weak(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
     """Return the same patch for both: all difference between them is in the weights."""
-    return View(x, x, _identity, mixes=False)
+    return View(x, x)
 
 
-def _noise(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+def _noise(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
     """Return a view whose teacher sees clipped Gaussian noise, as in DyCON's released code."""
-    return View(x, noisy(x, generator), _identity, mixes=False)
+    return View(x, noisy(x, generator))
 
 
-def _intensity(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+def _intensity(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
     """Return a view whose student sees other intensities, drawn per sample, in nnU-Net's order."""
     y = x.float()
     for change in (_add_noise, _blur, _scale_brightness, _scale_contrast, _apply_gamma):
         y = torch.where(_per_sample(x, generator) < INTENSITY_CHANCE, change(y, generator), y)
-    return View(y.to(x.dtype), x, _identity, mixes=False)
+    return View(y.to(x.dtype), x)
 
 
-def _cutmix(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+def _cutmix(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
     """Return a view in which a box of patch i comes from the same place of patch (i + 1) mod B.
 
     References
@@ -189,17 +253,13 @@ def _copy_paste(side: tuple[float, float], *, inverted: bool = False) -> ViewMak
     BCP (Bai et al., CVPR 2023): both directions, each a pass of its own.
     """
 
-    def maker(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
-        if labeled is None:
-            raise ValueError("A view that pastes labelled voxels needs x_labeled and target.")
+    def maker(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
         # Partners are drawn, since nnU-Net puts its forced-foreground patches last in the batch.
         order = torch.randperm(len(labeled.x), generator=generator, device=x.device)
         partner = order[torch.arange(len(x), device=x.device) % len(order)]
-        truth = labeled.target[partner]
+        truth = labeled.y[partner]
         box = random_box(x.shape, x.device, generator, side)
-        pasted = (~box if inverted else box) & (truth >= 0)
-        if labeled.ignore_label is not None:
-            pasted &= truth != labeled.ignore_label
+        pasted = (~box if inverted else box) & _annotated(truth, labeled.ignore_label)
 
         def mix(logits: Tensor) -> Tensor:
             _check_same_grid(logits, x)
@@ -216,36 +276,36 @@ def _copy_paste(side: tuple[float, float], *, inverted: bool = False) -> ViewMak
 def _then_intensity(mixing: ViewMaker) -> ViewMaker:
     """Return a mixing view whose student sees other intensities on top, pasted voxels included."""
 
-    def maker(x: Tensor, labeled: Labeled | None, generator: Generator) -> View:
+    def maker(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
         view = mixing(x, labeled, generator)
-        return view._replace(student=_intensity(view.student, None, generator).student)
+        return replace(view, student=_intensity(view.student, labeled, generator).student)
 
     return maker
 
 
-_MIXING: dict[str, ViewMaker] = {
-    "cutmix": _cutmix,
-    "copy_paste": _copy_paste(BOX_SIDE),
-    "copy_paste_in": _copy_paste(BCP_BOX_SIDE, inverted=True),
-    "copy_paste_out": _copy_paste(BCP_BOX_SIDE),
-}
-VIEWS: dict[str, ViewMaker] = {
-    "weak": _weak,
-    "noise": _noise,
-    "intensity": _intensity,
-    **_MIXING,
-    **{f"{name}_intensity": _then_intensity(mixing) for name, mixing in _MIXING.items()},
+_MIXING: dict[str, dict[str, ViewMaker]] = {
+    "cutmix": {"": _cutmix},
+    "copy_paste": {"": _copy_paste(BOX_SIDE)},
+    "copy_paste_in": {"": _copy_paste(BCP_BOX_SIDE, inverted=True)},
+    "copy_paste_out": {"": _copy_paste(BCP_BOX_SIDE)},
+    "bcp": {"in_": _copy_paste(BCP_BOX_SIDE, inverted=True), "out_": _copy_paste(BCP_BOX_SIDE)},
 }
 # What option `view` may be: the views of a step, each a student pass of its own, by the beginning of its terms' names.
-PASSES: dict[str, dict[str, str]] = {
-    **{name: {"": name} for name in VIEWS},
-    "bcp": {"in_": "copy_paste_in", "out_": "copy_paste_out"},
-    "bcp_intensity": {"in_": "copy_paste_in_intensity", "out_": "copy_paste_out_intensity"},
+VIEWS: dict[str, dict[str, ViewMaker]] = {
+    "weak": {"": _weak},
+    "noise": {"": _noise},
+    "intensity": {"": _intensity},
+    **_MIXING,
+    **{
+        f"{name}_intensity": {start: _then_intensity(maker) for start, maker in makers.items()}
+        for name, makers in _MIXING.items()
+    },
 }
 
 
-def _identity(logits: Tensor) -> Tensor:
-    return logits
+def _annotated(y: Tensor, ignore_label: int | None) -> Tensor:
+    """Return where labels (B, 1, *S) are annotated."""
+    return y >= 0 if ignore_label is None else (y >= 0) & (y != ignore_label)
 
 
 def _check_same_grid(logits: Tensor, x: Tensor) -> None:

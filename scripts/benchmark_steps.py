@@ -48,7 +48,8 @@ def begin(name: str, args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]
     trainer.on_train_start()
     trainer.on_epoch_start()
     trainer.on_train_epoch_start()
-    trainer.step = 10**6  # stock has no such number and no ramp
+    if hasattr(trainer, "step"):  # stock has no ramp
+        trainer.step.number = 10**6
     return trainer, [next(trainer.dataloader_train) for _ in range(args.steps + 1)]
 
 

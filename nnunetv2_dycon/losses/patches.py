@@ -1,8 +1,13 @@
-"""Classes, weights and choice of the patches that FeCL contrasts.
+"""FeCL, the focal entropy-aware contrast of DyCON, and the patches that it contrasts.
 
 A patch is one cell of a feature map with spatial size `grid`; it stands for the voxels that adaptive average pooling
 puts into the cell. Patches are numbered in the order of the flattened map. Shapes: B image, C class, S space (two or
-three axes), n = product of grid.
+three axes), n = product of grid, d embedding. Similarities exist only for a block of rows at a time, and the gradient
+is written in closed form, so that memory grows with n and not with its square.
+
+References
+----------
+DyCON (Assefa et al., CVPR 2025); docs/method.md has the choices where the paper leaves the formula open.
 """
 
 import math
@@ -11,10 +16,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d, softplus
 
-from nnunetv2_dycon.losses.consistency import entropy
-from nnunetv2_dycon.losses.voxels import widen
+from nnunetv2_dycon.losses.voxels import entropy, full_precision, wide_zeros, widen
 
 Rule = Literal["majority", "any_foreground"]
 
@@ -75,7 +80,7 @@ def labels_from_target(
     """
     if target.ndim < 3 or target.shape[1] != 1:
         raise ValueError(f"target {tuple(target.shape)}: expected (B, 1, *S).")
-    _check(target, grid, rule)
+    _check_grid(target, grid, rule)
     unknown = target < 0
     if ignore_label is not None:
         unknown |= target == ignore_label
@@ -120,7 +125,7 @@ def labels_from_probabilities(
     >>> labels_from_probabilities(p, (1, 3), gate=0.8)
     tensor([[ 1,  1, -1]])
     """
-    _check(probabilities, grid, rule)
+    _check_grid(probabilities, grid, rule)
     largest, winner = probabilities.max(1, keepdim=True)
     if rule == "majority":
         shares = torch.cat([_pool(channel, grid) for channel in probabilities.split(1, 1)], 1)
@@ -154,7 +159,7 @@ def patch_weight(logits: Tensor, grid: Sequence[int]) -> Tensor:
     >>> patch_weight(torch.tensor([[[[0.0, 80.0]], [[0.0, -80.0]]]]), (1, 2))
     tensor([[2.7183, 1.0000]])
     """
-    _check(logits, grid, "majority")
+    _check_grid(logits, grid, "majority")
     pooled = _pool(entropy(logits).unsqueeze(1), grid)[:, 0]
     return pooled.div_(math.log(logits.shape[1])).exp_()
 
@@ -209,6 +214,199 @@ def sample_anchors(labels: Tensor, max_anchors: int, generator: torch.Generator 
     return Anchors(shuffled.gather(1, first), drawn.gather(1, first))
 
 
+def fecl(
+    z: Tensor,
+    labels: Tensor,
+    *,
+    teacher: Tensor | None = None,
+    weight: Tensor | None = None,
+    tau: float = 0.6,
+    gamma: float = 0.5,
+    topk: int = 16,
+    block: int = 256,
+) -> Tensor:
+    """Contrast that draws patches of one class together and pushes those of other classes away.
+
+    For patch i with c_ij = z_i . z_j, s = c / tau, s~ = (1 + c) / 2, positives P (same label, without i) and
+    negatives N (another label) of the same image::
+
+        log D_i = logsumexp( { s_iq + gamma log s~_iq : q in N },
+                             { log sum_q s~_iq^gamma + LSE_topK(z_i . t_q / tau) - log min(K, |N|) } )
+        l_i     = 1/|P| sum_k (1 - s~_ik)^gamma softplus(log D_i - s_ik)
+
+    where t are the teacher's embeddings and the second set is there only with a teacher and K > 0. The loss of an
+    image is `sum_i u_i l_i / sum_i u_i` over its anchors, the patches with a positive, a negative and u_i > 0. The
+    result is the mean over the images that have an anchor; the others do not enter it, so that an image of a single
+    class does not dilute the rest. Without any anchor the result is a zero that is joined to the graph of z.
+    The focal factors are constants: with a gradient through them "all embeddings equal" is a minimum that attracts.
+
+    Parameters
+    ----------
+    z : Tensor, shape (B, n, d)
+        Student embeddings of unit norm; computed in float32 (float64 stays). The only input that gets a gradient.
+    labels : Tensor, shape (B, n), int64
+        Class of each patch, -1 for a patch that is not used.
+    teacher : Tensor, shape (B, n, d), optional
+        Teacher embeddings of the same patches, unit norm.
+    weight : Tensor, shape (B, n), optional
+        Weights u >= 0 of the anchors; 1 without it.
+    tau : float
+        Temperature, > 0.
+    gamma : float
+        Focal exponent, >= 0.
+    topk : int
+        Number K of hardest teacher negatives, >= 0; 0 leaves the teacher out.
+    block : int
+        Rows of similarities that exist at a time; changes memory, not the value.
+
+    Returns
+    -------
+    Tensor, scalar
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit each other or a number is out of range.
+
+    Examples
+    --------
+    Two patches of class 0 at right angles and one of class 1 opposite to the first; gamma 0, tau 1. Anchors are the
+    first two: s is 0 between them; log D is -1 for the first (c = -1) and 0 for the second (c = 0), so the losses
+    are softplus(-1) = 0.3133 and softplus(0) = 0.6931.
+
+    >>> z = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]])
+    >>> round(fecl(z, torch.tensor([[0, 0, 1]]), tau=1.0, gamma=0.0).item(), 4)
+    0.5032
+    """
+    settings = _Settings(tau, gamma, topk, block)
+    _check_embeddings(z, labels, teacher, weight, settings)
+    teacher = None if teacher is None or topk == 0 else teacher.detach()
+    weight = None if weight is None else weight.detach()
+    with_gradient = torch.is_grad_enabled() and z.requires_grad
+    return _FeCL.apply(z, labels, teacher, weight, settings, with_gradient)
+
+
+class _Settings(NamedTuple):
+    """Constants of the loss."""
+
+    tau: float
+    gamma: float
+    topk: int
+    block: int
+
+
+class _Image(NamedTuple):
+    """The used patches of one image: embeddings (n, d), labels (n,), teacher (n, d) or None, numbers of pairs (n,)."""
+
+    z: Tensor
+    labels: Tensor
+    teacher: Tensor | None
+    positives: Tensor
+    negatives: Tensor
+
+
+class _FeCL(torch.autograd.Function):
+    """The loss of a batch; the gradient is computed with the value and kept, z-sized, for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        z: Tensor,
+        labels: Tensor,
+        teacher: Tensor | None,
+        weight: Tensor | None,
+        settings: _Settings,
+        with_gradient: bool,
+    ) -> Tensor:
+        total, images = wide_zeros(z), 0
+        gradient = torch.zeros(z.shape, dtype=widen(z[:0]).dtype, device=z.device) if with_gradient else None
+        with full_precision(z):
+            for b in range(z.shape[0]):
+                used = (labels[b] >= 0).nonzero()[:, 0]
+                image = _image(z[b, used], labels[b, used], None if teacher is None else teacher[b, used])
+                u = torch.ones_like(image.z[:, 0]) if weight is None else weight[b, used].to(image.z.dtype)
+                anchors = ((image.positives > 0) & (image.negatives > 0) & (u > 0)).nonzero()[:, 0]
+                if len(anchors) == 0:
+                    continue
+                images += 1
+                slope = torch.zeros_like(image.z) if with_gradient else None
+                share = u / u[anchors].sum()
+                for rows in anchors.split(settings.block):
+                    total += _rows(image, rows, share[rows], settings, slope)
+                if with_gradient:
+                    gradient[b, used] = slope
+        if with_gradient:
+            ctx.save_for_backward(gradient.div_(max(images, 1)))
+            ctx.dtype = z.dtype
+        return (total / max(images, 1)).to(widen(z[:0]).dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * g).to(ctx.dtype), None, None, None, None, None
+
+
+def _image(z: Tensor, labels: Tensor, teacher: Tensor | None) -> _Image:
+    """Return the used patches in full precision with the number of positives and negatives of each."""
+    alike = torch.bincount(labels)[labels]
+    return _Image(widen(z), labels, None if teacher is None else widen(teacher), alike - 1, len(labels) - alike)
+
+
+def _rows(image: _Image, rows: Tensor, share: Tensor, settings: _Settings, slope: Tensor | None) -> Tensor:
+    """Return the summed loss of the anchors `rows` (m,) with weights `share` (m,); add its gradient to slope (n, d)."""
+    z, tau = image.z, settings.tau
+    c = z[rows] @ z.T
+    other = image.labels[rows, None] != image.labels
+    positive = ~other
+    positive.scatter_(1, rows[:, None], False)
+    # A cosine of exactly -1 would give log 0; the smallest normal number keeps 0 * log 0 out of gamma = 0.
+    closeness = c.add(1.0).div_(2.0).clamp_(torch.finfo(c.dtype).tiny, 1.0)
+    log_focal = closeness.log().mul_(settings.gamma)
+    focal = closeness.neg_().add_(1.0).pow_(settings.gamma).mul_(positive)
+    s = c.div_(tau)
+    negative = (s + log_focal).masked_fill_(~other, -math.inf)
+    log_d = negative.logsumexp(1)
+    if image.teacher is not None:
+        hard = (z[rows] @ image.teacher.T).div_(tau).masked_fill_(~other, -math.inf)
+        hard, hard_at = hard.topk(min(settings.topk, hard.shape[1]), 1)
+        kept = image.negatives[rows].clamp(max=settings.topk).to(z.dtype)
+        mass = log_focal.masked_fill_(~other, -math.inf).logsumexp(1)
+        log_taught = mass + hard.logsumexp(1) - kept.log()
+        log_d = torch.logaddexp(log_d, log_taught)
+    margin = log_d[:, None] - s
+    focal *= (share / image.positives[rows])[:, None]
+    value = (focal * softplus(margin)).sum()
+    if slope is None:
+        return value
+    pull = focal.mul_(margin.sigmoid_())
+    push = pull.sum(1)
+    by_s = negative.sub_(log_d[:, None]).exp_().mul_(push[:, None]).sub_(pull).div_(tau)
+    slope.addmm_(by_s.T, z[rows])
+    by_rows = by_s @ z
+    if image.teacher is not None:
+        factor = hard.softmax(1) * (push * (log_taught - log_d).exp() / tau)[:, None]
+        by_rows += torch.einsum("mk,mkd->md", factor, image.teacher[hard_at])
+    slope.index_add_(0, rows, by_rows)
+    return value
+
+
+def _check_embeddings(
+    z: Tensor, labels: Tensor, teacher: Tensor | None, weight: Tensor | None, settings: _Settings
+) -> None:
+    """Raise ValueError for shapes that do not fit and numbers out of range."""
+    if z.ndim != 3 or labels.shape != z.shape[:2]:
+        raise ValueError(
+            f"embeddings {tuple(z.shape)} and labels {tuple(labels.shape)}: expected (B, n, d) and (B, n)."
+        )
+    if teacher is not None and teacher.shape != z.shape:
+        raise ValueError(f"student {tuple(z.shape)} and teacher {tuple(teacher.shape)} differ in shape.")
+    if weight is not None and weight.shape != labels.shape:
+        raise ValueError(f"weight {tuple(weight.shape)} and labels {tuple(labels.shape)} differ in shape.")
+    if not (settings.tau > 0 and settings.gamma >= 0 and settings.topk >= 0 and settings.block >= 1):
+        raise ValueError(f"{settings}: expected tau > 0, gamma >= 0, topk >= 0 and block >= 1.")
+
+
 def _pool(x: Tensor, grid: Sequence[int]) -> Tensor:
     """Return the means over the cells of maps (B, 1, *S) as (B, 1, n), in float32 (float64 stays)."""
     pool = adaptive_avg_pool2d if x.ndim == 4 else adaptive_avg_pool3d
@@ -225,7 +423,7 @@ def _classes(shares: Tensor, rule: Rule) -> Tensor:
     return label.masked_fill_((shares[:, 1:] == 0).all(1), 0)
 
 
-def _check(maps: Tensor, grid: Sequence[int], rule: str) -> None:
+def _check_grid(maps: Tensor, grid: Sequence[int], rule: str) -> None:
     """Raise ValueError unless the grid fits maps (B, C, *S) and the rule exists."""
     space, grid = tuple(maps.shape[2:]), tuple(grid)
     if not (len(grid) == len(space) in (2, 3) and all(1 <= g <= s for g, s in zip(grid, space, strict=True))):

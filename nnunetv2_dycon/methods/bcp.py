@@ -1,21 +1,18 @@
 """BCP: bidirectional copy-paste between labelled and unlabelled patches.
 
-Bai et al., CVPR 2023. Beside its two mixes the student keeps nnU-Net's own loss on the labelled patches.
+Bai et al., CVPR 2023. In addition to its two mixes the student keeps nnU-Net's own loss on the labelled patches.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nnunetv2_dycon.losses.consistency import region_ce_dice
-from nnunetv2_dycon.methods.base import Batch, Group, Method, Pass, TeacherSettings, Term
-from nnunetv2_dycon.networks import full_resolution
-from nnunetv2_dycon.options import Settings, option
-from nnunetv2_dycon.views import BCP_BOX_SIDE, random_box
+from nnunetv2_dycon.methods.settings import TeacherSettings
+from nnunetv2_dycon.options import option
+from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, full_resolution
+from nnunetv2_dycon.views import BCP_BOX_SIDE, Outputs, View, draw_views
 
 
 @dataclass(frozen=True)
@@ -26,47 +23,50 @@ class BCPSettings(TeacherSettings):
         0.2, low=0.0, high=1.0, help="fraction of the training that pastes among labelled patches only"
     )
     w: float = option(0.5, low=0.0, high=1000.0, help="weight of the loss on mixed patches")
-    alpha: float = option(0.5, low=0.0, high=1.0, help="weight of a pseudo-labelled region beside a labelled one")
+    alpha: float = option(0.5, low=0.0, high=1.0, help="weight of a pseudo-labelled region relative to a labelled one")
+
+    def schedules(self) -> dict[str, Callable[[float], float]]:
+        """Add `ramp`: 1 once unlabelled patches take part, before that 0."""
+        return {**super().schedules(), "ramp": lambda t: float(t >= self.pretrain)}
 
 
-class BCP(Method):
+class BCP(Method[BCPSettings]):
     """Boxes pasted both ways between labelled and unlabelled patches, the teacher's labels on the unlabelled side."""
 
-    settings_type: ClassVar[type[Settings]] = BCPSettings
+    settings_type = BCPSettings
 
-    def ramp(self, batch: Batch) -> float:
-        """Return 1 once unlabelled patches take part, before that 0."""
-        return float(batch.t >= self.settings.pretrain)
+    def passes(self, student: nn.Module, batch: Batch) -> Iterator[Pass]:
+        """Yield the pass of labelled mixes, or later one pass for each direction; then the labelled patches."""
+        if batch.now["ramp"]:
+            yield from super().passes(student, batch)
+        else:
+            (pair,) = self.pairs(student)
+            yield self.paste_pass(pair, batch, self.settings.w, BCP_BOX_SIDE)
+            yield self.labeled_pass(pair, batch)
 
-    def figures(self, t: float) -> dict[str, float]:
-        """Return whether unlabelled patches take part at fraction `t` of the training, for the log."""
-        return {"ramp": float(t >= self.settings.pretrain)}
-
-    def groups(self, student: nn.Module, batch: Batch) -> tuple[Pass, ...]:
-        """Return the pass of labelled mixes, or later one pass for each direction; then the labelled patches."""
-        labeled = partial(self.labeled, student, batch)
-        if not self.ramp(batch):
-            return (partial(self.paste_labeled, student, batch, self.settings.w, BCP_BOX_SIDE), labeled)
-        pseudo = cache(partial(self._pseudo_labels, batch))  # one teacher pass, within the first student pass
-        pastes = [partial(self._paste, student, batch, pseudo, way) for way in ("in", "out")]
-        return (*pastes, *self.pastes(student, batch), labeled)
-
-    def _paste(self, student: nn.Module, batch: Batch, pseudo: Callable[[], Tensor], way: str) -> Group:
-        """Return the terms of both regions: way "in" puts unlabelled boxes into labelled patches, "out" the reverse."""
-        order = torch.randperm(len(batch.x_l), generator=batch.generator, device=batch.x_l.device)
-        partner = order[torch.arange(len(batch.x_u), device=order.device) % len(order)]
-        box = random_box(batch.x_u.shape, batch.x_u.device, batch.generator, BCP_BOX_SIDE)
-        unlabeled = box if way == "in" else ~box
-        truth = batch.y_l[partner]
-        target = torch.where(unlabeled, pseudo().to(truth.dtype), truth)
-        logits = full_resolution(student(torch.where(unlabeled, batch.x_u, batch.x_l[partner])))
-        terms = {
-            f"{way}_labeled": Term(self.settings.w, region_ce_dice(logits, target, ~unlabeled & self.known(truth))),
-            f"{way}_pseudo": Term(self.settings.w * self.settings.alpha, region_ce_dice(logits, target, unlabeled)),
-        }
-        return Group(terms)
+    def views(self, batch: Batch) -> Iterator[View]:
+        """Yield both mixes, each with the whole weight."""
+        for view in draw_views(
+            "bcp", batch.x_u, batch.x_l, batch.y_l, self.data.ignore_label, generator=batch.generator
+        ):
+            yield replace(view, share=1.0)
 
     @torch.no_grad()
-    def _pseudo_labels(self, batch: Batch) -> Tensor:
-        """Return the teacher's hard labels (B, 1, *S) of the whole unlabelled patches."""
-        return self.teacher(batch.x_u).argmax(1, keepdim=True)
+    def ask_unlabeled(self, p: Pass, batch: Batch, before: Answer | None) -> Answer:
+        """Return the teacher's hard labels (B, 1, *S) of the whole unlabelled patches, the same for both mixes."""
+        if before is not None:
+            return before
+        logits = full_resolution(p.pair.teacher.network(p.view.teacher))
+        return Answer(p.pair.teacher, p.view.teacher, logits, logits.argmax(1, keepdim=True))
+
+    def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
+        """Return the losses of both regions: true labels where a labelled patch shows, else the teacher's."""
+        logits, pasted, truth = full_resolution(outputs), p.view.pasted, p.view.truth
+        labels = torch.where(pasted, truth, answer.target.to(truth.dtype))
+        w = self.settings.w
+        return Cost(
+            {
+                "labeled": Term(w, self.region_loss(logits, labels, pasted)),
+                "pseudo": Term(w * self.settings.alpha, self.region_loss(logits, labels, ~pasted)),
+            }
+        )

@@ -2,10 +2,12 @@
 
 from typing import ClassVar
 
-from nnunetv2_dycon.methods.base import Method
+from nnunetv2_dycon.methods.settings import TeacherSettings
+from nnunetv2_dycon.step import Method
 
 
-class LabeledOnly(Method):
-    """Stock nnU-Net step by step. Its EMA is kept for comparison only: it never enters the loss."""
+class LabeledOnly(Method[TeacherSettings]):
+    """Stock nnU-Net step by step. The average of the student is kept for comparison: it never enters the loss."""
 
+    settings_type = TeacherSettings
     uses_unlabeled: ClassVar[bool] = False

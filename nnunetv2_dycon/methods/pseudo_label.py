@@ -1,51 +1,35 @@
 """Online pseudo-labels: hard labels of the teacher where it is sure, learnt on a strong view of the same patch.
 
 FixMatch (Sohn et al., NeurIPS 2020) and UniMatch (Yang et al., CVPR 2023), with one strong view and an EMA teacher;
-`ema0` makes the labels the student's own, as they have it.
+`ema0` makes the labels the student's own, as in these papers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from nnunetv2_dycon.losses.consistency import soft_ce_dice
-from nnunetv2_dycon.losses.targets import hard_targets
-from nnunetv2_dycon.methods.base import (
-    Batch,
-    Group,
-    TeacherSettings,
-    Term,
-    ViewMethod,
-    ViewSettings,
-    agreement,
-)
-from nnunetv2_dycon.networks import full_resolution
-from nnunetv2_dycon.options import Settings, option
-from nnunetv2_dycon.views import PASSES, View
+from nnunetv2_dycon.losses.voxels import hard_targets, soft_ce_dice
+from nnunetv2_dycon.methods.settings import TeacherSettings, ViewSettings
+from nnunetv2_dycon.options import option
+from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, agreement, full_resolution
+from nnunetv2_dycon.views import VIEWS, Outputs
 
 
 @dataclass(frozen=True)
 class PseudoLabelSettings(ViewSettings, TeacherSettings):
     """Options of nnUNetTrainerPseudoLabel."""
 
-    view: str = option("intensity", choices=tuple(PASSES), help="what differs between student and teacher input")
+    view: str = option("intensity", choices=tuple(VIEWS), help="what differs between student and teacher input")
     gate: float = option(0.95, low=0.0, high=1.0, help="teacher confidence from which a voxel counts; 0 = all count")
     w: float = option(1.0, low=0.0, high=1000.0, help="weight of the pseudo-label term after the ramp")
 
 
-class PseudoLabel(ViewMethod):
+class PseudoLabel(Method[PseudoLabelSettings]):
     """The teacher's hard labels where it is sure, learnt on a strong view of each unlabelled patch."""
 
-    settings_type: ClassVar[type[Settings]] = PseudoLabelSettings
+    settings_type = PseudoLabelSettings
 
-    def compare(self, student: nn.Module, teacher: Callable[[Tensor], Tensor], batch: Batch, view: View) -> Group:
+    def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return cross-entropy plus Dice against the pseudo-labels of voxels that pass the gate."""
-        with torch.no_grad():
-            target = view.mix(teacher(view.teacher))
-            hard = hard_targets(target, self.settings.gate)
-        logits = full_resolution(student(view.student))
-        term = Term(self.settings.w * self.ramp(batch), soft_ce_dice(logits, hard.one_hot, hard.weight))
-        return Group({"pseudo": term}, {"agreement": agreement(logits, target), "voxels_kept": hard.weight.mean()})
+        logits, target = full_resolution(outputs), answer.target
+        hard = hard_targets(target, self.settings.gate)
+        term = Term(self.settings.w * batch.now["ramp"], soft_ce_dice(logits, hard.one_hot, hard.weight))
+        return Cost({"pseudo": term}, {"agreement": agreement(logits, target), "voxels_kept": hard.weight.mean()})

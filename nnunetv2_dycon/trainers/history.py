@@ -2,20 +2,22 @@
 
 import csv
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("agg")  # as nnU-Net's logger does: no window, whatever the machine
 import matplotlib.pyplot as plt
 
+from nnunetv2_dycon.files import whole_file
+
 Row = dict[str, float]
 
 
 def epoch_means(steps: Sequence[Mapping[str, float]]) -> Row:
-    """Return the mean over steps of every figure; a figure that is missing or not finite in a step is left out."""
+    """Return the mean over steps of every number; one that is missing or not finite in a step is left out."""
     names = dict.fromkeys(name for step in steps for name in step)
     row: Row = {}
     for name in names:
@@ -36,21 +38,19 @@ class History:
 
     @property
     def columns(self) -> list[str]:
-        """Names of all figures, in order of first appearance."""
+        """Names of all numbers, in order of first appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
     def series(self, name: str) -> list[float]:
-        """Return one figure over the epochs; nan where it was not measured."""
+        """Return one number over the epochs; nan where it was not measured."""
         return [row.get(name, math.nan) for row in self.rows]
 
     def write_csv(self, path: Path) -> None:
         """Write all rows, whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        with open(part, "w", newline="", encoding="utf-8") as file:
+        with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(part, path)
 
     def plot(self, path: Path) -> None:
         """Write the picture: terms as they enter the loss, schedules and shares, pseudo Dice per class."""
@@ -71,10 +71,9 @@ class History:
             axis.set(title=title, xlabel="epoch")
             if names:
                 axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0))
-        part = path.with_name(path.stem + ".part.png")
-        figure.savefig(part, dpi=100)
+        with whole_file(path) as part:
+            figure.savefig(part, dpi=100)
         plt.close(figure)
-        os.replace(part, path)
 
 
 SHARES = (
@@ -103,3 +102,18 @@ def unseen_classes(history: History, classes: Sequence[str], *, seen: float = 0.
         if last.get(f"dice_teacher_{name}", math.nan) < unseen
         and (last.get("ramp", 0.0) > 0.5 or any(value > seen for value in history.series(f"dice_teacher_{name}")))
     ]
+
+
+def class_names(labels: Any, dataset_json: Mapping[str, Any]) -> list[str]:
+    """Return the names of foreground classes (or regions) in the order of nnU-Net's Dice.
+
+    Parameters
+    ----------
+    labels : LabelManager
+        nnU-Net's.
+    dataset_json : mapping
+        Content of dataset.json.
+    """
+    kept = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    names = {str(value): name for name, value in dataset_json["labels"].items()}
+    return [names.get(str(list(k) if isinstance(k, tuple) else int(k)), str(k)) for k in kept]

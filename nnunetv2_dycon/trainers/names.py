@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from nnunetv2_dycon import options
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.methods.base import Method
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.dycon import PAPER, DyCON, DyCONSettings
@@ -18,11 +17,13 @@ from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
 from nnunetv2_dycon.methods.labeled_only import LabeledOnly
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunetv2_dycon.methods.pseudo_label import PseudoLabel, PseudoLabelSettings
+from nnunetv2_dycon.methods.settings import TeacherSettings
 from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
+from nnunetv2_dycon.step import Method
 
 # Base name (without underscore: options begin at the first), method, settings that options depart from.
 TRAINERS: dict[str, tuple[type[Method], options.Settings]] = {
-    "nnUNetTrainerLabeledOnly": (LabeledOnly, LabeledOnly.settings_type()),
+    "nnUNetTrainerLabeledOnly": (LabeledOnly, TeacherSettings()),
     "nnUNetTrainerMeanTeacher": (MeanTeacher, MeanTeacherSettings()),
     "nnUNetTrainerUAMT": (UAMT, UAMTSettings()),
     "nnUNetTrainerPseudoLabel": (PseudoLabel, PseudoLabelSettings()),

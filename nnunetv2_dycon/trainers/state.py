@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside stock's: everything that an exact continuation needs, under one key."""
+"""What a checkpoint holds in addition to stock's: everything that an exact continuation needs, under one key."""
 
 from dataclasses import asdict
 from importlib.metadata import version
@@ -9,6 +9,7 @@ import torch
 import nnunetv2_dycon
 from nnunetv2_dycon.data.loader import IsolatedLoader
 from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.options import Settings, stored_values
 from nnunetv2_dycon.randomness import RandomStream, global_states, process_seed, set_global_states
 from nnunetv2_dycon.trainers.history import History
 
@@ -25,7 +26,7 @@ def state_of(trainer: "nnUNetTrainerSSL") -> dict[str, Any]:
         "version": nnunetv2_dycon.__version__,
         "nnunetv2_version": version("nnunetv2"),
         "settings": asdict(trainer.settings),
-        "step": trainer.step,
+        "step": trainer.step.number,
         "cases": trainer.fold_cases | {"unlabeled": list(trainer.unlabeled.names) if trainer.unlabeled else []},
         "teacher": method.teacher.network.state_dict(),
         "method": {name: value for name, value in method.state_dict().items() if not name.startswith(TEACHER)},
@@ -34,7 +35,7 @@ def state_of(trainer: "nnUNetTrainerSSL") -> dict[str, Any]:
         "random": {
             "global": global_states(),
             "cuda": torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else [],
-            "step": trainer.generator.get_state(),
+            "step": trainer.step.generator.get_state(),
             "streams": {name: stream.states for name, stream in _streams(trainer).items()},
         },
     }
@@ -48,7 +49,7 @@ def restore(trainer: "nnUNetTrainerSSL", state: dict[str, Any]) -> None:
     ConfigError
         If the state belongs to a method with other modules.
     """
-    trainer.step = state["step"]
+    trainer.step.number = state["step"]
     trainer.history = History(state["history"])
     trainer.method.teacher.network.load_state_dict(state["teacher"])
     missing, unexpected = trainer.method.load_state_dict(state["method"], strict=False)
@@ -65,22 +66,33 @@ def restore_random_states(trainer: "nnUNetTrainerSSL", states: dict[str, Any]) -
     The checkpoint has the states of the first process alone: with these, all would draw the same patches.
     """
     if trainer.local_rank:
-        trainer.generator.manual_seed(process_seed(trainer.method.task.seed, trainer.local_rank, trainer.step))
+        trainer.step.generator.manual_seed(process_seed(trainer.method.seed, trainer.local_rank, trainer.step.number))
         return
     set_global_states(states["global"])
     if trainer.device.type == "cuda" and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-    trainer.generator.set_state(states["step"].cpu())
+    trainer.step.generator.set_state(states["step"].cpu())
     for name, stream in _streams(trainer).items():
         stream.states = states["streams"].get(name)
 
 
-def compare_settings(stored: dict[str, Any], here: dict[str, Any], folder: str) -> None:
-    """Raise ConfigError that lists the differences if a checkpoint was trained with other settings."""
+def compare_settings(stored: dict[str, Any], settings: Settings, folder: str) -> None:
+    """Raise ConfigError that lists the differences if a checkpoint was trained with other settings.
+
+    Parameters
+    ----------
+    stored : dict
+        The settings in the checkpoint; options that were renamed or came later are understood.
+    settings : Settings
+        Those of the trainer name.
+    folder : str
+        Results folder, for the message.
+    """
+    there, here = stored_values(type(settings), stored), asdict(settings)
     changed = [
-        f"{name} is {here.get(name)}, there {stored.get(name)}"
-        for name in dict.fromkeys([*stored, *here])
-        if stored.get(name) != here.get(name)
+        f"{name} is {here.get(name)}, there {there.get(name)}"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
     ]
     if changed:
         raise ConfigError(

@@ -13,7 +13,7 @@ PACKAGE = "nnunetv2_dycon"
 
 # "" is the package itself, for its version
 BASE = {"", "errors", "schedules", "options", "folders", "locks", "parallel", "files"}
-TENSORS = {"losses", "networks", "views", "checkpoint", "precision", "randomness"}
+TENSORS = {"losses", "networks", "views", "ranks", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
     "": set(),
@@ -26,11 +26,12 @@ MAY_IMPORT = {
     "parallel": {"errors"},
     "files": {"errors"},
     **dict.fromkeys(TENSORS, BASE),
-    "methods": BASE | TENSORS,
+    "step": BASE | TENSORS,
+    "methods": BASE | TENSORS | {"step"},
     "data": BASE | TENSORS,
-    "trainers": BASE | TENSORS | {"methods", "data"},
+    "trainers": BASE | TENSORS | {"step", "methods", "data"},
     "_nnunet_ext": {"trainers"},
-    "export": BASE | TENSORS | {"methods", "data", "trainers"},
+    "export": BASE | TENSORS | {"step", "methods", "data", "trainers"},
     "phantom": BASE | {"data", "conversion"},
     "doctor": BASE | {"_register", "precision", "trainers"},
     "conversion": BASE | {"data"},
@@ -52,7 +53,7 @@ STANDARD_LIBRARY_ONLY = {
     "files",
     "commands",
 }
-WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"methods", "_nnunet_ext"}
+WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"step", "methods", "_nnunet_ext"}
 
 
 def sources() -> list[Path]:

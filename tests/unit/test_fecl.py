@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from nnunetv2_dycon.losses.fecl import fecl
+from nnunetv2_dycon.losses.patches import fecl
 from tests import oracles
 from tests.oracles import relative_error
 

@@ -60,9 +60,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"), [(b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (None, "No such")]
-)
+@pytest.mark.parametrize(("content", "reason"), [(b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (None, "No such")])
 def test_a_json_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes | None, reason: str) -> None:
     path = tmp_path / "a.json"
     if content is not None:

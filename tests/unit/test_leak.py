@@ -21,7 +21,7 @@ METHODS = (
     "nnUNetTrainerLabeledOnly_seed1",  # without a seed the control shares stock's random stream with validation
     "nnUNetTrainerMeanTeacher",
     "nnUNetTrainerDyCON",
-    "nnUNetTrainerDyCON_viewnoise_unclliteral_onall",
+    "nnUNetTrainerDyCON_viewnoise_lossliteral_onall",
     "nnUNetTrainerPseudoLabel",
     "nnUNetTrainerUAMT",
     "nnUNetTrainerBCP",

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from nnunetv2_dycon.losses.consistency import entropy, mse, soft_ce_dice
-from nnunetv2_dycon.losses.fecl import fecl
-from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded, uncl_literal
+from nnunetv2_dycon.losses.mse import mse
+from nnunetv2_dycon.losses.patches import fecl
+from nnunetv2_dycon.losses.voxels import entropy, entropy_weight, soft_ce_dice, uncl
 from tests.memory import peak_bytes
 
 MIB = 2**20
 LOSSES = {
-    "literal": lambda s, t: sum(uncl_literal(s, t, beta=0.5)),
-    "guarded": lambda s, t: sum(uncl_guarded(s, t, beta=0.5)),
+    "literal": lambda s, t: sum(uncl(s, t, beta=0.5)),
+    "guarded": lambda s, t: sum(uncl(s, t, beta=0.5, form="guarded")),
     "mse": mse,
     "ce_dice": soft_ce_dice,
 }

@@ -19,6 +19,7 @@ from nnunetv2_dycon.networks import (
     has_encoder_stages,
     unwrap,
 )
+from nnunetv2_dycon.step import average_
 
 torch.set_num_threads(1)
 
@@ -163,24 +164,10 @@ def test_examples_in_docstrings_hold():
 def test_teacher_gives_the_students_full_resolution_logits(case):
     net = build(case)
     teacher = Teacher(net)
-    logits = teacher(image(case))
+    logits = teacher.network(image(case))
     torch.testing.assert_close(logits, net.eval()(image(case))[0])
     assert net.decoder.deep_supervision
     assert not logits.requires_grad
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_teacher_features_and_logits_come_from_the_same_pass(case):
-    teacher, x = Teacher(build(case)), image(case)
-    calls = []
-    teacher.network.encoder.register_forward_hook(lambda *a: calls.append(1))
-    for stage, channels in enumerate((4, 6, 8)):
-        features, logits = teacher.features_and_logits(x, stage)
-        assert torch.equal(logits, teacher(x))
-        assert torch.equal(features, teacher.encode(x)[stage])
-        assert features.shape[1] == channels
-        assert not features.requires_grad
-    assert len(calls) == 3 * 3  # features_and_logits, forward, encode: one encoder pass each
 
 
 def test_teacher_follows_the_closed_form_over_seven_steps():
@@ -191,7 +178,7 @@ def test_teacher_follows_the_closed_form_over_seven_steps():
     for step, decay in enumerate(decays):
         shake(student, step)
         seen.append([p.double().clone() for p in student.parameters()])
-        teacher.update(student, decay)
+        average_(teacher.network, student, decay)
     # theta_T = sum_j (1 - a_j) prod_{l > j} a_l theta_j, the start counting with prod a_l
     factors = [1.0] + [1 - a for a in decays]
     for j in range(len(factors)):
@@ -209,7 +196,7 @@ def test_decay_zero_copies_to_the_bit_even_over_weights_that_are_not_finite():
     shake(student, 1)
     with torch.no_grad():
         next(teacher.network.parameters()).fill_(float("inf"))
-    teacher.update(student, 0.0)
+    average_(teacher.network, student, 0.0)
     for mine, its in zip(teacher.network.parameters(), student.parameters(), strict=True):
         assert torch.equal(mine, its)
 
@@ -219,7 +206,7 @@ def test_decay_one_leaves_the_weights():
     teacher = Teacher(student)
     before = copy.deepcopy(teacher.network.state_dict())
     shake(student, 1)
-    teacher.update(student, 1.0)
+    average_(teacher.network, student, 1.0)
     for key, value in teacher.network.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -230,18 +217,18 @@ def test_buffers_are_copied_not_averaged(decay):
     teacher = Teacher(student)
     student.train()(image())
     shake(student, 3)
-    teacher.update(student, decay)
+    average_(teacher.network, student, decay)
     buffers = list(student.buffers())
     assert any(b.dtype == torch.long and b > 0 for b in buffers)
     for mine, its in zip(teacher.network.buffers(), buffers, strict=True):
         assert torch.equal(mine, its)
 
 
-def test_sync_copies_weights_and_buffers():
+def test_decay_zero_copies_weights_and_buffers():
     student = build(norm="batch")
     teacher = Teacher(student)
     shake(student, 3)
-    teacher.sync(torch.compile(student, backend="eager"))
+    average_(teacher.network, unwrap(torch.compile(student, backend="eager")), 0.0)
     for key, value in student.state_dict().items():
         assert torch.equal(teacher.network.state_dict()[key], value), key
 
@@ -251,7 +238,7 @@ def test_teacher_shares_no_memory_with_the_student():
     teacher = Teacher(student)
     mine = {p.data_ptr() for p in teacher.parameters()}
     assert mine.isdisjoint(p.data_ptr() for p in student.parameters())
-    teacher.sync(student)
+    average_(teacher.network, student, 0.0)
     assert mine == {p.data_ptr() for p in teacher.parameters()}
 
 
@@ -264,7 +251,7 @@ def test_teacher_stays_in_eval_mode_and_without_gradient_inside_a_module_that_tr
     owner = nn.ModuleList([Teacher(student)]).train()
     (teacher,) = owner
     before = copy.deepcopy(teacher.state_dict())
-    teacher(image())
+    teacher.network(image())
     assert not any(m.training for m in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
@@ -277,32 +264,26 @@ def test_teacher_never_gets_a_gradient_and_the_student_does():
     teacher = Teacher(student)
     shake(student, 1)
     out = student(image())[0]
-    (out - teacher(image())).square().mean().backward()
+    (out - teacher.network(image())).square().mean().backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
-    teacher.update(student, 0.5)
+    average_(teacher.network, student, 0.5)
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-
-
-def test_teacher_builds_no_graph_even_for_an_input_with_a_gradient():
-    teacher, x = Teacher(build()), image().requires_grad_()
-    outputs = (teacher(x), *teacher.encode(x), *teacher.features_and_logits(x, 1))
-    assert not any(t.requires_grad for t in outputs)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
 def test_a_decay_out_of_range_is_an_error(decay):
     student = build()
     with pytest.raises(ValueError, match="decay must be in"):
-        Teacher(student).update(student, decay)
+        average_(Teacher(student).network, student, decay)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_a_student_of_other_shapes_is_an_error(decay):
-    with pytest.raises(ValueError, match="Teacher and student differ"):
-        Teacher(nn.Linear(4, 4)).update(nn.Linear(1, 4), decay)
+    with pytest.raises(ValueError, match="teacher and student differ"):
+        average_(Teacher(nn.Linear(4, 4)).network, nn.Linear(1, 4), decay)
     with pytest.raises(ValueError, match="zip"):
-        Teacher(nn.Linear(4, 4)).update(nn.Linear(4, 4, bias=False), decay)
+        average_(Teacher(nn.Linear(4, 4)).network, nn.Linear(4, 4, bias=False), decay)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -310,12 +291,12 @@ def test_teacher_weights_load_strictly_into_a_stock_network(case):
     student = build(case)
     teacher = Teacher(torch.compile(student, backend="eager"))
     shake(student, 1)
-    teacher.update(student, 0.5)
+    average_(teacher.network, student, 0.5)
     weights = teacher.network.state_dict()
     assert list(weights) == list(student.state_dict())
     stock = build(case, seed=9, deep_supervision=False).eval()
     stock.load_state_dict(weights, strict=True)
-    assert torch.equal(stock(image(case)), teacher(image(case)))
+    assert torch.equal(stock(image(case)), teacher.network(image(case)))
 
 
 def test_teacher_state_survives_a_round_trip_with_its_aliases():
@@ -323,11 +304,11 @@ def test_teacher_state_survives_a_round_trip_with_its_aliases():
     shake(teacher.network, 2)
     other = Teacher(build(seed=5))
     other.load_state_dict(teacher.state_dict(), strict=True)
-    assert torch.equal(other(image()), teacher(image()))
+    assert torch.equal(other.network(image()), teacher.network(image()))
     # decoder.encoder is the encoder, in the copy too
     assert other.network.decoder.encoder is other.network.encoder
     shake(teacher.network, 3)
-    assert not torch.equal(other(image()), teacher(image()))
+    assert not torch.equal(other.network(image()), teacher.network(image()))
 
 
 # --- tap
@@ -501,6 +482,6 @@ def test_teacher_of_a_head_follows_it_by_the_same_average():
     mean = Teacher(head)
     before = head.expand.weight.detach().clone()
     shake(head, 1)
-    mean.update(head, 0.75)
+    average_(mean.network, head, 0.75)
     torch.testing.assert_close(mean.network.expand.weight, 0.75 * before + 0.25 * head.expand.weight.detach())
-    assert not mean(torch.randn(1, 4, 2, 2)).requires_grad
+    assert not mean.network(torch.randn(1, 4, 2, 2)).requires_grad

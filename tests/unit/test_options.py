@@ -1,13 +1,17 @@
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.options import Row, Schedule, Settings, describe, format, option, parse
+from nnunetv2_dycon.methods.dycon import DyCONSettings
+from nnunetv2_dycon.methods.mean_teacher import MeanTeacherSettings
+from nnunetv2_dycon.options import Row, Schedule, Settings, describe, format, option, parse, stored_values
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,16 @@ class ToySettings(Settings):
     target: str = option("mse", choices=("mse", "ce", "ce_dice"))
     stage: int | None = option(None, low=0, high=20, none_text="stride nearest 8")
     hard: bool = option(False, flag=True)
+
+
+@dataclass(frozen=True)
+class LaterSettings(Settings):
+    """An option that came later, one that was renamed, and a schedule."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"heat": "warmth"}
+
+    warmth: float = option(2.5, neutral=0.0)
+    ends: Schedule = option(Schedule(3.0, 2.0), schedule=True, neutral=Schedule(1.0))
 
 
 PRESET = ToySettings(epochs=7, target="ce", beta=Schedule(5.0), seed=3)
@@ -214,3 +228,47 @@ def test_a_field_that_no_name_can_carry_is_refused():
     for broken in (Underscore, Bare):
         with pytest.raises(TypeError, match=r"declare it with option\(\)"):
             broken()
+
+
+# --- settings of checkpoints
+
+
+def test_an_option_that_a_checkpoint_does_not_know_has_its_neutral_value() -> None:
+    stored = {"epochs": 7}
+    found = stored_values(LaterSettings, stored)
+    assert stored == {"epochs": 7}
+    assert (found["epochs"], found["warmth"], found["ends"]) == (7, 0.0, {"start": 1.0, "end": 1.0})
+    assert LaterSettings().warmth == 2.5  # the default is another one
+
+
+def test_a_renamed_option_is_read_under_its_name_of_today_and_an_unknown_one_stays() -> None:
+    found = stored_values(LaterSettings, {"heat": 4.0, "gone": 1})
+    assert found["warmth"] == 4.0
+    assert found["gone"] == 1
+    assert "heat" not in found
+
+
+def test_a_name_with_a_renamed_option_says_what_to_type() -> None:
+    with pytest.raises(ConfigError, match=r"option heat is called warmth now: type _warmth1p5$"):
+        parse("_heat1p5", LaterSettings)
+
+
+@pytest.mark.parametrize(
+    ("stored", "loss", "target"),
+    [
+        ({"target": None, "uncl": None, "labels": None}, "ce_dice", None),
+        ({"target": "mse", "uncl": None, "labels": "soft"}, "literal", "soft"),
+        ({"target": None, "uncl": "guarded", "labels": None}, "guarded", None),
+        ({"target": "mse", "uncl": "literal", "labels": None}, "literal", None),
+        ({"target": "ce_dice", "uncl": None, "labels": "hard"}, "ce_dice", "hard"),
+    ],
+)
+def test_the_options_of_uncl_are_translated(stored: dict, loss: str, target: str | None) -> None:
+    found = stored_values(DyCONSettings, {**stored, "ramp": 0.2})
+    assert (found["loss"], found["target"], found["rampup"]) == (loss, target, 0.2)
+    assert not {"uncl", "labels", "ramp"} & set(found)
+
+
+def test_the_option_of_mean_teacher_is_translated() -> None:
+    found = stored_values(MeanTeacherSettings, {"target": "ce_dice", "ramp": 0.1})
+    assert (found["loss"], found["rampup"]) == ("ce_dice", 0.1)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_dycon.losses.fecl import fecl
 from nnunetv2_dycon.losses.patches import (
+    fecl,
     labels_from_probabilities,
     labels_from_target,
     patch_weight,

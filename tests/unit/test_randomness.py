@@ -64,7 +64,7 @@ def test_a_training_that_goes_on_in_loader_processes_draws_new_patches(trainer, 
     name = "nnUNetTrainerMeanTeacher_epochs2_iters3_valiters1_seed1"
     first = trainer(name)
     before = patches(first)
-    first.step = 3
+    first.step.number = 3
     path = tmp_path / "checkpoint.pth"
     first.save_checkpoint(str(path))
     again = patches(trainer(name))

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded
-from nnunetv2_dycon.methods.base import Batch, Group, Method, Task
+from nnunetv2_dycon.losses.voxels import entropy_weight, uncl
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.dycon import DyCON, DyCONSettings
 from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
 from nnunetv2_dycon.methods.labeled_only import LabeledOnly
-from nnunetv2_dycon.methods.mean_teacher import MeanTeacher
+from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunetv2_dycon.methods.pseudo_label import PseudoLabel, PseudoLabelSettings
 from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
-from nnunetv2_dycon.networks import Peer
+from nnunetv2_dycon.networks import SecondNetwork
 from nnunetv2_dycon.options import Schedule
+from nnunetv2_dycon.step import Batch, Cost, DataInfo, Method
 from nnunetv2_dycon.views import noisy
 from tests import oracles
 from tests.oracles import relative_error
+from tests.passes import costs_of
 
 CLASSES = 3
 SPACE = (3, 4, 5)
@@ -54,13 +55,13 @@ class Net(nn.Module):
 def made(method: type[Method], settings) -> tuple[Method, Net]:
     """Return the method, built, and its student; the teacher has weights of its own."""
     student = Net()
-    built = method(settings, Task(classes=CLASSES, seed=3))
+    built = method(settings, DataInfo(CLASSES), seed=3)
     built.build(student)
     built.teacher.network.load_state_dict({k: v / 2 for k, v in Net(1).state_dict().items()})
     return built, student
 
 
-def batch(t: float = 1.0, *, labels: Tensor | None = None) -> Batch:
+def batch(*, labels: Tensor | None = None) -> Batch:
     if labels is None:
         labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
     return Batch(
@@ -68,12 +69,12 @@ def batch(t: float = 1.0, *, labels: Tensor | None = None) -> Batch:
         y_l=labels,
         x_u=images(4),
         supervised=lambda outputs: nn.functional.cross_entropy(outputs, labels[:, 0].long(), ignore_index=-1),
-        t=t,
+        now={},
         generator=seeded(6),
     )
 
 
-def check(group: Callable[[], Group], name: str, network: nn.Module, recipe: Callable[[nn.Module], Tensor]) -> Group:
+def check(group: Callable[[], Cost], name: str, network: nn.Module, recipe: Callable[[nn.Module], Tensor]) -> Cost:
     """Compare value and gradient of one term with the recipe, a function of a copy of the network in float64."""
     found = group()
     term = found.terms[name]
@@ -93,12 +94,12 @@ def check(group: Callable[[], Group], name: str, network: nn.Module, recipe: Cal
 def test_pseudo_labels_are_the_teachers_where_it_is_sure(gate: float) -> None:
     method, student = made(PseudoLabel, PseudoLabelSettings(view="weak", gate=gate, w=2.0))
     data = batch()
-    target = method.teacher(data.x_u)
-    first, last = method.groups(student, data)
+    target = method.teacher.network(data.x_u)
+    first, last = costs_of(method, student, data)
     recipe = lambda net: oracles.pseudo_label(net(data.x_u.double()), target, gate)[0]  # noqa: E731
     found = check(first, "pseudo", student, recipe)
     kept = oracles.pseudo_label(target, target, gate)[1]
-    assert found.stats["voxels_kept"].item() == pytest.approx(kept)
+    assert found.logged["voxels_kept"].item() == pytest.approx(kept)
     assert 0.1 < kept < 0.9 or gate == 0
     assert found.terms["pseudo"].weight == 2.0
     assert set(last().terms) == {"supervised"}
@@ -106,34 +107,34 @@ def test_pseudo_labels_are_the_teachers_where_it_is_sure(gate: float) -> None:
 
 @pytest.mark.parametrize("t", [0.3, 1.0])
 def test_uamt_learns_where_the_noised_teacher_agrees_with_itself(t: float) -> None:
-    method, student = made(UAMT, UAMTSettings(view="noise", samples=3, ramp=0.0))
-    data = batch(t)
+    method, student = made(UAMT, UAMTSettings(view="noise", samples=3, rampup=0.0))
+    data = batch()
     generator = seeded(6)  # as the method's: one noise for the target, then one for each sample
-    target, *samples = (method.teacher(noisy(data.x_u, generator)) for _ in range(4))
-    first, last = method.groups(student, data)
+    target, *samples = (method.teacher.network(noisy(data.x_u, generator)) for _ in range(4))
+    first, last = costs_of(method, student, data, t)
     r = math.exp(-5 * (1 - t) ** 2)
     recipe = lambda net: oracles.uamt(net(data.x_u.double()), target, samples, r)[0]  # noqa: E731
     found = check(first, "consistency", student, recipe)
     kept = oracles.uamt(target, target, samples, r)[1]
-    assert found.stats["voxels_kept"].item() == pytest.approx(kept)
+    assert found.logged["voxels_kept"].item() == pytest.approx(kept)
     assert 0.1 < kept < 0.9 or t == 1
     assert set(last().terms) == {"supervised"}
 
 
 def test_uamt_asks_the_noised_teacher_once_for_both_mixes_of_a_view() -> None:
-    method, student = made(UAMT, UAMTSettings(view="bcp", samples=3, ramp=0.0))
+    method, student = made(UAMT, UAMTSettings(view="bcp", samples=3, rampup=0.0))
     asked = []
-    method.teacher.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0]))
-    for one in method.groups(student, batch()):
+    method.teacher.network.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0]))
+    for one in costs_of(method, student, batch()):
         one()
     assert len(asked) == 1 + 3  # the target, which both mixes share, and each sample
 
 
 def test_uamt_without_a_certain_voxel_is_a_zero_on_the_graph() -> None:
-    method, student = made(UAMT, UAMTSettings(ramp=0.0))
+    method, student = made(UAMT, UAMTSettings(rampup=0.0))
     for parameter in method.teacher.network.parameters():
         parameter.zero_()  # every class alike: no voxel is below ln C
-    found = method.groups(student, batch())[0]().terms["consistency"].value
+    found = costs_of(method, student, batch())[0]().terms["consistency"].value
     found.backward()
     assert found.item() == 0
     assert all(torch.count_nonzero(p.grad) == 0 for p in student.parameters())
@@ -168,12 +169,11 @@ def boxes_of(seen: Tensor, inside: Tensor, outside: Tensor) -> tuple[list[Tensor
 
 def test_bcp_pastes_both_ways_and_each_region_has_its_own_mean() -> None:
     method, student = made(BCP, BCPSettings(pretrain=0.2, w=0.5, alpha=0.25))
-    labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
-    labels[0, 0, 1, :2] = -1  # not annotated
-    data = batch(0.2, labels=labels)
-    pseudo = method.teacher(data.x_u).argmax(1)
+    data = batch()
+    labels = data.y_l
+    pseudo = method.teacher.network(data.x_u).argmax(1)
     recorder = Recorder(student)
-    *mixes, last = method.groups(recorder, data)
+    *mixes, last = costs_of(method, recorder, data, 0.2)
     for group, name in zip(mixes, ("in", "out"), strict=True):
         found = group()
         inside, outside = (data.x_u, data.x_l) if name == "in" else (data.x_l, data.x_u)
@@ -184,7 +184,7 @@ def test_bcp_pastes_both_ways_and_each_region_has_its_own_mean() -> None:
         assert {i for i, _ in origins} == {o for _, o in origins} == {0, 1}
         region = box if name == "in" else ~box
         for term, target, where in (
-            (f"{name}_labeled", true, ~region & (true >= 0)),
+            (f"{name}_labeled", true, ~region),
             (f"{name}_pseudo", guess, region),
         ):
             recipe = lambda net, target=target, where=where: oracles.region_loss(  # noqa: E731
@@ -196,11 +196,27 @@ def test_bcp_pastes_both_ways_and_each_region_has_its_own_mean() -> None:
     assert set(last().terms) == {"supervised"}
 
 
+def test_bcp_pastes_nothing_that_is_not_annotated() -> None:
+    method, student = made(BCP, BCPSettings())
+    labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
+    labels[:, 0, 1] = -1  # a whole slice
+    data = batch(labels=labels)
+    pseudo = method.teacher.network(data.x_u).argmax(1)
+    recorder = Recorder(student)
+    for group, name in zip(costs_of(method, recorder, data), ("in", "out"), strict=False):
+        found = group()
+        unlabeled = recorder.seen == data.x_u
+        assert bool(unlabeled[:, 0, 1].all())
+        assert not bool(unlabeled.all())
+        recipe = lambda net, where=unlabeled: oracles.region_loss(net(recorder.seen.double()), pseudo, where[:, 0])  # noqa: E731
+        check(lambda found=found: found, f"{name}_pseudo", student, recipe)
+
+
 def test_bcp_begins_with_pastes_among_labelled_patches() -> None:
     method, student = made(BCP, BCPSettings(pretrain=0.2, w=0.5))
-    data = batch(0.19)
+    data = batch()
     recorder = Recorder(student)
-    first, last = method.groups(recorder, data)
+    first, last = costs_of(method, recorder, data, 0.19)
     found = first()
     boxes, origins = boxes_of(recorder.seen, data.x_l, data.x_l)
     assert all(i != o for i, o in origins)
@@ -220,10 +236,10 @@ def test_option_paste_adds_pastes_among_labelled_patches_to_any_teacher_method(m
     plain, _ = made(method, method.settings_type(**extra))
     labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
     labels[0, 0, 1, :2] = -1  # not annotated
-    data = batch(1.0, labels=labels)
+    data = batch(labels=labels)
     recorder = Recorder(student)
-    groups = built.groups(recorder, data)
-    assert len(groups) == len(plain.groups(student, data)) + 1
+    groups = costs_of(built, recorder, data)
+    assert len(groups) == len(costs_of(plain, student, data)) + 1
     found = groups[-2]()
     pasted = recorder.seen == data.x_l.roll(-1, 0)
     assert torch.equal(recorder.seen, torch.where(pasted, data.x_l.roll(-1, 0), data.x_l))
@@ -236,17 +252,18 @@ def test_option_paste_adds_pastes_among_labelled_patches_to_any_teacher_method(m
     assert "supervised" in groups[-1]().terms
 
 
-def test_a_method_without_passes_for_its_unlabelled_patches_is_an_error() -> None:
-    method, student = made(Method, Method.settings_type())
-    with pytest.raises(TypeError, match="Method uses unlabelled patches but defines no passes"):
-        method.groups(student, batch())
+def test_a_method_that_does_not_say_what_its_unlabelled_patches_cost_is_an_error() -> None:
+    method, student = made(Method, MeanTeacherSettings())
+    first, _ = costs_of(method, student, batch())
+    with pytest.raises(TypeError, match="gives a pass of the student no term"):
+        first()
 
 
 def test_cps_crosses_the_hard_labels_of_two_networks() -> None:
     method, student = made(CPS, CPSSettings(w=2.0))
     data, second = batch(), method.teacher.network
     answers = [network(data.x_u).detach() for network in (student, second)]
-    groups = method.groups(student, data)
+    groups = costs_of(method, student, data)
     assert len(groups) == 4
     for group, name, learner, target in (
         (groups[0], "cps", student, answers[1]),
@@ -307,7 +324,7 @@ def contrast(method: DyCONCPS | DyCON, learner: UNet, guide: UNet, x: Tensor, la
 def test_dycon_in_co_training_takes_each_network_as_the_others_teacher() -> None:
     student = UNet(0)
     settings = DyCONCPSSettings(
-        uncl="literal",
+        loss="literal",
         beta=Schedule(0.7),
         wuncl=2.0,
         wfecl=0.5,
@@ -318,12 +335,12 @@ def test_dycon_in_co_training_takes_each_network_as_the_others_teacher() -> None
         stage=0,
         view="weak",
     )
-    method = DyCONCPS(settings, Task(classes=CLASSES, seed=3))
+    method = DyCONCPS(settings, DataInfo(CLASSES), seed=3)
     method.build(student)
     second = method.teacher.network
     second.load_state_dict(UNet(1).state_dict())
     data, share = batch(), 0.5
-    groups = method.groups(student, data)
+    groups = costs_of(method, student, data)
     for (at, at_labeled), ending, learner, guide in (
         ((0, 3), "", student, second),
         ((1, 2), "_second", second, student),
@@ -354,7 +371,7 @@ def test_dycon_in_co_training_takes_each_network_as_the_others_teacher() -> None
 
 
 def dycon(student: nn.Module, **settings) -> DyCON:
-    method = DyCON(DyCONSettings(anchors=0, gate=0.0, stage=0, **settings), Task(classes=CLASSES))
+    method = DyCON(DyCONSettings(anchors=0, gate=0.0, stage=0, **settings), DataInfo(CLASSES))
     method.build(student)
     return method
 
@@ -364,27 +381,27 @@ def dycon(student: nn.Module, **settings) -> DyCON:
     [
         ({}, {"uncl": 0.5, "pasted": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
         (
-            {"uncl": "literal"},
+            {"loss": "literal"},
             {"uncl": 0.5, "uncl_entropy": 0.5, "pasted": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15},
         ),
-        ({"target": "mse", "wfecl": 0.0}, {"uncl": 0.5, "uncl_entropy": 0.5, "pasted": 1.0}),
+        ({"loss": "literal", "wfecl": 0.0}, {"uncl": 0.5, "uncl_entropy": 0.5, "pasted": 1.0}),
         ({"wfecl": 0.0, "wpasted": 0.25}, {"uncl": 0.5, "pasted": 0.25}),
         ({"wuncl": 0.0}, {"pasted": 1.0, "fecl_unlabeled": 0.15, "fecl_labeled": 0.15}),
         ({"wuncl": 0.0, "feclon": "labeled", "wpasted": 0.0}, {"fecl_labeled": 0.3}),
         ({"feclon": "labeled", "view": "cutmix"}, {"uncl": 0.5, "fecl_labeled": 0.3}),
-        ({"uncl": "guarded", "feclon": "labeled", "view": "noise"}, {"uncl": 0.5, "fecl_labeled": 0.3}),
+        ({"loss": "guarded", "feclon": "labeled", "view": "noise"}, {"uncl": 0.5, "fecl_labeled": 0.3}),
         (
-            {"uncl": "guarded", "lambdah": 0.5, "wfecl": 0.0, "view": "copy_paste"},
+            {"loss": "guarded", "lambdah": 0.5, "wfecl": 0.0, "view": "copy_paste"},
             {"uncl": 0.5, "uncl_entropy": 0.25, "pasted": 1.0},
         ),
-        ({"target": "ce_dice", "wfecl": 0.0, "focus": "uncertain", "view": "intensity"}, {"uncl": 0.5}),
+        ({"loss": "ce_dice", "wfecl": 0.0, "focus": "uncertain", "view": "intensity"}, {"uncl": 0.5}),
     ],
 )
 def test_switches_of_dycon_leave_the_terms_that_they_name(switches: dict, terms: dict[str, float]) -> None:
     """Weights of both directions together, where the view has two."""
     student = UNet()
     found: dict[str, float] = {}
-    for group in dycon(student, **switches).groups(student, batch()):
+    for group in costs_of(dycon(student, **switches), student, batch()):
         for name, term in group().terms.items():
             name = name.removeprefix("in_").removeprefix("out_")
             if term.weight:
@@ -399,7 +416,7 @@ def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str | None) -> None:
     """True labels where labelled voxels were pasted, UnCL as the mean over the rest, FeCL with the mixed target."""
     student = UNet(0)
     method = dycon(
-        student, view="bcp", wfecl=0.5, topk=5, entropy=entropy, labels=kind, beta=Schedule(0.7), ramp=0.0, delay=0.3
+        student, view="bcp", wfecl=0.5, topk=5, entropy=entropy, target=kind, beta=Schedule(0.7), rampup=0.0, delay=0.3
     )
     method.teacher.network.load_state_dict(UNet(1).state_dict())
     labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
@@ -408,7 +425,7 @@ def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str | None) -> None:
     answer = method.teacher.network(data.x_u).detach()
     recorder = Recorder(student)
     recorder.encoder = student.encoder
-    *mixes, _ = method.groups(recorder, data)
+    *mixes, _ = costs_of(method, recorder, data)
     for group, way in zip(mixes, ("in", "out"), strict=True):
         found = group()
         x = recorder.seen
@@ -450,17 +467,17 @@ def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str | None) -> None:
             for ours, theirs in zip(*gradients, strict=True):
                 assert (ours is None) == (theirs is None)
                 assert ours is None or relative_error(ours, theirs) <= 1e-4, name
-    for group in method.groups(recorder, batch(0.2))[:-1]:
+    for group in costs_of(method, recorder, batch(), 0.2)[:-1]:
         weights = {name.split("_", 1)[1]: term.weight for name, term in group().terms.items()}
         assert weights == {"uncl": 0.0, "pasted": 0.5, "fecl_unlabeled": 0.0}
 
 
 def test_the_teacher_is_asked_once_for_both_mixes() -> None:
-    method, student = made(MeanTeacher, MeanTeacher.settings_type(view="bcp", w=2.0, ramp=0.0))
+    method, student = made(MeanTeacher, MeanTeacher.settings_type(view="bcp", w=2.0, rampup=0.0))
     asked = []
-    method.teacher.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0]))
+    method.teacher.network.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0]))
     data = batch()
-    first, second, _ = method.groups(student, data)
+    first, second, _ = costs_of(method, student, data)
     assert [{name: term.weight for name, term in group().terms.items()} for group in (first, second)] == [
         {"in_consistency": 1.0},
         {"out_consistency": 1.0},
@@ -476,7 +493,7 @@ def test_uncertain_focus_turns_the_weight_round(classes: int, entropy: str) -> N
     student.requires_grad_()
     how = {"beta": 1.5, "entropy": entropy, "focus": "uncertain"}
     wanted = oracles.uncl(student, teacher, guarded=True, **how)
-    for ours, theirs in zip(uncl_guarded(student, teacher, **how), wanted, strict=True):
+    for ours, theirs in zip(uncl(student, teacher, form="guarded", **how), wanted, strict=True):
         assert relative_error(ours, theirs) <= 1e-5
         gradients = (torch.autograd.grad(value, student, retain_graph=True)[0] for value in (ours, theirs))
         assert relative_error(*gradients) <= 1e-5
@@ -490,24 +507,24 @@ def test_uncertain_focus_turns_the_weight_round(classes: int, entropy: str) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"uncl": "literal", "focus": "uncertain"}, "focusuncertain: .* add _unclguarded"),
-        ({"target": "mse", "focus": "uncertain"}, "focusuncertain: .* add _unclguarded"),
-        ({"target": "ce_dice", "uncl": "guarded"}, "unclguarded is a form on squared differences; leave targetce_dice"),
+        ({"loss": "literal", "focus": "uncertain"}, "focusuncertain: .* use _lossguarded"),
         ({"lambdah": 0.1}, "lambdah: guarded UnCL alone"),
-        ({"uncl": "guarded", "labels": "hard"}, "labelshard: .* leave unclguarded out"),
-        ({"target": "mse", "labels": "hard"}, "labelshard: .* leave targetmse out"),
+        ({"loss": "literal", "lambdah": 0.1}, "lambdah: guarded UnCL alone"),
+        ({"loss": "guarded", "target": "hard"}, "targethard: .* leave lossguarded out"),
+        ({"loss": "literal", "target": "hard"}, "targethard: .* leave lossliteral out"),
     ],
 )
-def test_options_of_uncl_that_contradict_each_other_are_refused(settings: dict, message: str) -> None:
+@pytest.mark.parametrize("kind", [DyCONSettings, DyCONCPSSettings])
+def test_options_of_uncl_that_contradict_each_other_are_refused(kind: type, settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        dycon(UNet(), **settings)
+        kind(**settings)
 
 
 def test_a_second_network_draws_its_weights_apart_from_everything_else() -> None:
     torch.manual_seed(11)
     student = nn.Sequential(nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, affine=True), nn.Conv3d(4, CLASSES, 1))
     before = torch.get_rng_state()
-    first, again, other = (Peer(student, seed=seed).network for seed in (11, 11, 12))
+    first, again, other = (SecondNetwork(student, seed=seed).network for seed in (11, 11, 12))
     assert torch.equal(torch.get_rng_state(), before)
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
@@ -520,10 +537,10 @@ def test_a_second_network_draws_its_weights_apart_from_everything_else() -> None
 @pytest.mark.parametrize(("epochs", "full"), [(2, 160), (8, 640), (10, 800), (40, 800), (80, 1600), (1000, 20000)])
 def test_dycon_has_its_full_weight_after_a_tenth_of_the_training_but_not_before_classes_can_appear(epochs, full):
     """Hard labels of a teacher that has no class yet teach its absence; at twice the weight a training lost one."""
-    method = DyCON(DyCONSettings(epochs=epochs, iters=200), Task(classes=CLASSES))
-    ramp = [method.figures(step / (epochs * 200))["ramp"] for step in range(epochs * 200)]
+    ramp_at = DyCONSettings(epochs=epochs, iters=200).schedules()["ramp"]
+    ramp = [ramp_at(step / (epochs * 200)) for step in range(epochs * 200)]
     assert ramp.index(1.0) == full
     assert ramp[full // 4] == pytest.approx(math.exp(-5 * 0.75**2), rel=0.05)
-    chosen = DyCON(DyCONSettings(epochs=epochs, iters=200, ramp=0.25), Task(classes=CLASSES))
-    assert chosen.figures(0.25)["ramp"] == 1.0
-    assert chosen.figures(0.24)["ramp"] < 1.0
+    chosen = DyCONSettings(epochs=epochs, iters=200, rampup=0.25).schedules()["ramp"]
+    assert chosen(0.25) == 1.0
+    assert chosen(0.24) < 1.0

@@ -11,8 +11,9 @@ import torch
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
 from nnunetv2_dycon.errors import ConfigError, DataError, DivergedError
 from nnunetv2_dycon.export import export_model
-from nnunetv2_dycon.methods.base import Term
 from nnunetv2_dycon.networks import unwrap
+from nnunetv2_dycon.step import Term
+from tests.passes import costs_of
 from tests.training import begin, make_trainer, same, seed_all, steps
 
 SHORT = "epochs6_iters2_valiters1_save3"
@@ -21,15 +22,15 @@ AVERAGING = (
     "nnUNetTrainerMeanTeacher",
     "nnUNetTrainerDyCON",
     "nnUNetTrainerDyCONPaper",
-    "nnUNetTrainerDyCON_viewcutmix_unclguarded_lambdah0p1",
-    "nnUNetTrainerDyCON_viewnoise_unclliteral",
-    "nnUNetTrainerMeanTeacher_viewintensity_targetce_dice",
-    "nnUNetTrainerDyCON_feclonlabeled_unclguarded_focusuncertain",
+    "nnUNetTrainerDyCON_viewcutmix_lossguarded_lambdah0p1",
+    "nnUNetTrainerDyCON_viewnoise_lossliteral",
+    "nnUNetTrainerMeanTeacher_viewintensity_lossce_dice",
+    "nnUNetTrainerDyCON_feclonlabeled_lossguarded_focusuncertain",
     "nnUNetTrainerPseudoLabel",
     "nnUNetTrainerUAMT_viewcutmix",
     "nnUNetTrainerBCP",
 )
-CO_TRAINING = ("nnUNetTrainerCPS", "nnUNetTrainerCPS_viewcopy_paste", "nnUNetTrainerDyCONCPS_onall_unclguarded")
+CO_TRAINING = ("nnUNetTrainerCPS", "nnUNetTrainerCPS_viewcopy_paste", "nnUNetTrainerDyCONCPS_onall_lossguarded")
 METHODS = (*AVERAGING, *CO_TRAINING)
 USING_UNLABELED = METHODS[1:]
 
@@ -67,13 +68,31 @@ def test_arms_with_the_same_seed_see_the_same_labeled_patches(trainer) -> None:
     assert seen[0][0]["keys"].tolist() != seen[0][1]["keys"].tolist() or not same(seen[0][0], seen[0][1])
 
 
+# Terms with a weight in a step, those of all passes together.
+TERMS = {
+    "nnUNetTrainerMeanTeacher": 2,
+    "nnUNetTrainerDyCON": 8,
+    "nnUNetTrainerDyCONPaper": 7,
+    "nnUNetTrainerDyCON_viewcutmix_lossguarded_lambdah0p1": 5,
+    "nnUNetTrainerDyCON_viewnoise_lossliteral": 5,
+    "nnUNetTrainerMeanTeacher_viewintensity_lossce_dice": 2,
+    "nnUNetTrainerDyCON_feclonlabeled_lossguarded_focusuncertain": 6,
+    "nnUNetTrainerPseudoLabel": 2,
+    "nnUNetTrainerUAMT_viewcutmix": 2,
+    "nnUNetTrainerBCP": 5,
+    "nnUNetTrainerCPS": 4,
+    "nnUNetTrainerCPS_viewcopy_paste": 4,
+    "nnUNetTrainerDyCONCPS_onall_lossguarded": 12,
+}
+
+
 @pytest.mark.parametrize("method", USING_UNLABELED)
 def test_every_term_moves_the_student(trainer, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     seed_all(0)
     gated = "DyCON" in method or "PseudoLabel" in method  # nothing passes the gate of a teacher that knows nothing
     t = begin(trainer(named(method, "epochs1_iters1_gate0" if gated else "epochs1_iters1")))
     steps(t, 1)
-    t.step = 10**6  # schedules at their end: full weight
+    t.step.number = 10**6  # schedules at their end: full weight
     steps(t, 1)
     with torch.no_grad():
         for parameter in t.method.teacher.network.parameters():  # a teacher that differs from the student
@@ -84,11 +103,12 @@ def test_every_term_moves_the_student(trainer, monkeypatch: pytest.MonkeyPatch, 
         return (torch.arange(np.prod(grid)) % 2).expand(len(probabilities), -1)
 
     monkeypatch.setattr("nnunetv2_dycon.methods.dycon.labels_from_probabilities", two_classes)
-    groups = t.method.groups(t.network, t._batch(next(t.dataloader_train)))
-    for group in groups:
-        for name, term in group().terms.items():
+    weighted = []
+    for cost in costs_of(t.method, t.network, t.step.moved(next(t.dataloader_train))):
+        for name, term in cost().terms.items():
             if term.weight == 0:  # the entropy part of guarded UnCL has weight lambda
                 continue
+            weighted.append(name)
             learner, other = t.network, t.method.teacher.network
             if name.endswith("_second"):
                 learner, other = other, learner
@@ -99,6 +119,7 @@ def test_every_term_moves_the_student(trainer, monkeypatch: pytest.MonkeyPatch, 
             assert all(p.grad is None for p in other.parameters()), name
             assert sum(norms) > 0, name
             assert all(torch.isfinite(norm) for norm in norms)
+    assert len(weighted) == TERMS[method], weighted
 
 
 @pytest.mark.parametrize("length", ["epochs100", "epochs9999"])
@@ -136,7 +157,7 @@ def test_zero_weights_reduce_a_method_to_the_control(trainer, method: str) -> No
     end = []
     for name in ("LabeledOnly", method):
         t = begin(trainer(named(f"nnUNetTrainer{name}", "epochs2_iters2_seed5")))
-        t.step = 2
+        t.step.number = 2
         steps(t, 3)
         end.append(weights(t))
     assert same(end[0], end[1])
@@ -173,6 +194,42 @@ def test_three_and_three_epochs_equal_six(trainer, method: str, tmp_path: Path) 
     rows = (folder / "ssl_history.csv").read_text().splitlines()
     assert len(rows) == 7
     assert (folder / "ssl_progress.png").stat().st_size > 0
+
+
+def test_an_older_checkpoint_goes_on_bit_for_bit_and_one_of_other_settings_is_refused(trainer, tmp_path) -> None:
+    """A checkpoint without option `paste` and with former names goes on as it began."""
+    name = named("nnUNetTrainerDyCON", "epochs6_iters2_valiters1_save3_seed2")
+    first = trainer(name)
+    first.on_train_start()
+    run_epochs(first, 3)
+    latest = Path(first.output_folder, "checkpoint_latest.pth")
+    older = torch.load(latest, weights_only=False)
+    settings = older[KEY]["settings"]
+    assert settings.pop("paste") == 0.0
+    settings["ramp"], settings["labels"] = settings.pop("rampup"), settings.pop("target")
+    assert settings.pop("loss") == "ce_dice"
+    settings.update(target=None, uncl=None)
+    torch.save(older, tmp_path / "older.pth")
+
+    ends = []
+    for content in (str(latest), str(tmp_path / "older.pth"), older):  # nnU-Net loads a file or what it holds
+        t = trainer(name, resume=True)
+        t.load_checkpoint(content)
+        begin(t)
+        steps(t, 2)
+        ends.append([weights(t), dict(t.method.state_dict()), t.step.number])
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+    assert ends[0][2] == 8
+
+    settings.update(uncl="guarded")
+    torch.save(older, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match="loss is ce_dice, there guarded"):
+        trainer(name, resume=True).load_checkpoint(str(tmp_path / "other.pth"))
+    settings.update(uncl=None, unheard=1)
+    torch.save(older, tmp_path / "unknown.pth")
+    with pytest.raises(ConfigError, match="unheard is None, there 1"):
+        trainer(name, resume=True).load_checkpoint(str(tmp_path / "unknown.pth"))
 
 
 def run_epochs(trainer, number: int) -> None:
@@ -219,7 +276,7 @@ def test_checkpoint_is_whole_or_the_previous_one(trainer, monkeypatch: pytest.Mo
     def killed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nnunetv2_dycon.checkpoint.os.fsync", killed)
+    monkeypatch.setattr("nnunetv2_dycon.files.os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         t.save_checkpoint(str(path))
     assert path.read_bytes() == before
@@ -298,37 +355,35 @@ def test_teacher_starts_from_pretrained_weights(trainer, tmp_path: Path) -> None
     assert same(weights(t)[body], weights(source)[body])
 
 
-class _Poison:
-    """A method whose last unlabelled pass is not finite for some steps."""
+def poison(method, number: int) -> None:
+    """Make the last pass of the unlabelled patches not finite for some steps."""
+    inner, left = method.unlabeled_terms, [2 * number]  # DyCON's view has two passes
 
-    def __init__(self, method, steps: int) -> None:
-        self.inner, self.left = method.unlabeled, steps
+    def spoiled(*arguments):
+        cost = inner(*arguments)
+        left[0] -= 1
+        if left[0] < 0 or left[0] % 2:
+            return cost
+        return cost._replace(terms={k: Term(1.0, term.value * float("nan")) for k, term in cost.terms.items()})
 
-    def __call__(self, student, batch):
-        *passes, last = self.inner(student, batch)
-        self.left -= 1
-        return (*passes, last if self.left < 0 else lambda: self.spoiled(last()))
-
-    def spoiled(self, group):
-        terms = {name: Term(1.0, term.value * float("nan")) for name, term in group.terms.items()}
-        return group._replace(terms=terms)
+    method.unlabeled_terms = spoiled
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_and_is_counted(trainer, capsys) -> None:
     t = begin(trainer(named("nnUNetTrainerDyCON")))
-    t.method.unlabeled = _Poison(t.method, 2)
+    poison(t.method, 2)
     before = weights(t), {k: v.clone() for k, v in t.method.state_dict().items()}
     steps(t, 2)
     assert same(before, (weights(t), dict(t.method.state_dict())))
     assert "u_0" in capsys.readouterr().out  # the case ids
     steps(t, 1)
     assert not same(before[0], weights(t))
-    assert [f["skipped_steps"] for f in t.figures] == [1.0, 1.0, 0.0]
+    assert [f["skipped_steps"] for f in t.step.log] == [1.0, 1.0, 0.0]
 
 
 def test_training_stops_with_the_case_ids_when_the_loss_stays_not_finite(trainer) -> None:
     t = begin(trainer(named("nnUNetTrainerDyCON")))
-    t.method.unlabeled = _Poison(t.method, 100)
+    poison(t.method, 100)
     with pytest.raises(DivergedError, match=r"labelled l_0.*unlabelled u_0.*_lr0p001"):
         steps(t, 10)
 
@@ -359,7 +414,7 @@ def test_bf16_trains_and_keeps_losses_in_float32(trainer) -> None:
         return
     t = begin(trainer(named("nnUNetTrainerDyCON_bf16")))
     assert np.isfinite(steps(t, 2)[-1]["loss"])
-    assert all(f.dtype == torch.float32 for f in t.figures[-1].values() if torch.is_tensor(f))
+    assert all(f.dtype == torch.float32 for f in t.step.log[-1].values() if torch.is_tensor(f))
     t.validation_step(next(t.dataloader_val))
 
 

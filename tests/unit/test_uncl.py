@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -7,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2_dycon.losses import voxels
-from nnunetv2_dycon.losses.uncl import entropy_weight, uncl_guarded, uncl_literal
+from nnunetv2_dycon.losses.voxels import entropy_weight, uncl
 from tests import oracles
 from tests.oracles import relative_error
 
-FORMS = {"literal": uncl_literal, "guarded": uncl_guarded}
+FORMS = {form: partial(uncl, form=form) for form in ("literal", "guarded")}
 CHOICES = ("dual", "teacher", "student")
 SPACES = ((3, 4), (2, 3, 2))
 
@@ -76,8 +77,11 @@ def test_saturated_logits_agree_with_the_equations(form, classes, dtype):
     assert relative_error(values[0], wanted[0]) <= 1e-5
     assert abs(values[1] - wanted[1]) <= 1e-5 * max(1e-3, wanted[1].item())
     assert gradient.dtype == dtype
-    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
-    assert relative_error(gradient, wanted_gradient) <= rounding
+    # Saturated voxels have tiny slopes, differences of numbers near 1: one rounding of such a number, over all voxels.
+    rounding = torch.finfo(torch.float32).eps / student[:, 0].numel()
+    relative = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    deviation = (gradient.double() - wanted_gradient).abs().max()
+    assert deviation <= relative * wanted_gradient.abs().max() + rounding
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -125,13 +129,13 @@ def test_equal_student_and_teacher_have_no_consistency_loss_and_no_pull(form):
 @pytest.mark.parametrize("beta", [0.0, 0.7, 3.0])
 def test_gradcheck_passes_for_both_parts_of_the_literal_form(entropy, beta):
     student, teacher = pair(2, 3, 2, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: uncl_literal(x, teacher, beta=beta, entropy=entropy), student)
+    assert torch.autograd.gradcheck(lambda x: FORMS["literal"](x, teacher, beta=beta, entropy=entropy), student)
 
 
 def test_gradcheck_passes_for_the_guarded_form_where_its_weight_is_constant():
     student, teacher = pair(2, 4, 2, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: uncl_guarded(x, teacher, beta=0.0), student)
-    assert torch.autograd.gradcheck(lambda x: uncl_guarded(x, teacher, beta=2.0, entropy="teacher"), student)
+    assert torch.autograd.gradcheck(lambda x: FORMS["guarded"](x, teacher, beta=0.0), student)
+    assert torch.autograd.gradcheck(lambda x: FORMS["guarded"](x, teacher, beta=2.0, entropy="teacher"), student)
 
 
 @pytest.mark.parametrize("classes", [2, 4, 14])
@@ -255,7 +259,7 @@ def test_the_weight_is_one_where_both_are_sure_and_falls_to_exp_minus_beta():
     )
 
 
-@pytest.mark.parametrize("function", [uncl_literal, uncl_guarded, entropy_weight])
+@pytest.mark.parametrize("function", [*FORMS.values(), entropy_weight])
 def test_bad_arguments_are_named(function):
     x = torch.zeros(1, 2, 4, 4)
     with pytest.raises(ValueError, match=r"\(1, 2, 4, 4\) and teacher \(1, 2, 4, 5\)"):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_dycon import views
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.views import PASSES, VIEWS, make_view
+from nnunetv2_dycon.views import VIEWS, draw_views
 
 torch.set_num_threads(1)
 
@@ -23,6 +23,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def batch(shape: tuple[int, ...], seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=seeded(seed))
+
+
+def make_view(name: str, x: torch.Tensor, *, generator: torch.Generator, **labelled) -> views.View:
+    """The first view of a name; the labelled half is made up where a test gives none."""
+    x_l = labelled.get("x_labeled", x)
+    y_l = labelled.get("target", torch.zeros((len(x_l), 1, *x_l.shape[2:]), dtype=torch.int16))
+    return next(draw_views(name, x, x_l, y_l, labelled.get("ignore_label"), generator=generator))
 
 
 def view_of(name: str, shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> views.View:
@@ -303,7 +310,7 @@ def test_both_directions_of_bcp_have_its_box(name, inverted):
     assert len(starts) > 20
 
 
-@pytest.mark.parametrize("name", [name for name in VIEWS if "copy_paste" in name])
+@pytest.mark.parametrize("name", [name for name in VIEWS if "copy_paste" in name or "bcp" in name])
 def test_a_view_that_pastes_labelled_voxels_says_where_and_what(name):
     x, x_l = batch((2, 1, 8, 9, 12)), batch((2, 1, 8, 9, 12), 2)
     target = torch.randint(-1, 3, (2, 1, 8, 9, 12), generator=seeded(3), dtype=torch.int16)
@@ -322,9 +329,31 @@ def test_views_without_labelled_patches_paste_nothing():
         assert make_view(name, x, generator=seeded()).pasted is None
 
 
-def test_passes_name_known_views():
-    assert set(VIEWS) <= set(PASSES)
-    assert {name for views in PASSES.values() for name in views.values()} <= set(VIEWS)
+@pytest.mark.parametrize("name", ["bcp", "bcp_intensity"])
+def test_both_mixes_of_bcp_are_drawn_one_after_the_other_and_share_the_weight(name):
+    x, x_l = batch((2, 1, 6, 9, 12)), batch((2, 1, 6, 9, 12), 2)
+    y_l = torch.ones((2, 1, 6, 9, 12), dtype=torch.int16)
+    both = draw_views(name, x, x_l, y_l, generator=(generator := seeded()))
+    inward = next(both)
+    drawn = generator.get_state()
+    outward = next(both)
+    assert not torch.equal(generator.get_state(), drawn)  # the second was not drawn with the first
+    assert [(view.name, view.share) for view in (inward, outward)] == [("in_", 0.5), ("out_", 0.5)]
+    assert inward.teacher is outward.teacher is x
+    suffix = name.removeprefix("bcp")
+    again = seeded()
+    for view, way in ((inward, "in"), (outward, "out")):
+        single = make_view(f"copy_paste_{way}{suffix}", x, x_labeled=x_l, target=y_l, generator=again)
+        assert torch.equal(view.student, single.student)
+        assert torch.equal(view.pasted, single.pasted)
+        assert (single.name, single.share) == ("", 1.0)
+
+
+def test_a_view_restores_one_output_or_a_list_of_them():
+    turned = views.View(batch(SHAPES[0]), restore=lambda x: x.flip(0))
+    one, other = batch((3, 2, 4, 4)), batch((3, 2, 2, 2), 2)
+    assert torch.equal(turned.restored(one), one.flip(0))
+    assert all(torch.equal(a, b.flip(0)) for a, b in zip(turned.restored([one, other]), (one, other), strict=True))
 
 
 @pytest.mark.parametrize(("space", "share"), [((48, 48, 48), (13 / 24) ** 3), ((160, 160), (13 / 24) ** 2)])
@@ -358,11 +387,6 @@ def test_an_unknown_view_is_an_error_that_lists_the_views():
 def test_cutmix_of_one_patch_is_an_error_that_says_what_to_set():
     with pytest.raises(ConfigError, match="unlabeledbatch2"):
         make_view("cutmix", batch((1, 1, 8, 8)), generator=seeded())
-
-
-def test_copy_paste_without_the_labelled_half_is_an_error():
-    with pytest.raises(ValueError, match="needs x_labeled and target"):
-        make_view("copy_paste", batch(SHAPES[0]), x_labeled=batch(SHAPES[0]), generator=seeded())
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,10 @@
-"""What the processes of a distributed training agree on; each function returns its input where there is only one."""
+"""What the processes of a distributed training agree on; with one process each returns what it was given."""
 
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from nnunetv2_dycon.trainers.history import Row, epoch_means
 
 
 def world_size() -> int:
@@ -34,25 +30,18 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient /= world_size()
 
 
-def finite_everywhere(total: Tensor) -> bool:
-    """Return whether a loss is finite in every process."""
-    finite = torch.isfinite(total).float()
+def true_everywhere(value: Tensor) -> Tensor:
+    """Return whether a boolean tensor is true in every process."""
+    everywhere = value.float()
     if world_size() > 1:
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return everywhere > 0
 
 
-def mean_row(row: Row) -> Row:
-    """Return the mean of each figure over processes."""
-    return row if world_size() == 1 else epoch_means(_gathered(row))
-
-
-def sum_counts(counts: np.ndarray) -> np.ndarray:
-    """Return the sum of arrays over processes."""
-    return counts if world_size() == 1 else np.sum(_gathered(counts), 0)
-
-
-def _gathered(value: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
+    """Return the value of every process, in the order of their ranks."""
+    if world_size() == 1:
+        return [value]
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values

@@ -1,0 +1,48 @@
+"""Options that several methods share."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from nnunetv2_dycon.options import Settings, option
+from nnunetv2_dycon.schedules import gaussian_ramp
+from nnunetv2_dycon.views import VIEWS
+
+
+@dataclass(frozen=True)
+class TeacherSettings(Settings):
+    """Options of every method that keeps an averaged copy of the student."""
+
+    ema: float | None = option(
+        None,
+        low=0.0,
+        high=0.99999,
+        none_text="0p999, at most 1 - 10/steps",
+        help="EMA decay of the teacher, approached as 1 - 1/(step + 1)",
+    )
+    paste: float = option(
+        0.0, low=0.0, high=1000.0, help="weight of a loss on labelled patches with a box from another labelled patch"
+    )
+
+
+@dataclass(frozen=True)
+class ViewSettings(Settings):
+    """Options of every method that compares two looks at an unlabelled patch; further bases come after this one."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"ramp": "rampup"}
+
+    rampup: float | None = option(
+        0.4, low=0.0, high=1.0, help="fraction of the training over which unlabelled terms rise to their weight"
+    )
+    delay: float = option(0.02, low=0.0, high=1.0, help="fraction of the training before unlabelled terms begin")
+    view: str = option("noise", choices=tuple(VIEWS), help="what differs between student and teacher input")
+
+    def full_weight_at(self) -> float:
+        """Return the fraction of the training at which the unlabelled terms have their full weight."""
+        return 0.4 if self.rampup is None else self.rampup
+
+    def schedules(self) -> dict[str, Callable[[float], float]]:
+        """Add `ramp`, the factor in [0, 1] of all unlabelled terms."""
+        ramp = partial(gaussian_ramp, rampup=self.full_weight_at(), delay=self.delay)
+        return {**super().schedules(), "ramp": ramp}

@@ -1,0 +1,75 @@
+"""Which cases a training uses, checked before its first step: roles, folds, and the unlabelled images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
+
+from nnunetv2_dycon.data.ready import UnlabeledCases, ready_cases
+from nnunetv2_dycon.data.roles import (
+    SPLITS_FILE,
+    STOCK_FOLDS,
+    adopt_splits,
+    check_fold,
+    check_training_cases,
+    read_roles,
+    read_splits,
+    write_small_splits,
+)
+from nnunetv2_dycon.folders import raw_folder
+
+if TYPE_CHECKING:
+    from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
+
+
+def find_unlabeled(trainer: "nnUNetTrainerSSL", processes: int) -> UnlabeledCases | None:
+    """Check the roles of all cases, and return the unlabelled ones of the fold, prepared where that was needed.
+
+    Returns None for a method that uses none. Raises as `ready_cases`.
+    """
+    preprocessed = Path(trainer.preprocessed_dataset_folder_base)
+    raw = raw_folder(trainer.plans_manager.dataset_name)
+    if raw is not None:
+        read_roles(raw, trainer.dataset_json)
+    if adopt_splits(preprocessed, raw):  # stock copies it when it plans, and passes over one that came later
+        trainer.print_to_log_file(f"Copied {raw / SPLITS_FILE} to {preprocessed}")
+    if not trainer.method_type.uses_unlabeled:
+        return None
+    return ready_cases(
+        trainer.plans_manager.plans,
+        trainer.configuration_name,
+        trainer.fold,
+        preprocessed,
+        prepare=not trainer.is_ddp,
+        processes=processes,
+        log=trainer.print_to_log_file,
+    )
+
+
+def write_missing_splits(trainer: "nnUNetTrainerSSL") -> None:
+    """Write folds for fewer cases than stock's five folds need; refuse a fold that the split file does not allow."""
+    preprocessed = Path(trainer.preprocessed_dataset_folder_base)
+    check_fold(read_splits(preprocessed, raw_folder(trainer.plans_manager.dataset_name)), trainer.fold)
+    if trainer.fold == "all" or (preprocessed / SPLITS_FILE).exists():
+        return
+    folder = trainer.preprocessed_dataset_folder
+    cases = infer_dataset_class(folder).get_identifiers(folder)
+    if len(cases) < STOCK_FOLDS:
+        write_small_splits(preprocessed, cases)
+        trainer.print_to_log_file(
+            f"{len(cases)} labelled cases are too few for {STOCK_FOLDS} folds: wrote "
+            f"{preprocessed / SPLITS_FILE}, each fold validates on one case. Fold 'all' trains on all of them."
+        )
+
+
+def check_cases(trainer: "nnUNetTrainerSSL", train: Sequence[str], val: Sequence[str]) -> None:
+    """Raise SplitError where a case of training or validation is unlabelled, or a test case, by now."""
+    raw = raw_folder(trainer.plans_manager.dataset_name)
+    unlabeled, test = (() if trainer.unlabeled is None else trainer.unlabeled.names), ()
+    if raw is not None:
+        roles = read_roles(raw, trainer.dataset_json)
+        unlabeled, test = {*unlabeled, *roles.unlabeled}, roles.test
+    number = convert_dataset_name_to_id(trainer.plans_manager.dataset_name)
+    check_training_cases({*train, *val}, unlabeled, test, number, Path(trainer.preprocessed_dataset_folder_base))
