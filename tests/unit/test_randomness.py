@@ -1,14 +1,16 @@
 """Seeds of processes: where several draw at the same time, none draws what another does."""
 
+import random
 from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
-from nnunetv2_dycon.data.loader import MixedLoader, replace_loader
-from nnunetv2_dycon.randomness import derived_seed, process_seed
+from nnunetv2_dycon.data.loader import IsolatedLoader, MixedLoader, replace_loader
+from nnunetv2_dycon.randomness import derived_seed, process_seed, seed_from_here
 from tests.training import begin
 
 # batchgenerators' thread that collects results ends so when its workers are stopped
@@ -16,29 +18,37 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 
 
 class Numbers(DataLoader):
-    """Draws from numpy's global state, as nnU-Net's loader does."""
+    """Draws from the global states of numpy, Python and torch, as nnU-Net's loader and transforms do."""
 
     def __init__(self) -> None:
         super().__init__(None, 1, 1, None, True, False, True)
         self.transforms = None
 
     def generate_train_batch(self) -> dict[str, np.ndarray]:
-        return {"data": np.random.random(3)}
+        numbers = [np.random.random(), random.random(), torch.rand(1, dtype=torch.float64).item()]
+        return {"data": np.array(numbers), "keys": ["a"]}
 
 
-def drawn(seed: int, batches: int) -> set[float]:
+def drawn(seed: int | None, batches: int) -> list[float]:
+    """All numbers of some batches that four processes draw, labelled and unlabelled."""
     stock = NonDetMultiThreadedAugmenter(Numbers(), None, 4, wait_time=0.001)
-    augmenter = replace_loader(stock, MixedLoader(Numbers(), None), seed)
+    mixed = MixedLoader(Numbers(), IsolatedLoader(Numbers(), seed_from_here("unlabeled")))
+    augmenter = replace_loader(stock, mixed, seed)
     try:
-        return {float(next(augmenter)["data"][0]) for _ in range(batches)}
+        found = [next(augmenter) for _ in range(batches)]
+        return [float(number) for batch in found for part in ("data", "unlabeled") for number in batch[part]]
     finally:
         augmenter._finish()
 
 
 def test_workers_of_neighboring_seeds_draw_nothing_in_common() -> None:
     one, other = drawn(0, 40), drawn(1, 40)
-    assert len(one) == len(other) == 40  # nor do two workers of one seed
-    assert not one & other
+    assert len(set(one)) == len(set(other)) == 40 * 6  # nor do two workers of one seed, in any of the states
+    assert not set(one) & set(other)
+
+
+def test_workers_of_a_training_without_a_seed_draw_nothing_in_common() -> None:
+    assert len(set(drawn(None, 40))) == 40 * 6
 
 
 def test_seeds_of_processes_differ_and_the_first_is_the_users() -> None:

@@ -1,5 +1,6 @@
 """The engine against stock nnU-Net and against itself; every method by parametrisation."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from nnunetv2_dycon.export import export_model
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.step import Term
 from tests.passes import costs_of
-from tests.training import begin, make_trainer, same, seed_all, steps
+from tests.training import begin, same, seed_all, steps
 
 SHORT = "epochs6_iters2_valiters1_save3"
 AVERAGING = (
@@ -246,6 +247,76 @@ def run_epochs(trainer, number: int) -> None:
         trainer.on_epoch_end()
 
 
+@pytest.mark.parametrize("method", ["nnUNetTrainerDyCON", "nnUNetTrainerCPS"])
+def test_both_optimizers_follow_nnunets_learning_rate(trainer, method: str) -> None:
+    t = begin(trainer(named(method)))
+    seen = []
+    for _ in range(3):
+        seen.append([group["lr"] for one in t.step.optimizers for group in one.param_groups])
+        run_epochs(t, 1)
+    assert [lrs[0] for lrs in seen] == pytest.approx([0.01 * (1 - epoch / 6) ** 0.9 for epoch in (0, 0, 1)])
+    assert all(len(lrs) == 2 and lrs[0] == lrs[1] for lrs in seen)
+
+
+def test_the_history_has_the_means_of_the_steps_and_the_number_of_skipped_ones(trainer) -> None:
+    t = trainer(named("nnUNetTrainerDyCON", "epochs4_iters4_valiters1"))
+    t.on_train_start()
+    logs = []
+    for epoch in range(2):
+        t.on_epoch_start()
+        t.on_train_epoch_start()
+        outputs = [t.train_step(next(t.dataloader_train)) for _ in range(3)]
+        if epoch == 1:
+            poison(t.method, 1)
+            outputs.append(t.train_step(next(t.dataloader_train)))
+        logs.append([{name: float(value) for name, value in log.items()} for log in t.step.log])
+        t.on_train_epoch_end(outputs)
+        with torch.no_grad():
+            t.on_validation_epoch_start()
+            t.on_validation_epoch_end([t.validation_step(next(t.dataloader_val))])
+        t.on_epoch_end()
+    with open(Path(t.output_folder, "ssl_history.csv"), newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert [row["skipped_steps"] for row in rows] == [0, 1]
+    for row, steps_of in zip(rows, logs, strict=True):
+        for name in (
+            "supervised",
+            "ramp",
+            "beta",
+            "in_uncl",
+            "out_uncl_weighted",
+            "in_agreement",
+            "fecl_labeled_weight",
+        ):
+            finite = [log[name] for log in steps_of if np.isfinite(log[name])]
+            assert len(finite) >= 3
+            assert row[name] == pytest.approx(np.mean(finite), rel=1e-6), name
+
+
+def test_student_and_teacher_have_their_own_dice_in_the_history(trainer) -> None:
+    t = trainer(named("nnUNetTrainerDyCON"))
+    t.on_train_start()
+    t.on_epoch_start()
+    counts = {"tp_hard": [[6, 1], [2, 2]], "fp_hard": [[1, 2], [1, 0]], "fn_hard": [[3, 4], [0, 3]]}
+    of_teacher = {"tp_hard": [[5, 0], [5, 0]], "fp_hard": [[4, 0], [2, 0]], "fn_hard": [[3, 0], [1, 0]]}
+    outputs = [
+        {"loss": np.float32(0.5)}
+        | {name: np.array(values[i]) for name, values in counts.items()}
+        | {f"teacher_{name}": np.array(values[i]) for name, values in of_teacher.items()}
+        for i in range(2)
+    ]
+    t.on_validation_epoch_end(outputs)
+    found = {name: t.epoch_row[f"dice_{name}"] for name in ("student_class1", "student_class2", "teacher_class1")}
+    wanted = {
+        "student_class1": 16 / (16 + 2 + 3),
+        "student_class2": 6 / (6 + 2 + 7),
+        "teacher_class1": 20 / (20 + 6 + 4),
+    }
+    assert found == pytest.approx(wanted)
+    assert np.isnan(t.epoch_row["dice_teacher_class2"])  # in no patch, for the teacher
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpoint_loads_strictly_into_the_plain_network_and_without_unpickling(
     trainer, method: str, caplog: pytest.LogCaptureFixture
@@ -433,27 +504,29 @@ def test_compiled_student_gives_the_same_losses(trainer, monkeypatch: pytest.Mon
     assert runs[1] == pytest.approx(runs[0], rel=1e-4)
 
 
-def test_training_prepares_missing_unlabeled_images_and_says_so(trainer, tiny: Path, capsys) -> None:
-    folder = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
-    for path in folder.glob("*_unlabeled*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+@pytest.fixture
+def unprepared(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Preprocessed folder of a copy of the tiny data set, without its unlabelled images."""
+    preprocessed = tmp_path / "nnUNet_preprocessed"
+    shutil.copytree(tiny / "nnUNet_preprocessed", preprocessed, ignore=shutil.ignore_patterns("*_unlabeled*"))
+    monkeypatch.setenv("nnUNet_preprocessed", str(preprocessed))
+    return preprocessed / "Dataset901_Tiny"
+
+
+def test_training_prepares_missing_unlabeled_images_and_says_so(trainer, unprepared: Path, capsys) -> None:
     begin(trainer(named("nnUNetTrainerDyCON")))
     said = capsys.readouterr().out
     assert "Preparing them now" in said
     assert "nnUNetv2_dycon preprocess_unlabeled -d 901 -c 3d_fullres" in said
-    assert (folder / "nnUNetPlans_3d_fullres_unlabeled" / "u_00.pkl").is_file()
+    assert (unprepared / "nnUNetPlans_3d_fullres_unlabeled" / "u_00.pkl").is_file()
 
 
-def test_distributed_training_stops_with_the_command_instead(trainer, tiny: Path, monkeypatch) -> None:
-    folder = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
-    for path in folder.glob("*_unlabeled*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def test_distributed_training_stops_with_the_command_instead(trainer, unprepared: Path) -> None:
     t = trainer(named("nnUNetTrainerDyCON"))
     t.is_ddp = True
     with pytest.raises(DataError, match="type: nnUNetv2_dycon preprocess_unlabeled -d 901 -c 3d_fullres"):
         t.on_train_start()
-    make_ready = make_trainer(named("nnUNetTrainerDyCON"))
-    begin(make_ready)
+    assert not list(unprepared.glob("*_unlabeled*"))
 
 
 @pytest.mark.parametrize(
