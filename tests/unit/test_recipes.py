@@ -419,6 +419,8 @@ def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str | None) -> None:
         student, view="bcp", wfecl=0.5, topk=5, entropy=entropy, target=kind, beta=Schedule(0.7), rampup=0.0, delay=0.3
     )
     method.teacher.network.load_state_dict(UNet(1).state_dict())
+    with torch.no_grad():
+        method.teacher_head.network.project.bias.add_(1.0)  # the teacher has a head of its own
     labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
     labels[0, 0, 1, :2] = -1  # not annotated
     data = batch(labels=labels)

@@ -98,6 +98,17 @@ def test_gradients_of_all_passes_add_up() -> None:
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_begins_without_the_gradients_of_the_one_before() -> None:
+    found = []
+    for number in (1, 2):
+        step = made(CPS, CPSSettings(rampup=0.0, delay=0.0), Net(), lr=0.0)
+        for _ in range(number):
+            step(loader_batch())
+        found.append([*gradients(step.network), *gradients(step.method.teacher)])
+    assert len(found[0]) == 4
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "network"),
     [

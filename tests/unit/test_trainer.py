@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
 from nnunetv2_dycon.errors import ConfigError, DataError, DivergedError
@@ -270,6 +271,7 @@ def test_the_history_has_the_means_of_the_steps_and_the_number_of_skipped_ones(t
             poison(t.method, 1)
             outputs.append(t.train_step(next(t.dataloader_train)))
         logs.append([{name: float(value) for name, value in log.items()} for log in t.step.log])
+        assert len(logs[-1]) == len(outputs)  # of this epoch alone
         t.on_train_epoch_end(outputs)
         with torch.no_grad():
             t.on_validation_epoch_start()
@@ -487,6 +489,35 @@ def test_bf16_trains_and_keeps_losses_in_float32(trainer) -> None:
     assert np.isfinite(steps(t, 2)[-1]["loss"])
     assert all(f.dtype == torch.float32 for f in t.step.log[-1].values() if torch.is_tensor(f))
     t.validation_step(next(t.dataloader_val))
+
+
+def test_bf16_gives_nnunets_loss_float32_outputs(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnunetv2_dycon.precision.cpu_has_bf16", lambda: True)  # torch emulates it, slowly
+    t, stock_loss, seen = trainer(named("nnUNetTrainerDyCON_bf16")), nnUNetTrainer._build_loss, []
+
+    def build_loss(self):
+        loss = stock_loss(self)
+
+        def noted(outputs, target):
+            seen.extend(output.dtype for output in outputs)
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return loss(outputs, target)
+
+        return noted
+
+    monkeypatch.setattr(nnUNetTrainer, "_build_loss", build_loss)
+    begin(t)
+    t.network.register_forward_hook(lambda module, inputs, outputs: seen.append(("network", outputs[0].dtype)))
+    steps(t, 1)
+    assert ("network", torch.bfloat16) in seen
+    assert set(seen) == {("network", torch.bfloat16), torch.float32, False}
+
+
+def test_the_step_has_nnunets_loss_scaler(trainer) -> None:
+    t = trainer(named("nnUNetTrainerDyCON"))
+    t.grad_scaler = object()  # on CUDA stock makes one
+    t.initialize()
+    assert t.step.scaler is t.grad_scaler
 
 
 @pytest.mark.parametrize("method", ["nnUNetTrainerDyCON", "nnUNetTrainerDyCONCPS"])
