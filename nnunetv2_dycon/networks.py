@@ -7,6 +7,7 @@ class or its state dict, so that stock nnU-Net can load what was trained.
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from nnunetv2_dycon.errors import ConfigError
 SECOND = 2_654_435_769  # far from any seed that is likely next to another, so that no student starts as this network
 
 
-def unwrap(network: nn.Module) -> nn.Module:
+def unwrap(network: Any) -> Any:
     """Return the plain network below any nesting of DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(network, DistributedDataParallel):
@@ -99,7 +100,7 @@ class Teacher(TargetNetwork):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__(_copied(student).requires_grad_(False))
-        decoder = getattr(self.network, "decoder", None)
+        decoder: Any = getattr(self.network, "decoder", None)
         if hasattr(decoder, "deep_supervision"):
             decoder.deep_supervision = False
         self.eval()
@@ -124,7 +125,7 @@ class SecondNetwork(TargetNetwork):
     """
 
     def __init__(self, student: nn.Module, *, seed: int) -> None:
-        network = _copied(student).cpu()
+        network: Any = _copied(student).cpu()
         state = torch.default_generator.get_state()
         torch.default_generator.manual_seed((seed + SECOND) % 2**32)  # it looks at 32 bits only
         try:

@@ -8,6 +8,7 @@ options hold no underscore; only the words of a choice may.
 import dataclasses
 import difflib
 import re
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -25,7 +26,7 @@ class Schedule:
     """A value that moves from `start` to `end` over the training; constant where `end` is not given."""
 
     start: float
-    end: float | None = None
+    end: float = None  # type: ignore[assignment]  # `start`
 
     def __post_init__(self) -> None:
         if self.end is None:
@@ -110,14 +111,15 @@ class _Option(NamedTuple):
         """Return the value of a text that matches the pattern."""
         if self.kind == "schedule":
             return Schedule(*(_read_number(part) for part in text.split("to")))
-        return {"flag": lambda _: True, "choice": str, "int": int, "float": _read_number}[self.kind](text)
+        readers: dict[str, Callable[[str], Any]] = {"choice": str, "int": int, "float": _read_number}
+        return True if self.kind == "flag" else readers[self.kind](text)
 
     def write(self, value: Any) -> str:
         """Return the value as written in a name; the inverse of `read`."""
         if self.kind == "schedule":
             ends = (value.start,) if value.start == value.end else (value.start, value.end)
             return "to".join(map(_write_number, ends))
-        return {"flag": lambda _: "", "choice": str, "int": str, "float": _write_number}[self.kind](value)
+        return "" if self.kind == "flag" else _write_number(value) if self.kind == "float" else str(value)
 
     def show(self, value: Any) -> str:
         """Return the value for a person to read."""
@@ -293,8 +295,13 @@ def describe(settings_type: type[Settings] | Settings) -> list[Row]:
     ]
 
 
+def _options(settings_type: Any) -> dict[str, _Option]:
+    """Return the options of a class by name."""
+    return _declared(settings_type)
+
+
 @cache
-def _options(settings_type: type[Settings]) -> dict[str, _Option]:
+def _declared(settings_type: Any) -> dict[str, _Option]:
     """Return the options of a class by name; TypeError where one is declared in a way no name can carry."""
     hints = get_type_hints(settings_type)
     known = {}
@@ -326,7 +333,7 @@ def _why_not(rest: str, longest_first: list[_Option], renamed: Mapping[str, str]
         if part.startswith(former):
             return f"option {former} is called {today} now: type _{today}{part.removeprefix(former)}"
     names = [item.name for item in longest_first]
-    word = re.match("[A-Za-z]*", part)[0].lower() or part
+    word = part[: len(part) - len(part.lstrip(string.ascii_letters))].lower() or part
     nearest = "".join(f"; the nearest is {name}" for name in difflib.get_close_matches(word, names, n=1))
     return f"unknown option {part!r} of this trainer{nearest}. Run: nnUNetv2_dycon trainers"
 

@@ -65,8 +65,8 @@ class Batch:
         Labelled patches.
     y_l : Tensor, shape (B_l, 1, *S), integer
         Their labels at full resolution.
-    x_u : Tensor, shape (B_u, C, *S), or None
-        Unlabelled patches; None for a method that uses none.
+    x_u : Tensor, shape (B_u, C, *S)
+        Unlabelled patches; B_u is 0 for a method that uses none.
     supervised : callable
         nnU-Net's own loss of the student's outputs for `x_l` (with deep supervision if it is on).
     now : mapping
@@ -77,7 +77,7 @@ class Batch:
 
     x_l: Tensor
     y_l: Tensor
-    x_u: Tensor | None
+    x_u: Tensor
     supervised: Callable[[Outputs], Tensor]
     now: Mapping[str, float]
     generator: torch.Generator = field(repr=False)
@@ -102,7 +102,7 @@ class Answer(NamedTuple):
     x: Tensor
     logits: Tensor
     target: Tensor
-    extra: Tensor | None = None
+    extra: Any = None
 
 
 class Pass(NamedTuple):
@@ -155,7 +155,8 @@ class Method(nn.Module, Generic[S]):
         self.settings = settings
         self.data = data
         self.seed = seed
-        self.paste: float = getattr(settings, "paste", 0.0)  # not every framework has these options
+        self.view: str = getattr(settings, "view", "weak")  # not every framework has these options
+        self.paste: float = getattr(settings, "paste", 0.0)
         ema: float | None = getattr(settings, "ema", None)
         self.ema = max(0.0, min(0.999, 1 - 10 / settings.steps)) if ema is None else ema
         self.refuse()
@@ -207,9 +208,7 @@ class Method(nn.Module, Generic[S]):
 
     def views(self, batch: Batch) -> Iterator[View]:
         """Yield the views of the unlabelled patches, each drawn when its turn comes."""
-        return draw_views(
-            self.settings.view, batch.x_u, batch.x_l, batch.y_l, self.data.ignore_label, generator=batch.generator
-        )
+        return draw_views(self.view, batch.x_u, batch.x_l, batch.y_l, self.data.ignore_label, generator=batch.generator)
 
     @torch.no_grad()
     def ask_unlabeled(self, p: Pass, batch: Batch, before: Answer | None) -> Answer:
@@ -259,9 +258,8 @@ class Method(nn.Module, Generic[S]):
     def decay(self, number: int) -> float:
         """Return the share of the old teacher that optimiser step `number` keeps, `min(1 - 1 / (number + 1), ema)`.
 
-        The first steps average all students so far, so that the teacher does not remember its random start. Without
-        option `ema` the teacher averages over 1,000 steps, and over a tenth of a training that is shorter than ten
-        times that: a teacher that lags behind half of the training teaches what the student has outgrown.
+        The first steps average all students so far: the teacher forgets its random start. Without option `ema` it
+        averages over 1,000 steps, but at most a tenth of the training: it must not lag behind what the student knows.
         """
         return min(1.0 - 1.0 / (number + 1), self.ema)
 
@@ -291,7 +289,7 @@ class Step:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         method: Method,
         optimizers: Sequence[torch.optim.Optimizer],
         loss: Callable[[Any, Any], Tensor],
@@ -343,12 +341,12 @@ class Step:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, non_blocking=True)
 
-        target = batch["target"]
+        x_l, target = move(batch["data"]), batch["target"]
         target = [move(t) for t in target] if isinstance(target, list) else move(target)
         return Batch(
-            x_l=move(batch["data"]),
+            x_l=x_l,
             y_l=target[0] if isinstance(target, list) else target,
-            x_u=move(batch["unlabeled"]) if self.method.uses_unlabeled else None,
+            x_u=move(batch["unlabeled"]) if self.method.uses_unlabeled else x_l[:0],
             supervised=lambda outputs: self.loss(outputs, target),
             now={name: values[min(self.number, len(values) - 1)] for name, values in self.schedules.items()},
             generator=self.generator,
@@ -360,7 +358,7 @@ class Step:
         with self.network.no_sync() if waits else nullcontext():
             with self.autocast():
                 cost, answer = run_pass(p, data, before)
-                loss = sum(term.weight * term.value for term in cost.terms.values())
+                loss: Any = sum(term.weight * term.value for term in cost.terms.values())
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         for name, term in cost.terms.items():
             log[name] = term.value.detach()
@@ -400,10 +398,7 @@ class Step:
 
 
 def run_pass(p: Pass, batch: Batch, before: Any = None) -> tuple[Cost, Any]:
-    """Return what a pass costs, by the names of the log, and the teacher's answer; `before` is that of the last pass.
-
-    Raises TypeError if the method gives the pass no term.
-    """
+    """Return the cost of a pass by the names of the log, and the teacher's answer; `before` is that of the last pass."""
     answer = p.ask(p, batch, before)
     outputs = p.view.restored(p.pair.student(p.view.student))
     cost = p.cost(p, outputs, answer, batch)

@@ -71,12 +71,12 @@ class View:
     """
 
     student: Tensor
-    teacher: Tensor | None = None
+    teacher: Tensor = None  # type: ignore[assignment]  # not every view has what is None here
     mix: Callable[[Tensor], Tensor] = _identity
     restore: Callable[[Tensor], Tensor] = _identity
     mixes: bool = False
-    pasted: Tensor | None = None
-    truth: Tensor | None = None
+    pasted: Tensor = None  # type: ignore[assignment]
+    truth: Tensor = None  # type: ignore[assignment]
     name: str = ""
     share: float = 1.0
 

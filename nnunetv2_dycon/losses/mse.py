@@ -3,9 +3,11 @@
 Shapes: B batch, C class, S space (two or three axes). As in `voxels`, the loss keeps its inputs alone for backward.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from nnunetv2_dycon.losses.voxels import (
     as_channel,
@@ -53,7 +55,7 @@ class _Square(torch.autograd.Function):
     """`mse` for logits (B, C, *S) and a weight (B, *S) or None."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(student, teacher, weight)
         total = wide_zeros(student)
         with full_precision(student):
@@ -64,7 +66,7 @@ class _Square(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         student, teacher, weight = ctx.saved_tensors
         gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         g = g * (2.0 * student.shape[1] / student.numel())

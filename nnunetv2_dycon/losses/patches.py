@@ -12,11 +12,11 @@ DyCON (Assefa et al., CVPR 2025); docs/method.md has the choices where the paper
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d, softplus
 
 from nnunetv2_dycon.losses.voxels import entropy, full_precision, wide_zeros, widen
@@ -30,7 +30,7 @@ _LESION_SHARE = 0.1
 class Anchors(NamedTuple):
     """Chosen patches: their numbers (B, m) and labels (B, m), both int64."""
 
-    index: Tensor
+    numbers: Tensor
     labels: Tensor
 
 
@@ -310,7 +310,7 @@ class _FeCL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         z: Tensor,
         labels: Tensor,
         teacher: Tensor | None,
@@ -329,20 +329,20 @@ class _FeCL(torch.autograd.Function):
                 if len(anchors) == 0:
                     continue
                 images += 1
-                slope = torch.zeros_like(image.z) if with_gradient else None
+                slope = None if gradient is None else torch.zeros_like(image.z)
                 share = u / u[anchors].sum()
                 for rows in anchors.split(settings.block):
                     total += _rows(image, rows, share[rows], settings, slope)
-                if with_gradient:
+                if gradient is not None and slope is not None:
                     gradient[b, used] = slope
-        if with_gradient:
+        if gradient is not None:
             ctx.save_for_backward(gradient.div_(max(images, 1)))
             ctx.dtype = z.dtype
         return (total / max(images, 1)).to(widen(z[:0]).dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * g).to(ctx.dtype), None, None, None, None, None
 
@@ -409,7 +409,7 @@ def _check_embeddings(
 
 def _pool(x: Tensor, grid: Sequence[int]) -> Tensor:
     """Return the means over the cells of maps (B, 1, *S) as (B, 1, n), in float32 (float64 stays)."""
-    pool = adaptive_avg_pool2d if x.ndim == 4 else adaptive_avg_pool3d
+    pool: Any = adaptive_avg_pool2d if x.ndim == 4 else adaptive_avg_pool3d
     return pool(widen(x), tuple(grid)).flatten(2)
 
 

@@ -11,11 +11,11 @@ UnCL: DyCON (Assefa et al., CVPR 2025), supplement, Eqs. 1 to 10.
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 Form = Literal["literal", "guarded"]
 Entropy = Literal["dual", "teacher", "student"]
@@ -327,9 +327,7 @@ class _BlockSums(torch.autograd.Function):
     """Sums of a function of blocks, two numbers each; backward runs each block again with autograd."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, student: Tensor, teacher: Tensor, function: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(student, teacher)
         ctx.function = function
         sums = wide_zeros(student, 2)
@@ -340,7 +338,7 @@ class _BlockSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         student, teacher = ctx.saved_tensors
         gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
         with full_precision(student), torch.enable_grad():
@@ -357,7 +355,7 @@ class _CrossEntropyDice(torch.autograd.Function):
     """`soft_ce_dice` for logits and probabilities (B, C, *S) and a weight (B, *S) or None."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, student: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(ctx: Any, student: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
         batch, classes = student.shape[:2]
         cross, product, squares = (wide_zeros(student, batch, classes) for _ in range(3))
         with full_precision(student):
@@ -374,7 +372,7 @@ class _CrossEntropyDice(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         student, q, weight, top, bottom = ctx.saved_tensors
         # Slope of the Dice part at a voxel: w (of_q q + of_p p), with one factor for each image and class.
         factors = top.new_zeros(2, *student.shape[:2])
@@ -434,16 +432,15 @@ def check_pair(student: Tensor, teacher: Tensor, weight: Tensor | None = None) -
         raise ValueError(f"weight {tuple(weight.shape)} does not fit the voxels of {tuple(student.shape)}.")
 
 
-def voxel_blocks(*maps: Tensor | None) -> Iterator[tuple]:
+def voxel_blocks(first: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     """Yield `(b, block, ...)`: image index and, for each map (B, C_i, *S), its block (C_i, voxels) of that image.
 
     Blocks are views for contiguous maps, so results can be written into them; a map of another layout is copied,
     one image at a time. A map that is None yields None. The block size follows the first map.
     """
-    first = maps[0]
     numbers = _CPU_BLOCK if first.device.type == "cpu" else max(_CPU_BLOCK, first.numel() // _BLOCKS_PER_BATCH)
     size = max(1, numbers // first.shape[1])
     for b in range(first.shape[0]):
-        flat = [None if x is None else x[b].flatten(1) for x in maps]
-        for start in range(0, flat[0].shape[1], size):
+        flat = [None if x is None else x[b].flatten(1) for x in (first, *others)]
+        for start in range(0, first[b, 0].numel(), size):
             yield (b, *(None if x is None else x[:, start : start + size] for x in flat))

@@ -6,6 +6,7 @@ Chen et al., CVPR 2021. The second network is the teacher of the first, and the 
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor, nn
 
 from nnunetv2_dycon.losses.voxels import hard_targets, soft_ce_dice
@@ -71,4 +72,4 @@ class Mean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean logits `(B, K, *S)` of images `(B, C, *S)`."""
-        return sum(full_resolution(network(x)) for network in self.networks) / len(self.networks)
+        return torch.stack([full_resolution(network(x)) for network in self.networks]).mean(0)

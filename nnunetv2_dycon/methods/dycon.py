@@ -6,20 +6,21 @@ Assefa et al., CVPR 2025, after its supplement; where we depart from the release
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.losses.patches import (
+    Rule,
     fecl,
     labels_from_probabilities,
     labels_from_target,
     patch_weight,
     sample_anchors,
 )
-from nnunetv2_dycon.losses.voxels import entropy_weight, hard_targets, soft_ce_dice, uncl
+from nnunetv2_dycon.losses.voxels import Entropy, Focus, entropy_weight, hard_targets, soft_ce_dice, uncl
 from nnunetv2_dycon.methods.settings import TeacherSettings, ViewSettings
 from nnunetv2_dycon.networks import FeatureTap, ProjectionHead, Teacher, choose_stage, has_encoder_stages
 from nnunetv2_dycon.options import Schedule, Settings, option
@@ -37,17 +38,17 @@ class DyCONTermSettings(Settings):
 
     renamed: ClassVar[Mapping[str, str]] = {**ViewSettings.renamed, "uncl": "loss", "labels": "target"}
 
-    loss: str = option(
+    loss: Literal["literal", "guarded", "ce_dice"] = option(
         "ce_dice",
         choices=("literal", "guarded", "ce_dice"),
         help="UnCL: on squared differences as in Eq. 1, in its guarded form, or its weight on cross-entropy and Dice",
     )
-    target: str = option(
+    target: Literal["soft", "hard"] | None = option(
         "soft", choices=("soft", "hard"), help="UnCL's target: the teacher's probabilities or its largest class"
     )
     beta: Schedule = option(Schedule(0.5, 0.05), schedule=True, low=0.001, high=20.0, help="entropy scale of UnCL")
-    entropy: str = option("dual", choices=("dual", "teacher", "student"), help="whose entropy weighs UnCL")
-    focus: str = option(
+    entropy: Entropy = option("dual", choices=("dual", "teacher", "student"), help="whose entropy weighs UnCL")
+    focus: Focus = option(
         "confident",
         choices=("confident", "uncertain"),
         help="voxels that UnCL weighs most; uncertain not with lossliteral",
@@ -62,7 +63,7 @@ class DyCONTermSettings(Settings):
     gamma: float = option(0.8, low=0.0, high=10.0, help="focal exponent of FeCL")
     topk: int = option(16, low=0, high=4096, help="hardest teacher negatives of FeCL; 0 = none")
     anchors: int = option(512, low=0, high=100000, help="patches of an image in FeCL; 0 = all")
-    rule: str = option("majority", choices=("majority", "any_foreground"), help="how a patch gets its class")
+    rule: Rule = option("majority", choices=("majority", "any_foreground"), help="how a patch gets its class")
     gate: float = option(0.8, low=0.0, high=1.0, help="teacher confidence from which an unlabelled patch counts")
     stage: int | None = option(None, low=0, high=20, none_text="stride nearest 8", help="encoder stage of FeCL")
 
@@ -110,7 +111,7 @@ class DyCONSettings(DyCONTermSettings, ViewSettings, TeacherSettings):
         help="fraction of the training over which unlabelled terms rise to their weight",
     )
     view: str = option("bcp", choices=tuple(VIEWS), help="what differs between student and teacher input")
-    target: str | None = option(
+    target: Literal["soft", "hard"] | None = option(
         None,
         choices=("soft", "hard"),
         none_text="hard with lossce_dice, else soft",
@@ -171,18 +172,19 @@ class DyCONTerms(Method[D]):
         """
         super().build(student)
         self.taps: dict[str, FeatureTap] = {}  # by the ending of the pair; none without FeCL
-        self.teacher_head = None
+        self.teacher_head: Teacher | None = None
         if self.settings.wfecl == 0:
             return
         if not has_encoder_stages(student):
             raise ConfigError(
                 f"{type(student).__name__} has no encoder.stages for FeCL; add _wfecl0 to the trainer name."
             )
-        stages = len(student.encoder.stages)
-        self.stage = choose_stage(student.encoder.strides) if self.settings.stage is None else self.settings.stage
+        encoder: Any = student.encoder
+        stages = len(encoder.stages)
+        self.stage = choose_stage(encoder.strides) if self.settings.stage is None else self.settings.stage
         if self.stage >= stages:
             raise ConfigError(f"option stage{self.stage}: the network has encoder stages 0 to {stages - 1}.")
-        self.head = ProjectionHead(student.encoder.output_channels[self.stage], seed=self.seed)
+        self.head = ProjectionHead(encoder.output_channels[self.stage], seed=self.seed)
         if isinstance(self.teacher, Teacher):
             self.teacher_head = Teacher(self.head)
         self.taps = {pair.ending: FeatureTap(pair.student, self.stage) for pair in self.pairs(student)}
@@ -232,7 +234,7 @@ class DyCONTerms(Method[D]):
     def ask_labeled(self, p: Pass, batch: Batch, before: Any) -> LabeledAnswer:
         """Return the teacher's features where FeCL has teacher negatives, its logits with option `onall`."""
         if self.settings.on == "all":
-            x = noisy(batch.x_l, batch.generator) if self.settings.view == "noise" else batch.x_l
+            x = noisy(batch.x_l, batch.generator) if self.view == "noise" else batch.x_l
             if self._wants_features:
                 return LabeledAnswer(*self._features_and_logits(p, x))
             return LabeledAnswer(None, full_resolution(p.pair.teacher.network(x)))
@@ -312,12 +314,14 @@ class DyCONTerms(Method[D]):
 
     def _features(self, p: Pass, x: Tensor) -> Tensor:
         """Return the teacher's features (B, F, *G) of an input (B, C, *S) without running its decoder."""
-        return p.pair.teacher.network.encoder(x)[self.stage]
+        network: Any = p.pair.teacher.network
+        return network.encoder(x)[self.stage]
 
     def _features_and_logits(self, p: Pass, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's features (B, F, *G) and logits (B, C, *S) of an input (B, C, *S), from one pass."""
-        skips = p.pair.teacher.network.encoder(x)
-        return skips[self.stage], full_resolution(p.pair.teacher.network.decoder(skips))
+        network: Any = p.pair.teacher.network
+        skips = network.encoder(x)
+        return skips[self.stage], full_resolution(network.decoder(skips))
 
     def _taken(self, p: Pass) -> Tensor | None:
         """Return the features (B, F, *G) of the student's pass, None without FeCL."""

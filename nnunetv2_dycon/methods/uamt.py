@@ -58,7 +58,7 @@ class UAMT(Method[UAMTSettings]):
 
     def _mean_answer(self, teacher: TargetNetwork, batch: Batch) -> Tensor:
         """Return the logarithm of the mean probabilities (B, C, *S) over noised inputs, in float32."""
-        total: Tensor | float = 0.0
+        total = torch.zeros(())
         for _ in range(self.settings.samples):
             logits = full_resolution(teacher.network(noisy(batch.x_u, batch.generator)))
             total = total + torch.softmax(logits.float(), 1)

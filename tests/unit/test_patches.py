@@ -173,7 +173,7 @@ def test_anchors_are_balanced_and_a_small_class_is_taken_whole():
 
 def test_every_patch_of_a_class_is_drawn_equally_often():
     labels = torch.tensor([[0] * 8 + [1] * 2]).repeat(4000, 1)
-    index = sample_anchors(labels, 4, torch.Generator().manual_seed(0)).index
+    index = sample_anchors(labels, 4, torch.Generator().manual_seed(0)).numbers
     share = torch.bincount(index.flatten(), minlength=10) / 4000
     assert (share[:8] - 0.25).abs().max() < 0.04  # 2 of 8; five standard deviations
     assert (share[8:] == 1).all()
@@ -197,7 +197,7 @@ def test_zero_anchors_means_all_in_order():
 
 def test_the_generator_decides_the_draw():
     labels = torch.zeros(1, 100, dtype=torch.int64)
-    first, again, other = (sample_anchors(labels, 10, torch.Generator().manual_seed(s)).index for s in (0, 0, 1))
+    first, again, other = (sample_anchors(labels, 10, torch.Generator().manual_seed(s)).numbers for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
