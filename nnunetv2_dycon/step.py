@@ -398,7 +398,7 @@ class Step:
 
 
 def run_pass(p: Pass, batch: Batch, before: Any = None) -> tuple[Cost, Any]:
-    """Return the cost of a pass by the names of the log, and the teacher's answer; `before` is that of the last pass."""
+    """Return the cost of a pass by names of the log, and the teacher's answer; `before` is that of the last pass."""
     answer = p.ask(p, batch, before)
     outputs = p.view.restored(p.pair.student(p.view.student))
     cost = p.cost(p, outputs, answer, batch)
