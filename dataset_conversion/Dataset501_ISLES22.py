@@ -16,7 +16,8 @@ from typing import Any
 
 from nnunetv2_dycon.conversion.cases import LabelRule, Resampled, SourceCase
 from nnunetv2_dycon.conversion.commands import converter_parser, run_script
-from nnunetv2_dycon.conversion.convert import Collection, Found, Report, convert
+from nnunetv2_dycon.conversion.convert import Collection, Found, convert
+from nnunetv2_dycon.conversion.job import Report
 from nnunetv2_dycon.conversion.source import NIFTI, match, only
 from nnunetv2_dycon.conversion.volumes import NiftiFile, Source
 from nnunetv2_dycon.errors import ConfigError, DataError

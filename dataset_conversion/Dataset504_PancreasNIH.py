@@ -17,8 +17,9 @@ from typing import Any
 from nnunetv2_dycon.conversion.align import by_position
 from nnunetv2_dycon.conversion.cases import LabelRule, SourceCase
 from nnunetv2_dycon.conversion.commands import converter_parser, run_script
-from nnunetv2_dycon.conversion.convert import Collection, Found, Report, convert
+from nnunetv2_dycon.conversion.convert import Collection, Found, convert
 from nnunetv2_dycon.conversion.dicom import CtSeries
+from nnunetv2_dycon.conversion.job import Report
 from nnunetv2_dycon.conversion.source import NIFTI, match, only
 from nnunetv2_dycon.conversion.volumes import H5Array, NiftiFile, Source
 from nnunetv2_dycon.errors import DataError

@@ -51,6 +51,12 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{secrets.token_hex(4)}{PART}.{path.name}")
 
 
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete temporary files of `name` that killed processes left; for the only process that writes it."""
+    for part in folder.glob(f".????????{PART}.{name}"):
+        part.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all."""
     with whole_file(path) as part:
@@ -87,7 +93,7 @@ def read_json(path: Path, mend: str = "restore it") -> Any:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); {mend}") from error
     except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{path} is not JSON ({error}); {mend}") from error
+        raise DataError(f"{path} cannot be read (not JSON: {error}); {mend}") from error
 
 
 def sync(path: Path) -> None:
@@ -135,5 +141,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{path} cannot be written ({error.strerror}); make room on the disk or choose another folder"
+            f"cannot write {path}: {error.strerror or error}; check its permissions and the free space, or choose "
+            "another folder"
         ) from error

@@ -7,7 +7,8 @@ import nibabel
 import numpy as np
 import torch
 
-from nnunetv2_dycon.evaluation.runs import Facts, Run
+from nnunetv2_dycon.evaluation.facts import Facts
+from nnunetv2_dycon.evaluation.runs import Run
 
 DATASET = "Dataset501_Made"
 CASES = tuple(f"test_{i:02d}" for i in range(10))

@@ -16,15 +16,8 @@ from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.dataset import conversion_of
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.conversion.volumes import reading
-from nnunetv2_dycon.data.roles import (
-    Roles,
-    channel_names,
-    fold_unlabeled,
-    read_roles,
-    read_splits,
-    training_labels,
-    unlabeled_name_problems,
-)
+from nnunetv2_dycon.data.roles import Roles, channel_names, read_roles, training_labels, unlabeled_name_problems
+from nnunetv2_dycon.data.splits import fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import DataError, UserError
 
 _SHOWN = 3

@@ -12,15 +12,8 @@ from nnunetv2_dycon import __version__
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.assign import Known, Request, assign, draw, labeled_number, parse_labeled
 from nnunetv2_dycon.conversion.cases import LinkTask
-from nnunetv2_dycon.conversion.convert import (
-    Job,
-    Report,
-    carry_out,
-    plan_of,
-    role_notes,
-    role_rows,
-    training_cases,
-)
+from nnunetv2_dycon.conversion.convert import plan_of, role_notes, role_rows, training_cases
+from nnunetv2_dycon.conversion.job import Job, Report, carry_out
 from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.roles import Roles, read_roles, training_labels

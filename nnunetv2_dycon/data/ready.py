@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nnunetv2_dycon.data.roles import read_splits
-from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled, unlabeled_status
+from nnunetv2_dycon.data.manifest import unlabeled_status
+from nnunetv2_dycon.data.splits import read_splits
+from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import DataError
 
 

@@ -1,16 +1,13 @@
-"""Who is in which role: labelled, unlabelled and test cases, and the third list of a fold.
+"""Who is in which role: labelled, unlabelled and test cases, by file names.
 
-Folders are listed, no image or label is opened. Splits are nnU-Net's `splits_final.json`: one dictionary a
-fold with the lists "train" and "val" and, in benchmark mode only, "unlabeled".
+Folders are listed, no image or label is opened.
 """
 
-import json
-import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import combinations, zip_longest
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +16,7 @@ from nnunetv2.utilities.utils import (
     get_identifiers_from_splitted_dataset_folder,
 )
 
-from nnunetv2_dycon.errors import ConfigError, SplitError
-
-UNLABELED = "unlabeled"
-SPLITS_FILE = "splits_final.json"
-STOCK_FOLDS = 5  # that nnU-Net makes, and needs as many cases for
-
-Splits = Sequence[Mapping[str, Any]]
+from nnunetv2_dycon.errors import SplitError
 
 
 @dataclass(frozen=True)
@@ -147,158 +138,3 @@ def unlabeled_name_problems(raw_folder: str | Path, roles: Roles, dataset_json: 
         if case.endswith("_seg"):
             problems.append(f"{first}: nnU-Net takes names in _seg for masks; rename the case")
     return problems
-
-
-def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None = None) -> list[dict[str, Any]]:
-    """Folds that training uses: those of the preprocessed folder, else of the raw folder, else none.
-
-    Raises
-    ------
-    SplitError
-        If a file is no list of folds, or if both files are there and their "unlabeled" lists differ: training
-        would read the one in the preprocessed folder and pass over the other. A fold that only the raw folder's
-        file has must have no such list.
-    """
-    found = []
-    for folder in (preprocessed_folder, raw_folder):
-        path = Path(folder, SPLITS_FILE) if folder is not None else None
-        if path is not None and path.is_file():
-            found.append((path, _load_splits(path)))
-    if len(found) == 2:
-        (used, splits), (other, others) = found
-        pairs = zip_longest(splits[: len(others)], others, fillvalue={})
-        if any(fold.get(UNLABELED) != passed_over.get(UNLABELED) for fold, passed_over in pairs):
-            raise SplitError(
-                f'the "unlabeled" lists of {used} and {other} differ and training reads the first; '
-                f"type: cp {other} {used} (this replaces the first), or: cp {used} {other}"
-            )
-    return found[0][1] if found else []
-
-
-def adopt_splits(preprocessed_folder: Path, raw_folder: Path | None) -> bool:
-    """Copy the raw folder's split file where nnU-Net reads it, if there is none yet; returns whether it did."""
-    if raw_folder is None or (preprocessed_folder / SPLITS_FILE).exists() or not (raw_folder / SPLITS_FILE).is_file():
-        return False
-    _write_splits(preprocessed_folder, (raw_folder / SPLITS_FILE).read_text())
-    return True
-
-
-def write_small_splits(preprocessed_folder: Path, cases: Sequence[str]) -> None:
-    """Write one fold a case that validates on it and trains on the others; one case alone does both."""
-    ordered = sorted(cases)
-    folds = [{"train": [c for c in ordered if c != case] or [case], "val": [case]} for case in ordered]
-    _write_splits(preprocessed_folder, json.dumps(folds, indent=4))
-
-
-def _write_splits(folder: Path, text: str) -> None:
-    part = folder / f".{SPLITS_FILE}.{os.getpid()}"
-    part.write_text(text)
-    os.replace(part, folder / SPLITS_FILE)
-
-
-def _load_splits(path: Path) -> list[dict[str, Any]]:
-    try:
-        splits = json.loads(path.read_text())
-    except ValueError as error:
-        raise SplitError(f"{path} is no valid JSON ({error}); mend or delete it") from error
-    if not isinstance(splits, list) or not all(isinstance(fold, dict) for fold in splits):
-        raise SplitError(f'{path} must be a list with one {{"train": [...], "val": [...]}} a fold; mend it')
-    return splits
-
-
-def check_fold(splits: Splits, fold: int | str) -> None:
-    """Refuse a fold for which nnU-Net would make its own split while others keep cases unlabelled.
-
-    Raises
-    ------
-    ConfigError
-        If any fold has an "unlabeled" list and `fold` is 'all' or no index into `splits`: nnU-Net would then
-        train on the labels of those cases.
-    """
-    if not any(UNLABELED in entry for entry in splits):
-        return
-    if fold == "all" or not 0 <= int(fold) < len(splits):
-        choice = "0" if len(splits) == 1 else f"0 to {len(splits) - 1}"
-        raise ConfigError(
-            f'fold {fold} would train on the labels of cases that {SPLITS_FILE} lists as "unlabeled"; use fold {choice}'
-        )
-
-
-def check_training_cases(
-    cases: Iterable[str], unlabeled: Iterable[str], test: Iterable[str], number: int, preprocessed_folder: Path
-) -> None:
-    """Refuse cases of a fold that have another role by now: their labels must not be used.
-
-    Parameters
-    ----------
-    cases : iterable of str
-        Training and validation cases of the fold, which come from the preprocessed folder.
-    unlabeled, test : iterable of str
-        Cases of imagesUn and of imagesTs, which come from the raw data set.
-    number : int
-        Of the data set, for the message.
-
-    Raises
-    ------
-    SplitError
-        If one is an unlabelled or a test case.
-    """
-    for role, others in (("an unlabelled", unlabeled), ("a test", test)):
-        moved = set(cases) & set(others)
-        if moved:
-            raise SplitError(
-                f"{_some(moved)}: trained or validated on by this fold, but {role} case by now; the preprocessed "
-                f"data are older. Delete {preprocessed_folder} and type: "
-                f"nnUNetv2_plan_and_preprocess -d {number}"
-            )
-
-
-def fold_unlabeled(splits: Splits, fold: int | str, known: Collection[str] | None = None) -> tuple[str, ...]:
-    """Cases of imagesTr that serve without labels in `fold`, sorted; empty outside benchmark mode.
-
-    Parameters
-    ----------
-    splits : sequence of dict
-        Folds as in splits_final.json.
-    fold : int or 'all'
-        The fold that is trained.
-    known : collection of str, optional
-        All training cases; given, the list must name only these.
-
-    Raises
-    ------
-    ConfigError
-        As `check_fold`.
-    SplitError
-        If the list is no list of names, names a case twice, a case that is not known, or one that is also a
-        training or validation case of the same fold.
-    """
-    check_fold(splits, fold)
-    if fold == "all" or not 0 <= int(fold) < len(splits):
-        return ()
-    entry, where = splits[int(fold)], f"{SPLITS_FILE}, fold {fold}"
-    cases = entry.get(UNLABELED, [])
-    if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
-        raise SplitError(f'{where}: "unlabeled" must be a list of case names')
-    if len(set(cases)) < len(cases):
-        twice = sorted(case for case in set(cases) if cases.count(case) > 1)
-        raise SplitError(f'{where}: "unlabeled" names {_some(twice)} twice; remove one')
-    for key in ("train", "val"):
-        both = set(cases) & set(entry.get(key, []))
-        if both:
-            raise SplitError(f'{where}: {_some(both)} in both "unlabeled" and "{key}"; remove from one list')
-    if known is not None and not set(cases) <= set(known):
-        missing = set(cases) - set(known)
-        raise SplitError(f'{where}: "unlabeled" names {_some(missing)}, not in imagesTr; correct the list')
-    return tuple(sorted(cases))
-
-
-def benchmark_cases(splits: Splits, known: Collection[str] | None = None) -> tuple[str, ...]:
-    """Cases that any fold lists as "unlabeled", sorted, every list checked as by `fold_unlabeled`."""
-    return tuple(sorted({case for fold in range(len(splits)) for case in fold_unlabeled(splits, fold, known)}))
-
-
-def _some(cases: Iterable[str]) -> str:
-    ordered = sorted(cases)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return ", ".join(map(repr, ordered[:3])) + more

@@ -14,12 +14,14 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.comparison import make_comparison
+from nnunetv2_dycon.evaluation.facts import Weights
 from nnunetv2_dycon.evaluation.figures import Images
 from nnunetv2_dycon.evaluation.label_files import case_files, read_labels
+from nnunetv2_dycon.evaluation.likeness import check_alike, find_baseline
 from nnunetv2_dycon.evaluation.metrics import Convention
 from nnunetv2_dycon.evaluation.predict import predict as predict_run
 from nnunetv2_dycon.evaluation.report import REPORT_FILE, write_report
-from nnunetv2_dycon.evaluation.runs import Place, Run, Weights, check_alike, find_baseline, find_runs
+from nnunetv2_dycon.evaluation.runs import Place, Run, find_runs
 from nnunetv2_dycon.evaluation.scores import check_writable, evaluate
 from nnunetv2_dycon.evaluation.tables import choose_published
 from nnunetv2_dycon.folders import environment_folder

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.likeness import short_names
 from nnunetv2_dycon.evaluation.metrics import DISTANCES, OVERLAPS, Score
-from nnunetv2_dycon.evaluation.runs import Run, short_names
+from nnunetv2_dycon.evaluation.runs import Run
 from nnunetv2_dycon.evaluation.statistics import Paired, Ratio, Spread, holds, holm, paired, ratio, spread
 
 METRICS = ("dice", "iou", "hd95_mm", "asd_mm")  # the paper's four

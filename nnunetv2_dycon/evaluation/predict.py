@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.evaluation.runs import Run, write_run_file
+from nnunetv2_dycon.evaluation.facts import write_run_file
+from nnunetv2_dycon.evaluation.runs import Run
 
 _PREDICT = (
     "import sys, torch; from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as go; "

@@ -11,7 +11,8 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_dycon import parallel
-from nnunetv2_dycon.data.roles import SPLITS_FILE, STOCK_FOLDS, UNLABELED, Roles, read_roles, read_splits
+from nnunetv2_dycon.data.roles import Roles, read_roles
+from nnunetv2_dycon.data.splits import SPLITS_FILE, STOCK_FOLDS, UNLABELED, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_labels
 from nnunetv2_dycon.folders import environment_folder

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_dycon.data.roles import SPLITS_FILE
+from nnunetv2_dycon.data.splits import SPLITS_FILE
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.self_training import running
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment

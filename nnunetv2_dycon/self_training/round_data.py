@@ -10,7 +10,7 @@ from typing import Any
 from nnunetv2_dycon import __version__
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.cases import LinkTask
-from nnunetv2_dycon.conversion.convert import Job, carry_out
+from nnunetv2_dycon.conversion.job import Job, carry_out
 from nnunetv2_dycon.data.roles import training_labels
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment

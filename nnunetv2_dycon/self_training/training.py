@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion import dataset
-from nnunetv2_dycon.data.roles import adopt_splits
+from nnunetv2_dycon.data.splits import adopt_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
 from nnunetv2_dycon.self_training import running

@@ -8,13 +8,13 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 from nnunetv2_dycon.data.ready import UnlabeledCases, ready_cases
-from nnunetv2_dycon.data.roles import (
+from nnunetv2_dycon.data.roles import read_roles
+from nnunetv2_dycon.data.splits import (
     SPLITS_FILE,
     STOCK_FOLDS,
     adopt_splits,
     check_fold,
     check_training_cases,
-    read_roles,
     read_splits,
     write_small_splits,
 )

@@ -30,6 +30,7 @@ from nnunetv2_dycon.data.loader import (
 )
 from nnunetv2_dycon.data.ready import UnlabeledCases
 from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.files import remove_leftovers
 from nnunetv2_dycon.folders import environment_folder
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.options import Settings
@@ -193,6 +194,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """As stock, after roles and unlabelled images were found in order; the teacher starts from the student."""
         self.unlabeled = find_unlabeled(self, default_num_processes)
         super().on_train_start()
+        if self.local_rank == 0:
+            remove_leftovers(Path(self.output_folder))
         if self.restored is None:
             self.method.start(unwrap(self.network))
         elif self.restored:

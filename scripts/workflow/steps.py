@@ -135,7 +135,7 @@ def train(training: Path, lock: Path, device: str, threads: int, loaders: int, c
 
 def _check_plans(training: Path) -> None:
     """Refuse to go on with, or to take over, a training whose data set was planned otherwise since."""
-    from nnunetv2_dycon.evaluation.runs import plans_digest
+    from nnunetv2_dycon.evaluation.facts import plans_digest
 
     trained = training.parent / "plans.json"
     if not trained.is_file():
@@ -189,8 +189,9 @@ def predict(training: Path, images: Path, weights: str, device: str, mirroring: 
     DataError
         If the training is not finished, has no such weights, or the prediction fails.
     """
+    from nnunetv2_dycon.evaluation.facts import RUN_FILE
     from nnunetv2_dycon.evaluation.predict import predict as predict_run
-    from nnunetv2_dycon.evaluation.runs import RUN_FILE, Place, find_runs
+    from nnunetv2_dycon.evaluation.runs import Place, find_runs
 
     stale = training / "test" / f"checkpoint_final_{weights}{'' if mirroring else '_nomirror'}"
     if (stale / RUN_FILE).is_file():

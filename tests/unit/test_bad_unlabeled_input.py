@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunetv2_dycon.data import unlabeled
-from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled, unlabeled_status
+from nnunetv2_dycon.data.manifest import unlabeled_status
+from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError, UserError
 from tests.datasets import environment, make_dataset, plan_and_preprocess
 
@@ -260,7 +260,7 @@ def test_no_permission_to_write(raw: Path, monkeypatch: pytest.MonkeyPatch, call
             raise PermissionError(13, "Permission denied", str(target))
         replace(source, target)
 
-    monkeypatch.setattr(unlabeled.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert re.search(r"cannot write .*_unlabeled.*: Permission denied; check", message())
     monkeypatch.undo()
 

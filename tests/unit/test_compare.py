@@ -8,8 +8,9 @@ import pytest
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation import compare as module
 from nnunetv2_dycon.evaluation.compare import compare
+from nnunetv2_dycon.evaluation.facts import write_run_file
 from nnunetv2_dycon.evaluation.predict import predict
-from nnunetv2_dycon.evaluation.runs import Place, find_runs, write_run_file
+from nnunetv2_dycon.evaluation.runs import Place, find_runs
 from nnunetv2_dycon.evaluation.scores import read_scores
 from tests.madeup_runs import (
     CASES,

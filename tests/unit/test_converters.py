@@ -516,7 +516,7 @@ def test_what_a_killed_run_left_is_continued_to_the_same_tree(raw, source, monke
     place = (
         "nnunetv2_dycon.conversion.cases.CaseTask._write_label"
         if survivor == "image"
-        else ("nnunetv2_dycon.conversion.convert._describe")
+        else ("nnunetv2_dycon.conversion.job._describe")
     )
     with monkeypatch.context() as patched:
         patched.setattr(place, kill)
@@ -538,7 +538,7 @@ def test_a_source_that_was_changed_after_a_kill_is_read_again(raw, source, monke
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr("nnunetv2_dycon.conversion.convert._describe", kill)
+        patched.setattr("nnunetv2_dycon.conversion.job._describe", kill)
         with pytest.raises(Killed):
             run(form, source)
     path = find(source, AN_IMAGE["pancreas-dicom"])

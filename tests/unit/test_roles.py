@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunetv2_dycon.data.roles import benchmark_cases, check_fold, fold_unlabeled, read_roles, read_splits
+from nnunetv2_dycon.data.roles import read_roles
+from nnunetv2_dycon.data.splits import benchmark_cases, check_fold, fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import ConfigError, SplitError
 
 JSON = {"file_ending": ".nii.gz", "channel_names": {"0": "a", "1": "b"}}

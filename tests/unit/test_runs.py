@@ -7,20 +7,16 @@ import pytest
 import torch
 
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.evaluation.runs import (
+from nnunetv2_dycon.evaluation.facts import (
     Facts,
-    Place,
-    Run,
-    check_alike,
-    find_baseline,
-    find_runs,
     plans_digest,
     read_run_file,
     read_training,
     resolved_plans,
-    short_names,
     write_run_file,
 )
+from nnunetv2_dycon.evaluation.likeness import check_alike, find_baseline, short_names
+from nnunetv2_dycon.evaluation.runs import Place, Run, find_runs
 from tests.madeup_runs import (
     CASES,
     DATASET,

@@ -353,6 +353,19 @@ def test_checkpoint_is_whole_or_the_previous_one(trainer, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         t.save_checkpoint(str(path))
     assert path.read_bytes() == before
+    assert [file.name for file in path.parent.glob(".*")] == []
+
+
+def test_what_a_killed_training_left_goes_when_it_starts_again(trainer) -> None:
+    t = trainer(named("nnUNetTrainerDyCON"))
+    t.initialize()
+    folder = Path(t.output_folder)
+    left, kept = folder / ".0123abcd.part.checkpoint_latest.pth", folder / ".mine.pth"
+    left.touch()
+    kept.touch()
+    begin(t)
+    assert not left.exists()
+    assert kept.exists()
 
 
 @pytest.mark.parametrize("method", CO_TRAINING)

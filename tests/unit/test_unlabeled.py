@@ -27,8 +27,9 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_dycon.data import unlabeled
-from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled, unlabeled_folder, unlabeled_status
+from nnunetv2_dycon.data import manifest, unlabeled
+from nnunetv2_dycon.data.manifest import unlabeled_folder, unlabeled_status
+from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import DataError, SplitError
 from tests.datasets import environment, leave, make_dataset, plan_and_preprocess
 
@@ -81,13 +82,13 @@ def place(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pl
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Cases that are prepared, in order."""
     cases: list[str] = []
-    original = unlabeled._make_case
+    original = unlabeled.prepare_case
 
     def record(task: Any) -> str | None:
         cases.append(task.case)
         return original(task)
 
-    monkeypatch.setattr(unlabeled, "_make_case", record)
+    monkeypatch.setattr(unlabeled, "prepare_case", record)
     return cases
 
 
@@ -381,7 +382,7 @@ def test_benchmark_mode_prepares_copies_without_class_locations(place: Place, ca
     status = unlabeled_status(ID)
     assert status.state == "ok"
     assert (status.unlabeled, status.benchmark) == (("u_00", "u_01", "u_02"), ("l_01", "l_02", "l_03"))
-    assert unlabeled.BENCHMARK_NOTE in status.notes
+    assert manifest.BENCHMARK_NOTE in status.notes
     assert status.cases(splits, 0) == ("u_00", "u_01", "u_02", "l_02", "l_03")
     assert status.cases(splits, 1) == ("u_00", "u_01", "u_02", "l_01")
     data, seg, properties = load(place.folder, "l_02")
@@ -422,7 +423,7 @@ def test_without_raw_data_whole_cases_are_fine_and_a_note_says_unchecked(
     for _ in range(2):
         status = unlabeled_status(NAME)
         assert status.state == "ok"
-        assert unlabeled.UNCHECKED_NOTE in status.notes
+        assert manifest.UNCHECKED_NOTE in status.notes
         assert status.cases(splits, 0) == expected
         monkeypatch.delenv("nnUNet_raw")
         monkeypatch.setenv("nnUNet_raw", "")
@@ -491,7 +492,7 @@ def test_worker_processes_give_the_same_files(place: Place) -> None:
 
 @pytest.mark.slow
 def test_a_dead_worker_is_one_line_with_the_remedy(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unlabeled, "_make_case", leave)
+    monkeypatch.setattr(unlabeled, "prepare_case", leave)
     with pytest.raises(DataError, match=r"worker process died.*-np 1"):
         preprocess_unlabeled(ID, processes=2)
     monkeypatch.undo()

@@ -1,0 +1,191 @@
+"""Carrying out a conversion: everything is decided before the first file is written, and a killed run goes on."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nnunetv2_dycon import parallel
+from nnunetv2_dycon.conversion import dataset
+from nnunetv2_dycon.conversion.cases import Task
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import first_few
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, or would do.
+
+    Attributes
+    ----------
+    folder : Path
+        The raw data set.
+    state : str
+        'written', 'planned' (dry run) or 'up to date'.
+    title : str
+        Data set and protocol.
+    rows : tuple
+        Role, cases that the protocol names, cases that are there.
+    notes : tuple of str
+        What the user should know.
+    """
+
+    folder: Path
+    state: str
+    title: str
+    rows: tuple[tuple[str, int, int], ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [self.title, f"{'role':<12}{'in the protocol':>16}{'here':>8}"]
+        lines += [f"{role:<12}{named:>16}{here:>8}" for role, named, here in self.rows]
+        lines += [f"- {note}" for note in self.notes]
+        where = {"written": "written", "planned": "nothing was written; would be", "up to date": "is up to date"}
+        number = int(self.folder.name[len("Dataset") :][:3])
+        lines += [f"{where[self.state]}: {self.folder}", f"next: nnUNetv2_dycon check -d {number}"]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is decided before the first file is written.
+
+    Attributes
+    ----------
+    target : Path
+        The data set's folder.
+    tasks : sequence of Task
+        Its cases.
+    plan : mapping
+        Content of conversion.json but for what the cases' own reports add.
+    folds : sequence of mapping
+        Content of splits_final.json.
+    describe : callable
+        Writes dataset.json into a folder.
+    title, rows, notes
+        For the report.
+    dated : bool
+        Whether conversion.json keeps the `stamp`, so that a later run notices changed sources. Not where sources may
+        be made again with the same content.
+    """
+
+    target: Path
+    tasks: Sequence[Task]
+    plan: Mapping[str, Any]
+    folds: Sequence[Mapping[str, Any]]
+    describe: Callable[[Path], None]
+    title: str
+    rows: tuple[tuple[str, int, int], ...]
+    notes: tuple[str, ...]
+    dated: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything in the plan."""
+        return _hash(json.dumps([self.plan, self.folds], sort_keys=True))
+
+    @property
+    def stamp(self) -> str:
+        """Changes with the plan, and when a source file was changed."""
+        times = [
+            file.stat().st_mtime_ns
+            for task in self.tasks
+            for path in task.sources
+            for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
+        ]
+        return _hash(f"{self.fingerprint} {times}")
+
+    def report(self, state: str, notes: Sequence[str] = ()) -> Report:
+        """Return what to tell the user."""
+        return Report(self.target, state, self.title, self.rows, (*self.notes, *notes))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, overwrite: bool = False) -> Report:
+    """Write the data set of a job, or go on with it; the result does not depend on interruptions.
+
+    Raises
+    ------
+    DataError
+        If the target is taken, or made from sources that were changed since; if a case is bad (all bad ones are
+        counted) or nothing can be written.
+    """
+    stamp = job.stamp  # once, so that it tells of changes during the conversion
+    if not dry_run:
+        dataset.settle(job.target, stamp)
+    if not overwrite and _is_there(job, stamp):
+        return job.report("up to date")
+    made_by = job.plan["converter"]
+    if dry_run:
+        dataset.check_free(job.target, made_by=made_by, overwrite=overwrite)
+        return job.report("planned")
+    with dataset.building(job.target, stamp=stamp, made_by=made_by, overwrite=overwrite) as space:
+        _write_cases(job.tasks, parallel.default_processes() if processes is None else processes)
+        notes = _describe(job, stamp, space.data)
+    stale = dataset.stale_preparation(job.target)
+    if stale is not None:
+        notes.append(f"{stale} may still be made from an earlier data set: delete it and plan again")
+    return job.report("written", notes)
+
+
+def _is_there(job: Job, stamp: str) -> bool:
+    """Whether the data set was made by the same command and is complete; its files are not opened."""
+    made = dataset.conversion_of(job.target)
+    if made.get("fingerprint") != job.fingerprint:
+        return False
+    for name in (*dataset.FILES, *(name for task in job.tasks for name in task.outputs)):
+        if not (job.target / name).is_file():
+            raise DataError(f"{job.target / name} is gone; type --overwrite to make the data set again")
+    if made.get("stamp", stamp) != stamp:  # older versions kept none
+        raise DataError(
+            f"source files were changed after {job.target} was made from them; type --overwrite to make it again"
+        )
+    return True
+
+
+def _write(task: Task) -> str | None:
+    return task.write()
+
+
+def _write_cases(tasks: Sequence[Task], processes: int) -> None:
+    todo = [task for task in tasks if not task.is_whole()]
+    if len(todo) < len(tasks):
+        logger.info("going on: %d of %d cases are there", len(tasks) - len(todo), len(tasks))
+    problems = []
+    with closing(parallel.run(_write, todo, processes)) as results:
+        for _, problem in tqdm(results, total=len(todo), desc="Converting", unit="case", disable=None):
+            if problem is not None:
+                problems.append(problem)
+    if len(problems) == 1:
+        raise DataError(problems[0])
+    if problems:
+        raise DataError(f"{len(problems)} cases are bad: {first_few(sorted(problems), separator=' | ')}")
+
+
+def _describe(job: Job, stamp: str, folder: Path) -> list[str]:
+    """Write the three JSON files; returns what the cases' reports have to say."""
+    reports = {task.name: task.report() for task in job.tasks}
+    written = {task.name: list(task.outputs) for task in job.tasks}
+    cases = {}
+    for name, case in job.plan["cases"].items():
+        kept = {key: reports[name][key] for key in ("label_voxels", "notes") if reports[name].get(key)}
+        cases[name] = {**case, "written": written[name], **kept}
+    job.describe(folder)
+    dataset.write_json(folder / "splits_final.json", list(job.folds))
+    marks = {"fingerprint": job.fingerprint, **({"stamp": stamp} if job.dated else {})}
+    dataset.write_json(folder / "conversion.json", {**job.plan, **marks, "cases": cases})
+    ways = Counter(way for report in reports.values() for way in report["how"])
+    notes = [f"{name}: {note}" for name, report in reports.items() for note in report["notes"]]
+    return [*notes, "files: " + ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))]

@@ -1,0 +1,369 @@
+"""Which unlabelled images are prepared, and from what: the manifest, held against the raw data set and the plans.
+
+The manifest `ID_unlabeled.json` of a data identifier ID (plans name and configuration) is next to the folder
+`ID_unlabeled/`, because nnU-Net refuses a data folder with a JSON file in it. A case that it names was made from
+just what it says.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import (
+    convert_dataset_name_to_id,
+    maybe_convert_to_dataset_name,
+)
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_dycon.data.roles import channel_names, read_roles, unlabeled_name_problems
+from nnunetv2_dycon.data.splits import Splits, benchmark_cases, fold_unlabeled, read_splits
+from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.files import first_few, read_json, write_json
+from nnunetv2_dycon.folders import environment_folder
+
+BENCHMARK_NOTE = (
+    "benchmark mode: nnU-Net's planning saw the labels of the cases that splits_final.json lists as "
+    '"unlabeled" (intensity statistics, spacing, patch size); a data set converted with these images in '
+    "imagesUn avoids this"
+)
+UNCHECKED_NOTE = "the raw images are not there, so it was not checked whether they changed since preparation"
+FORMAT = 1
+SUFFIXES = (
+    ".b2nd",
+    "_seg.b2nd",
+    ".pkl",
+)  # in the order of writing: the last one says that the case is whole
+_PLAN_ENTRIES = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class UnlabeledStatus:
+    """State of the prepared unlabelled images of one configuration.
+
+    Attributes
+    ----------
+    state : 'ok', 'missing' or 'stale'
+        'missing': cases are not prepared yet; 'stale': plans or images changed, or images were removed.
+    reason : str
+        What is missing or changed, for people; empty for 'ok'.
+    folder : Path
+        Where the prepared cases are; nnU-Net's dataset class reads it.
+    unlabeled, benchmark : tuple of str
+        Cases from imagesUn, and cases of imagesTr that some fold lists as "unlabeled".
+    notes : tuple of str
+        Warnings that a training should repeat.
+    command : str
+        What to type to bring it up to date.
+    """
+
+    state: Literal["ok", "missing", "stale"]
+    reason: str
+    folder: Path
+    unlabeled: tuple[str, ...]
+    benchmark: tuple[str, ...]
+    notes: tuple[str, ...]
+    command: str
+
+    def cases(self, splits: Splits, fold: int | str) -> tuple[str, ...]:
+        """Unlabelled cases of one fold: all of imagesUn and the fold's own list, never another fold's.
+
+        Raises
+        ------
+        ConfigError, SplitError
+            As `nnunetv2_dycon.data.roles.fold_unlabeled`.
+        DataError
+            If the fold lists a case that is not prepared.
+        """
+        listed = fold_unlabeled(splits, fold)
+        missing = sorted(set(listed) - set(self.benchmark))
+        if missing:
+            raise DataError(
+                f'fold {fold} lists {missing[0]!r} as "unlabeled", which is not in {self.folder}; type: {self.command}'
+            )
+        return (*self.unlabeled, *listed)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One configuration of one data set, and where its prepared images go."""
+
+    dataset: str
+    raw: Path | None
+    preprocessed: Path
+    dataset_json: dict[str, Any]
+    plans: dict[str, Any]
+    configuration: str
+    folder: Path
+    manifest: Path
+    entries: dict[str, Any]
+
+    @property
+    def command(self) -> str:
+        """What to type to prepare its unlabelled images."""
+        plans = self.plans.get("plans_name", "nnUNetPlans")
+        option = "" if plans == "nnUNetPlans" else f" -p {plans}"
+        number = convert_dataset_name_to_id(self.dataset)
+        return f"nnUNetv2_dycon preprocess_unlabeled -d {number} -c {self.configuration}{option}"
+
+    @property
+    def work(self) -> Path:
+        """Folder of what is not whole yet."""
+        # hidden, and outside the data folder, so that nnU-Net never takes a half-written file for data
+        return self.folder.with_name(f".{self.folder.name}.tmp")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What separates the folder from what it should hold."""
+
+    plans: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+    @property
+    def state(self) -> Literal["ok", "missing", "stale"]:
+        """As `UnlabeledStatus.state`."""
+        if self.plans or self.changed or self.removed:
+            return "stale"
+        return "missing" if self.new else "ok"
+
+    def __str__(self) -> str:
+        parts = [f"plans changed ({', '.join(self.plans)})"] if self.plans else []
+        for cases, what in (
+            (self.new, "to prepare"),
+            (self.changed, "with changed images"),
+            (self.removed, "removed"),
+        ):
+            if cases:
+                parts.append(f"{len(cases)} case{'s' * (len(cases) > 1)} {what} ({first_few(cases)})")
+        return "; ".join(parts)
+
+
+def unlabeled_folder(preprocessed_dataset_folder: str | Path, data_identifier: str) -> tuple[Path, Path]:
+    """Folder of the prepared unlabelled images of a data identifier, and their manifest beside it."""
+    folder = Path(preprocessed_dataset_folder, f"{data_identifier}_unlabeled")
+    return folder, folder.with_name(folder.name + ".json")
+
+
+def unlabeled_status(
+    dataset: int | str, configuration: str = "3d_fullres", plans: str | Mapping[str, Any] = "nnUNetPlans"
+) -> UnlabeledStatus:
+    """Whether the unlabelled images of a configuration are prepared and up to date; nothing is changed.
+
+    Without the raw data set only the prepared files themselves can be judged; a note says so.
+
+    Raises
+    ------
+    ConfigError, DataError, SplitError
+        As `preprocess_unlabeled`, except for images, which are not opened.
+    """
+    target = find_configuration(dataset, configuration, plans, need_raw=False)
+    manifest = read_manifest(target)
+    if target.raw is None:
+        expected, notes = _recorded(target, manifest), [UNCHECKED_NOTE]
+    else:
+        expected, notes = expected_cases(target), []
+    difference = compare_manifest(target, manifest, expected)
+    by_source: dict[str, list[str]] = {"imagesUn": [], "imagesTr": []}
+    for case in sorted(expected):
+        by_source[expected[case]["from"]].append(case)
+    if by_source["imagesTr"]:
+        notes.append(BENCHMARK_NOTE)
+    return UnlabeledStatus(
+        state=difference.state,
+        reason=str(difference),
+        folder=target.folder,
+        unlabeled=tuple(by_source["imagesUn"]),
+        benchmark=tuple(by_source["imagesTr"]),
+        notes=tuple(notes),
+        command=target.command,
+    )
+
+
+def find_configuration(
+    dataset: int | str, configuration: str, plans: str | Mapping[str, Any], need_raw: bool
+) -> Configuration:
+    """Return one configuration of a data set.
+
+    Parameters
+    ----------
+    dataset : int or str
+        Dataset ID or full name.
+    configuration : str
+        Name in the plans.
+    plans : str or mapping
+        Name of the plans file, or the plans themselves.
+    need_raw : bool
+        Whether a missing raw data set is an error.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If there is no such configuration, or a folder or file is missing.
+    """
+    base = environment_folder("nnUNet_preprocessed")
+    raw_base = environment_folder("nnUNet_raw") if need_raw or nnUNet_raw.get() else None
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+        number = convert_dataset_name_to_id(name)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split(". ")[0]
+        raise DataError(f"dataset {dataset}: {reason}; check the ID, nnUNet_raw and nnUNet_preprocessed") from error
+    raw = raw_base / name if raw_base else None
+    if need_raw and raw is not None and not raw.is_dir():
+        raise DataError(f"{raw} does not exist; put the data set there or correct nnUNet_raw")
+    command = f"nnUNetv2_plan_and_preprocess -d {number} -c {configuration}"
+    loaded = _load_plans(base / name, plans, command)
+    if configuration not in loaded["configurations"]:
+        raise ConfigError(
+            f"configuration {configuration!r} is not in the plans of {name}; there are: "
+            f"{', '.join(loaded['configurations'])}"
+        )
+    dataset_json = _load_json(base / name / "dataset.json", command)
+    manager = PlansManager(loaded)
+    settings = manager.get_configuration(configuration)
+    folder, manifest = unlabeled_folder(base / name, settings.data_identifier)
+    return Configuration(
+        dataset=name,
+        raw=raw if raw is not None and raw.is_dir() else None,
+        preprocessed=base / name,
+        dataset_json=dataset_json,
+        plans=loaded,
+        configuration=configuration,
+        folder=folder,
+        manifest=manifest,
+        entries=_entries_that_matter(manager, settings, dataset_json),
+    )
+
+
+def _load_plans(folder: Path, plans: str | Mapping[str, Any], command: str) -> dict[str, Any]:
+    if not isinstance(plans, str):
+        return dict(plans)
+    hint = "" if plans == "nnUNetPlans" else f" (with -pl or -overwrite_plans_name, so that it makes {plans})"
+    return _load_json(folder / f"{plans}.json", command + hint)
+
+
+def _load_json(path: Path, command: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; type: {command}")
+    return read_json(path, f"type: {command}")
+
+
+def _entries_that_matter(
+    plans: PlansManager, configuration: ConfigurationManager, dataset_json: Mapping[str, Any]
+) -> dict[str, Any]:
+    # patch and batch size, architecture and labels are left out: they do not change a prepared image
+    entries = {key: configuration.configuration.get(key) for key in _PLAN_ENTRIES}
+    entries["image_reader_writer"] = plans.plans["image_reader_writer"]
+    entries["transpose_forward"] = plans.transpose_forward
+    entries["foreground_intensity_properties_per_channel"] = plans.foreground_intensity_properties_per_channel
+    entries["channel_names"] = channel_names(dataset_json)
+    entries["file_ending"] = dataset_json["file_ending"]
+    return json.loads(json.dumps(entries))
+
+
+def expected_cases(target: Configuration) -> dict[str, dict[str, Any]]:
+    """Manifest records of all cases that should be prepared, from the raw data set."""
+    raw, ending = target.raw, target.dataset_json["file_ending"]
+    images = raw / "imagesUn"
+    roles = read_roles(raw, target.dataset_json)
+    listed = benchmark_cases(read_splits(target.preprocessed, raw), roles.labeled)
+    problems = unlabeled_name_problems(raw, roles, target.dataset_json)
+    if problems:
+        raise DataError(bad_files(problems))
+    if not roles.unlabeled and not listed:
+        raise DataError(
+            f"{images} {'holds no image' if images.is_dir() else 'does not exist'} and no fold of "
+            'splits_final.json has an "unlabeled" list; put images without labels there, '
+            f"as CASE_0000{ending}"
+        )
+    sources = {**dict.fromkeys(roles.unlabeled, "imagesUn"), **dict.fromkeys(listed, "imagesTr")}
+    return {case: _record(source, roles.files[case], raw, ending) for case, source in sources.items()}
+
+
+def _record(source: str, files: Sequence[Path], raw: Path, ending: str) -> dict[str, Any]:
+    stem = files[0].name.removesuffix(ending)[: -len("_0000")]
+    sidecar = files[0].with_name(f"{stem}.json")  # nnU-Net's TIFF reader takes the spacing from it
+    described = []
+    for path in (*files, *([sidecar] if sidecar.is_file() else [])):
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; restore it or remove the case") from error
+        name = path.relative_to(raw) if path.is_relative_to(raw) else path
+        described.append({"name": str(name), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+    return {"from": source, "files": described}
+
+
+def _recorded(target: Configuration, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """The same from the manifest alone, for machines that have no raw data."""
+    listed = benchmark_cases(read_splits(target.preprocessed))
+    cases = {case: {"from": record["from"], "files": record["files"]} for case, record in manifest["cases"].items()}
+    if not cases and not listed:
+        raise DataError(
+            f"{target.folder} holds no prepared case and there is no raw data set {target.dataset}; "
+            "set nnUNet_raw, or copy the prepared folder and its .json here"
+        )
+    return {**{case: {"from": "imagesTr", "files": None} for case in listed}, **cases}
+
+
+def read_manifest(target: Configuration) -> Manifest:
+    """The manifest; an empty one, which makes all cases new, where there is none that can be used."""
+    empty = {"format": FORMAT, "dataset": target.dataset, "plans": None, "cases": {}}
+    try:
+        manifest = read_json(target.manifest)
+    except DataError:
+        return empty
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else empty
+
+
+def write_manifest(target: Configuration, manifest: Manifest) -> None:
+    """Write the manifest, whole or not at all."""
+    write_json(target.manifest, manifest, sort_keys=True)
+
+
+def compare_manifest(
+    target: Configuration, manifest: Manifest, expected: Mapping[str, Mapping[str, Any]]
+) -> Difference:
+    """Return what separates the prepared cases from those that are expected, both by their records in a manifest."""
+    recorded = manifest["cases"]
+    present = set(os.listdir(target.folder)) if target.folder.is_dir() else set()
+    plans = manifest["plans"] or target.entries
+    # compared as text, where NaN equals NaN
+    entries = tuple(sorted(key for key, value in target.entries.items() if _text(plans.get(key)) != _text(value)))
+    new, changed = [], []
+    for case, record in sorted(expected.items()):
+        if entries or case not in recorded or not {case + suffix for suffix in SUFFIXES} <= present:
+            new.append(case)
+        elif any(recorded[case][key] != record[key] for key in ("from", "files")):
+            changed.append(case)
+    on_disk = {re.sub(r"(_seg)?\.(b2nd|pkl)$", "", name) for name in present if name.endswith((".b2nd", ".pkl"))}
+    removed = sorted((on_disk | recorded.keys()) - expected.keys())
+    return Difference(entries, tuple(new), tuple(changed), tuple(removed))
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def bad_files(problems: Sequence[str]) -> str:
+    """Return one line about what is wrong with files."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} files are bad: {first_few(problems, separator=' | ')}"

@@ -1,0 +1,145 @@
+"""One unlabelled case, prepared by nnU-Net's own preprocessor: the work of one process."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_dycon.data.manifest import SUFFIXES
+from nnunetv2_dycon.data.roles import channel_names
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import sync
+
+
+@dataclass(frozen=True)
+class CaseToPrepare:
+    """What a worker process needs to make one case; picklable."""
+
+    case: str
+    files: tuple[str, ...]
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+    folder: str
+    work: str
+
+
+def prepare_case(task: CaseToPrepare) -> str | None:
+    """Prepare one case; returns what is wrong with its images, None if it is done."""
+    plans = PlansManager(task.plans)
+    configuration = plans.get_configuration(task.configuration)
+    try:
+        image, properties = _read_image(task.files, plans, len(channel_names(task.dataset_json)))
+    except DataError as error:
+        return str(error)
+    # reading, then run_case_npy, is what nnU-Net's run_case does; apart, so that checks need not read again
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    data, mask, properties = preprocessor.run_case_npy(image, None, properties, plans, configuration, task.dataset_json)
+    properties["class_locations"] = {}  # nnU-Net's loader asks for the key
+    _save(
+        task,
+        data.astype(np.float32, copy=False),
+        mask.astype(np.int16, copy=False),
+        properties,
+        configuration,
+    )
+    return None
+
+
+def _read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Image (C, X, Y, Z) and properties by nnU-Net's reader, refused if no network could use it."""
+    names = ", ".join(files)
+    reader = plans.image_reader_writer_class
+    try:
+        not_finite = [_not_finite_on_disk(file) if issubclass(reader, SimpleITKIO) else 0 for file in files]
+        image, properties = reader().read_images(files)
+    except MemoryError:
+        raise
+    except Exception as error:  # every reader has its own
+        reason = (str(error).strip().splitlines() or ["channels differ in shape or spacing"])[-1].strip()
+        raise DataError(f"{names} cannot be read ({reason[-200:]}); replace or remove it") from error
+    if len(image) > max(channels, len(files)):
+        raise DataError(f"{names} is 4-D ({len(image)} volumes); write one 3-D file a channel: CASE_0000, CASE_0001")
+    if len(image) != channels:
+        raise DataError(
+            f"{names}: {len(image)} channel{'s' * (len(image) != 1)}, dataset.json names {channels}; "
+            "add the missing channels or remove the case"
+        )
+    counts = [channel.size - int(np.count_nonzero(np.isfinite(channel))) for channel in image]
+    for name, bad in (*zip(files, not_finite, strict=True), *zip(_per_channel(files, channels), counts, strict=True)):
+        if bad:
+            raise DataError(f"{name} has NaN or Inf in {bad} voxel{'s' * (bad > 1)}; replace the values or remove it")
+    if not np.any(image):
+        raise DataError(f"{names} is empty ({'no voxel' if image.size == 0 else 'only zeros'}); replace or remove it")
+    return image, properties
+
+
+def _per_channel(files: Sequence[str], channels: int) -> Sequence[str]:
+    return files if len(files) == channels else [", ".join(files)] * channels
+
+
+def _not_finite_on_disk(file: str) -> int:
+    """Number of NaN and Inf in a NIfTI file.
+
+    SimpleITK cannot tell: it reads both as 0, and the missing part of a truncated file too.
+    """
+    if not file.endswith((".nii", ".nii.gz")):
+        return 0
+    values = np.asanyarray(nibabel.load(file).dataobj.get_unscaled())
+    return values.size - int(np.count_nonzero(np.isfinite(values))) if values.dtype.kind in "fc" else 0
+
+
+def _save(
+    task: CaseToPrepare,
+    data: np.ndarray,
+    mask: np.ndarray,
+    properties: dict[str, Any],
+    configuration: ConfigurationManager,
+) -> None:
+    patch = tuple(configuration.patch_size)
+    blocks, chunks = comp_blosc2_params(data.shape, patch, data.itemsize)
+    blocks_seg, chunks_seg = comp_blosc2_params(mask.shape, patch, mask.itemsize)
+    with writing(Path(task.folder)), tempfile.TemporaryDirectory(dir=task.work) as scratch:
+        nnUNetDatasetBlosc2.save_case(
+            data,
+            mask,
+            properties,
+            os.path.join(scratch, task.case),
+            chunks=chunks,
+            blocks=blocks,
+            chunks_seg=chunks_seg,
+            blocks_seg=blocks_seg,
+        )
+        for suffix in SUFFIXES:
+            sync(Path(scratch, task.case + suffix))
+        remove_case(Path(task.folder), task.case)
+        for suffix in SUFFIXES:
+            os.replace(os.path.join(scratch, task.case + suffix), os.path.join(task.folder, task.case + suffix))
+        sync(Path(task.folder))
+
+
+def remove_case(folder: Path, case: str) -> None:
+    """Delete the files of a prepared case."""
+    for suffix in reversed(SUFFIXES):  # first the mark of a whole case
+        (folder / (case + suffix)).unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about writing below or at `path` into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {error.filename or path}: {error.strerror or error}; check its permissions and "
+            "the free space, or let nnUNet_preprocessed point elsewhere"
+        ) from error

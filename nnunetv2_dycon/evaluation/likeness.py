@@ -1,0 +1,202 @@
+"""Runs that cannot be compared are refused, and methods get short names."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.facts import FINAL, Facts
+from nnunetv2_dycon.evaluation.runs import Run
+from nnunetv2_dycon.files import first_few
+
+
+def check_alike(runs: Sequence[Run], cases: Collection[str], predicted: Mapping[str, Collection[str]]) -> None:
+    """Refuse what cannot be laid side by side.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        All that are compared.
+    cases : collection of str
+        The test cases.
+    predicted : mapping of str to collection of str
+        Cases of each folder of predictions, by its path.
+
+    Raises
+    ------
+    DataError
+        If a run has other test cases, was trained or chose its checkpoint on test cases, if runs differ in
+        labelled cases, plans, checkpoint or mirroring, or if runs of one name differ in more than the seed, or in
+        nothing. An upper bound must have all labelled cases of the others, and more, and the plans of one of them.
+        Facts that are not recorded cannot be checked.
+    """
+    for run in runs:
+        _check_cases(run, set(cases), set(predicted[str(run.predictions)]))
+    others = [run for run in runs if not run.upper]
+    _check_draws(others)
+    _check_settings(runs)
+    _check_repeats(runs)
+    for run in runs:
+        if run.upper:
+            _check_upper(run, others)
+    by_draw: dict[Any, Run] = {}
+    for run in others:
+        first = by_draw.setdefault(_draw(run.facts), run)
+        if None not in (run.facts.plans, first.facts.plans) and run.facts.plans != first.facts.plans:
+            raise DataError(
+                f"{run.name} was trained with other plans ({run.facts.plans}) than {first.name} "
+                f"({first.facts.plans}); train both with the same -p and -c, planned once"
+            )
+    for key, mend in (
+        ("checkpoint", "compare the final checkpoints of all: -chk checkpoint_final.pth"),
+        ("mirroring", "predict all with it, or all with --disable_tta"),
+    ):
+        known = {getattr(run.facts, key): run for run in runs if getattr(run.facts, key) is not None}
+        if len(known) > 1:
+            (one, a), (other, b) = list(known.items())[:2]
+            raise DataError(f"runs differ in {key}: {one} in {a.name}, {other} in {b.name}; {mend}")
+
+
+def _check_cases(run: Run, cases: set[str], predicted: set[str]) -> None:
+    if predicted != cases:
+        missing, extra = sorted(cases - predicted), sorted(predicted - cases)
+        what = f"lacks {first_few(missing)}" if missing else f"has {first_few(extra)}, which has no truth"
+        raise DataError(
+            f"{run.name} has other test cases: {run.predictions} {what}; predict the same cases with every run"
+        )
+    trained = cases & set(run.facts.labeled or ())
+    if trained:
+        raise DataError(f"{run.name} was trained on the test cases {first_few(sorted(trained))}; test on others")
+    seen = cases & set(run.facts.unlabeled_cases or ())
+    if seen:
+        raise DataError(
+            f"{run.name} was trained on images of the test cases {first_few(sorted(seen))}, as unlabelled ones; "
+            "test on others"
+        )
+    chosen = cases & set(run.facts.validation or ())
+    if chosen and run.facts.checkpoint != FINAL:
+        raise DataError(
+            f"{run.facts.checkpoint} of {run.name} was chosen on the test cases {first_few(sorted(chosen))}; "
+            f"use -chk {FINAL}"
+        )
+
+
+def _draw(facts: Facts) -> Any:
+    return facts.labeled if facts.labeled is not None else facts.labeled_count
+
+
+def _check_draws(runs: Sequence[Run]) -> None:
+    """Every method must have been trained on the same labelled draws, one or several."""
+    draws: dict[str, dict[Any, Run]] = {}
+    for run in runs:
+        if _draw(run.facts) is not None:
+            draws.setdefault(run.method, {}).setdefault(_draw(run.facts), run)
+    methods = list(draws.items())
+    for method, own in methods[1:]:
+        first, others = methods[0]
+        if own.keys() != others.keys():
+            only = next(iter((own.keys() - others.keys()) or (others.keys() - own.keys())))
+            run = own.get(only) or others[only]
+            raise DataError(
+                f"{run.name} (fold {run.facts.fold}) was trained on {_count(run.facts)} labelled cases that "
+                f"{first if only in own else method} was not trained on; compare runs of the same labelled cases"
+            )
+
+
+def _check_settings(runs: Sequence[Run]) -> None:
+    """Runs of one method must have the same options: a default may have changed from one version to the next."""
+    known: dict[tuple[str, str], Run] = {}
+    for run in runs:
+        for option, value in (run.facts.settings or {}).items():
+            first = known.setdefault((run.method, option), run)
+            if option != "seed" and value != first.facts.settings[option]:
+                raise DataError(
+                    f"{run.training or run.predictions} and {first.training or first.predictions} have one trainer "
+                    f"name, but {option} is {value} and {first.facts.settings[option]}: its default changed between "
+                    "them; train one of them anew"
+                )
+
+
+def _check_repeats(runs: Sequence[Run]) -> None:
+    """Runs of one method are its spread: each must be of a seed or labelled draw of its own, all else equal."""
+    known: dict[Any, Run] = {}
+    images: dict[Any, Run] = {}
+    for run in runs:
+        facts = run.facts
+        # of a folder of predictions nothing may be recorded; then its name has to tell
+        own = run.predictions.name if facts.trainer is None else (facts.seed, facts.fold, _draw(facts))
+        first = known.setdefault((run.method, own), run)
+        if first is not run:
+            raise DataError(
+                f"{run.training or run.predictions} and {first.training or first.predictions} would be two runs of "
+                f"{run.method}, but neither seed nor labelled cases tell them apart; leave one out, or rename a folder "
+                "of predictions"
+            )
+        if facts.unlabeled is not None:
+            first = images.setdefault((run.method, _draw(facts)), run)
+            if facts.unlabeled != first.facts.unlabeled:
+                raise DataError(
+                    f"{run.training or run.predictions} and {first.training or first.predictions} would be runs of "
+                    f"{run.method}, but with {facts.unlabeled} and {first.facts.unlabeled} unlabelled images; compare "
+                    "them in two reports"
+                )
+
+
+def _check_upper(upper: Run, others: Sequence[Run]) -> None:
+    for run in others:
+        if None not in (upper.facts.labeled, run.facts.labeled) and not (
+            set(run.facts.labeled) < set(upper.facts.labeled)
+        ):
+            raise DataError(
+                f"--upper {upper.name} was trained on {_count(upper.facts)} labelled cases, which are not those of "
+                f"{run.name} and more; give a training on all labels of the same data"
+            )
+    plans = {run.facts.plans for run in others}
+    if upper.facts.plans is not None and None not in plans and upper.facts.plans not in plans:
+        raise DataError(
+            f"--upper {upper.name} was trained with other plans ({upper.facts.plans}) than {others[0].name} "
+            f"({others[0].facts.plans}); move those to its data set first: nnUNetv2_move_plans_between_datasets"
+        )
+
+
+def _count(facts: Facts) -> int | None:
+    return len(facts.labeled) if facts.labeled is not None else facts.labeled_count
+
+
+def find_baseline(text: str, runs: Sequence[Run]) -> str:
+    """Return the method that a text names.
+
+    Raises
+    ------
+    DataError
+        If it names none of the runs, or several methods.
+    """
+    named = [run.method for run in runs if text in (run.name, run.facts.trainer, run.method)]
+    if not named:
+        named = [run.method for run in runs if run.method.split(" (")[0] == text]
+    trainers = {method.split(" (")[0] for method in named}
+    if len(trainers) != 1:
+        names = ", ".join(dict.fromkeys(run.method.split(" (")[0] for run in runs))
+        many = "names several methods" if trainers else "names none of the runs"
+        raise DataError(f"--baseline {text} {many}; give one of {names}")
+    return named[0]
+
+
+def short_names(methods: Sequence[str]) -> dict[str, str]:
+    """Return a short name for each method: without nnU-Net's prefix and what all have in common.
+
+    Examples
+    --------
+    >>> short_names(["nnUNetTrainer_epochs5 (student)", "nnUNetTrainerDyCON_epochs5 (student)"])
+    {'nnUNetTrainer_epochs5 (student)': 'nnU-Net', 'nnUNetTrainerDyCON_epochs5 (student)': 'DyCON'}
+    """
+    parts = {method: re.fullmatch(r"([^_ ]*)(.*?)( \(\w+\))?", method).groups() for method in methods}
+    options = {method: set(part[1].split("_")[1:]) for method, part in parts.items()}
+    shared = set.intersection(*options.values()) if len(methods) > 1 else set()
+    same_weights = len({part[2] for part in parts.values()}) == 1
+    names = {}
+    for method, (base, text, weights) in parts.items():
+        own = [option for option in text.split("_")[1:] if option not in shared]
+        head = re.sub(r"^nnUNetTrainer", "", base) or "nnU-Net"
+        names[method] = "_".join([head, *own]) + ("" if same_weights else weights or "")
+    return names if len(set(names.values())) == len(methods) else {method: method for method in methods}
