@@ -13,6 +13,10 @@ class DataError(UserError):
     """A file or folder on disk that is missing, stale, unreadable or of the wrong kind."""
 
 
+class WriteError(DataError):
+    """A file or folder that cannot be written: permissions, or a full disk."""
+
+
 class SplitError(UserError):
     """A case in two roles, or a list of cases that does not fit the data set."""
 

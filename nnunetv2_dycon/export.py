@@ -1,8 +1,6 @@
 """Model folders that stock nnU-Net predicts with, on a machine without this package."""
 
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +10,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import whole_folder
 
 STOCK_TRAINER = "nnUNetTrainer"
 MODEL_FILES = ("plans.json", "dataset.json")
@@ -75,20 +74,13 @@ def export_model(
             f"{missing[0]} does not exist; train it first: nnUNetv2_train {dataset_id} {configuration} "
             f"{missing[0].parent.name.removeprefix('fold_')} -tr {trainer} -p {plans}"
         )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-            whole = Path(scratch, "model")
-            whole.mkdir()
-            for name in MODEL_FILES:
-                shutil.copyfile(model / name, whole / name)
-            for number, fold, kind in _members(folds, weights):
-                target = whole / f"fold_{number}" / "checkpoint_final.pth"
-                target.parent.mkdir()
-                write_checkpoint(_stock_checkpoint(model / f"fold_{fold}" / checkpoint, kind), target)
-            os.replace(whole, output)
-    except OSError as error:
-        raise DataError(f"cannot write {output}: {error.strerror}; give -o another folder.") from error
+    with whole_folder(output) as whole:
+        for name in MODEL_FILES:
+            shutil.copyfile(model / name, whole / name)
+        for number, fold, kind in _members(folds, weights):
+            target = whole / f"fold_{number}" / "checkpoint_final.pth"
+            target.parent.mkdir()
+            write_checkpoint(_stock_checkpoint(model / f"fold_{fold}" / checkpoint, kind), target)
     return output
 
 

@@ -9,18 +9,19 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.errors import DataError, WriteError
 
 PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our own listings pass over them
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator[Path]:
     """Give a temporary path in the same folder; on leaving without an error it becomes `path`.
 
     The temporary name keeps the ending of `path` (`.nii.gz`, `.png`), by which writers choose the format.
@@ -29,21 +30,55 @@ def whole_file(path: Path) -> Iterator[Path]:
     ----------
     path : Path
         The file to write; its folder exists.
+    elsewhere : str
+        Where else the user can write; ends the error message.
 
     Raises
     ------
-    DataError
+    WriteError
         If the disk is full, or the folder cannot be written.
     """
     part = temporary_name(path)
     try:
-        with _disk_errors(path):
+        with writing(path, elsewhere):
             yield part
             sync(part)
             os.replace(part, path)
             sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give an empty temporary folder next to `path`; on leaving without an error it becomes `path`.
+
+    A folder that is there stays until the new one is complete, and is replaced then.
+
+    Parameters
+    ----------
+    path : Path
+        The folder to write; its parent is made where it is missing.
+
+    Raises
+    ------
+    WriteError
+        If the disk is full, or the parent cannot be written.
+    """
+    part, old = temporary_name(path), temporary_name(path)
+    try:
+        with writing(path):
+            part.mkdir(parents=True)
+            yield part
+            if path.exists():
+                os.rename(path, old)
+            os.rename(part, path)
+            sync(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        for folder in (part, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def temporary_name(path: Path) -> Path:
@@ -70,7 +105,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
     """Write JSON that a person can read, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, sort_keys=sort_keys))
+    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, mend: str = "restore it") -> Any:
@@ -135,12 +170,17 @@ def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") ->
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into one line that names the file."""
+def writing(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
+    """Turn what the operating system says about writing `path` into one line.
+
+    Raises
+    ------
+    WriteError
+        In place of an OSError; `elsewhere` says where else the user can write.
+    """
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}; check its permissions and the free space, or choose "
-            "another folder"
+        raise WriteError(
+            f"cannot write {path}: {error.strerror or error}; check its permissions and the free space, or {elsewhere}"
         ) from error

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from nnunetv2_dycon import __version__, parallel
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.files import write_json
 
 Shape = tuple[int, int, int]
 Role = Literal["labeled", "unlabeled", "test"]
@@ -516,4 +517,4 @@ def _write_descriptions(folder: Path, settings: Phantom, roles: list[Role]) -> N
     }
     splits = [{"train": labeled, "val": labeled}]
     for name, content in zip(dataset.FILES, (description, splits, conversion), strict=True):
-        dataset.write_json(folder / name, content)
+        write_json(folder / name, content)

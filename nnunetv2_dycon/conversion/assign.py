@@ -13,6 +13,7 @@ import numpy as np
 
 from nnunetv2_dycon.conversion.protocols import Protocol, read_names, read_protocol
 from nnunetv2_dycon.errors import ConfigError, SplitError
+from nnunetv2_dycon.files import first_few
 
 Labeled = float | int | Literal["all"] | Path
 ROLES = ("labeled", "validation", "unlabeled", "test")
@@ -154,7 +155,7 @@ def assign(protocol: Protocol, request: Request, known: Known, canonical: Callab
     if not cases["labeled"]:
         raise SplitError(
             f"none of the {len(labeled)} labelled cases of {protocol.name} is there with its label "
-            f"({_some(labeled)}); name others with --labeled FILE, or draw among those there with --labeled-seed 0"
+            f"({first_few(labeled)}); name others with --labeled FILE, or draw among those there with --labeled-seed 0"
         )
     named = {case for names in wanted.values() for case in names} | set(known.dropped)
     unknown = tuple(sorted(set(known.with_label) - named))
@@ -301,14 +302,10 @@ def _folds(
         return tuple(folds), "fold 0 validates on its own training cases: that validation measures nothing"
     return tuple(folds), (
         f"no validation cases: fold 0 trains on {len(first['train'])} of the {len(labeled)} labelled "
-        f"cases and validates on {len(first['val'])} of them ({_some(first['val'])}), too few to choose anything by; "
+        f"cases and validates on {len(first['val'])} of them ({first_few(first['val'])}), "
+        "too few to choose anything by; "
         f"fold all trains on all {len(labeled)}"
     )
-
-
-def _some(cases: Sequence[str]) -> str:
-    more = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
-    return ", ".join(cases[:3]) + more
 
 
 def as_json(assignment: Assignment) -> dict[str, Any]:

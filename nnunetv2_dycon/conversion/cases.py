@@ -1,7 +1,5 @@
 """One case, written as nnU-Net's files; the work of one process."""
 
-import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +14,13 @@ from nnunetv2_dycon.conversion.volumes import (
     NiftiFile,
     Source,
     Volume,
-    WriteError,
     names_of,
     put_file,
     put_nifti,
     save,
-    writing,
 )
-from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.errors import DataError, WriteError
+from nnunetv2_dycon.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -125,11 +122,7 @@ class Task(ABC):
             If nothing can be written.
         """
         try:
-            report = self.make()
-            part = self._report.with_suffix(".part")
-            with writing(part):
-                part.write_text(json.dumps(report))
-                os.replace(part, self._report)
+            write_json(self._report, self.make())
         except WriteError:
             raise
         except DataError as error:
@@ -153,7 +146,7 @@ class Task(ABC):
 
     def report(self) -> dict[str, Any]:
         """Return what `write` noted."""
-        return json.loads(self._report.read_text())
+        return read_json(self._report)
 
     @property
     def _report(self) -> Path:

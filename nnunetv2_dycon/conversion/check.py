@@ -19,8 +19,7 @@ from nnunetv2_dycon.conversion.volumes import reading
 from nnunetv2_dycon.data.roles import Roles, channel_names, read_roles, training_labels, unlabeled_name_problems
 from nnunetv2_dycon.data.splits import fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import DataError, UserError
-
-_SHOWN = 3
+from nnunetv2_dycon.files import first_few
 
 
 class Check(NamedTuple):
@@ -219,14 +218,9 @@ def _hash(channel: np.ndarray) -> str:
 # ---- all cases together ------------------------------------------------------------------------------------
 
 
-def _some(problems: Sequence[str]) -> str:
-    more = f" | and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return " | ".join(problems[:_SHOWN]) + more
-
-
 def _gathered(name: str, good: str, seen: Mapping[str, _Seen]) -> Check:
     problems = sorted(text for result in seen.values() for of, text in result.problems if of == name)
-    return Check(name, not problems, _some(problems) if problems else good)
+    return Check(name, not problems, first_few(problems, separator=" | ") if problems else good)
 
 
 def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Check:
@@ -239,17 +233,21 @@ def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Check:
     across = [group for group in twice if len({role_of[case] for case in group}) > 1]
     if across:
         texts = [" = ".join(f"{case} ({role_of[case]})" for case in group) for group in across]
-        return Check("duplicates", False, f"the same image in two roles: {_some(texts)}; keep one of each")
+        return Check("duplicates", False, f"the same image in two roles: {_joined(texts)}; keep one of each")
     if twice:
         texts = [f"{' = '.join(group)} ({role_of[group[0]]})" for group in twice]
-        return Check("duplicates", True, f"none across roles; the same image twice in one role: {_some(texts)}")
+        return Check(
+            "duplicates",
+            True,
+            f"none across roles; the same image twice in one role: {_joined(texts)}",
+        )
     return Check("duplicates", True, "no image occurs twice")
 
 
 def _unlabeled(raw: Path, content: Mapping[str, Any], roles: Roles) -> Check:
     problems = unlabeled_name_problems(raw, roles, content)
     if problems:
-        return Check("unlabelled", False, _some(problems))
+        return Check("unlabelled", False, first_few(problems, separator=" | "))
     hidden = set(roles.unlabeled)
     ending = content["file_ending"]
     for folder in (path for path in sorted(raw.iterdir()) if path.is_dir() and path.name.startswith("labels")):
@@ -264,7 +262,7 @@ def _unlabeled(raw: Path, content: Mapping[str, Any], roles: Roles) -> Check:
 def _missing_labels(roles: Roles, labels: Mapping[str, Path]) -> Check:
     missing = [str(labels[case]) for case in roles.labeled if not labels[case].is_file()]
     if missing:
-        return Check("labels", False, f"missing: {_some(missing)}; add them, or move the images to imagesUn")
+        return Check("labels", False, f"missing: {_joined(missing)}; add them, or move the images to imagesUn")
     without = sum(not labels[case].is_file() for case in roles.test)
     tests = f"; {without} of {len(roles.test)} test cases have none and cannot be scored" if without else ""
     return Check("labels", True, f"every labelled case has one{tests}")
@@ -301,3 +299,7 @@ def _provenance(raw: Path, role_of: Mapping[str, str]) -> Check:
                 "convert again, or delete conversion.json if you changed it on purpose",
             )
     return Check("conversion.json", True, f"{len(recorded)} cases in the roles that were written")
+
+
+def _joined(problems: Sequence[str]) -> str:
+    return first_few(problems, separator=" | ")

@@ -20,6 +20,7 @@ from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.source import inside, list_files, looks_like
 from nnunetv2_dycon.conversion.volumes import NiftiFile
 from nnunetv2_dycon.errors import DataError, SplitError
+from nnunetv2_dycon.files import first_few
 
 WORDS = {"labeled": "labelled", "validation": "validation", "unlabeled": "unlabelled", "test": "test"}
 _SHOWN = 8  # case names in one line of the summary; conversion.json has all
@@ -307,8 +308,7 @@ def _drop_notes(collection: Collection, protocol: Protocol, known: Known) -> lis
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return first_few(names, _SHOWN)
 
 
 def _text(labeled: str | float | Path) -> str:

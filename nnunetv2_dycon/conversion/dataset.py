@@ -11,7 +11,6 @@ nnU-Net does not see:
 A killed run leaves this folder, and the next run of the same command continues with it. An error removes it.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,8 +22,8 @@ from typing import Any
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-from nnunetv2_dycon.conversion.volumes import to_disk
 from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.files import read_json
 from nnunetv2_dycon.locks import locked
 
 IMAGES = {"labeled": "imagesTr", "validation": "imagesTr", "unlabeled": "imagesUn", "test": "imagesTs"}
@@ -81,8 +80,8 @@ def target_folder(dataset_id: int, name: str) -> Path:
 def conversion_of(target: Path) -> dict[str, Any]:
     """Content of a data set's conversion.json; empty where there is none that can be read."""
     try:
-        content = json.loads((target / "conversion.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(target / "conversion.json")
+    except DataError:
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -218,9 +217,3 @@ def stale_preparation(target: Path) -> Path | None:
 
 def _busy(work: Path) -> str:
     return f"another run is writing {work}: wait for it to end"
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write one of the data set's descriptions."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    to_disk(path)

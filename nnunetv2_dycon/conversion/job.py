@@ -16,7 +16,7 @@ from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.cases import Task
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import first_few
+from nnunetv2_dycon.files import first_few, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -183,9 +183,9 @@ def _describe(job: Job, stamp: str, folder: Path) -> list[str]:
         kept = {key: reports[name][key] for key in ("label_voxels", "notes") if reports[name].get(key)}
         cases[name] = {**case, "written": written[name], **kept}
     job.describe(folder)
-    dataset.write_json(folder / "splits_final.json", list(job.folds))
+    write_json(folder / "splits_final.json", list(job.folds))
     marks = {"fingerprint": job.fingerprint, **({"stamp": stamp} if job.dated else {})}
-    dataset.write_json(folder / "conversion.json", {**job.plan, **marks, "cases": cases})
+    write_json(folder / "conversion.json", {**job.plan, **marks, "cases": cases})
     ways = Counter(way for report in reports.values() for way in report["how"])
     notes = [f"{name}: {note}" for name, report in reports.items() for note in report["notes"]]
     return [*notes, "files: " + ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))]

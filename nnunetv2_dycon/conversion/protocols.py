@@ -6,14 +6,14 @@ The published ones are data files in `published/`, with their source. A user's o
 whose cases are unlabelled unless they are labelled, it decides nothing and may name none but these.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_dycon.errors import ConfigError, SplitError
+from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
+from nnunetv2_dycon.files import read_json
 
 PUBLISHED = Path(__file__).with_name("published")
 
@@ -121,9 +121,9 @@ def read_names(path: Path, canonical: Callable[[str], str]) -> tuple[str, ...]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise SplitError(f"{path} is no valid JSON ({error}); mend it") from error
+        content = read_json(path, "mend it")
+    except DataError as error:
+        raise SplitError(str(error)) from error
     if not isinstance(content, dict):
         raise SplitError(f'{path} must be {{"labeled": [...], "train": [...], "val": [...], "test": [...]}}; mend it')
     return content

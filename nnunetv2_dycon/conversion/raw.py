@@ -1,12 +1,11 @@
 """A raw data set of nnU-Net that is there: its folder, and its dataset.json with the keys that are needed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
+from nnunetv2_dycon.data.datasets import dataset_name
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import read_json
 from nnunetv2_dycon.folders import environment_folder
 
 
@@ -19,17 +18,9 @@ def find_raw(dataset_id: int | str) -> tuple[Path, dict[str, Any]]:
         If there is no such data set, or nnU-Net cannot use its dataset.json.
     """
     raw = environment_folder("nnUNet_raw")
-    try:
-        folder = raw / str(maybe_convert_to_dataset_name(dataset_id))
-    except (RuntimeError, ValueError) as error:
-        raise DataError(f"-d {dataset_id}: {str(error).split('. ')[0]}; check the id and nnUNet_raw") from error
+    folder = raw / dataset_name(dataset_id)
     path = folder / "dataset.json"
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); a raw data set of nnU-Net has one") from error
-    except ValueError as error:
-        raise DataError(f"{path} is no valid JSON ({error}); mend it") from error
+    content = read_json(path, "a raw data set of nnU-Net has one: mend it")
     _check(path, content)
     return folder, content
 

@@ -18,6 +18,7 @@ from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.roles import Roles, read_roles, training_labels
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
+from nnunetv2_dycon.files import write_json
 
 TEST_SEED = 12345  # test cases are the same for every draw of labelled ones
 
@@ -216,7 +217,7 @@ def _task(data: _Data, case: str, role: str, target: Path) -> LinkTask:
 def _write_dataset_json(data: _Data, name: str, number: int, folder: Path) -> None:
     content = {key: value for key, value in data.json.items() if key != "dataset"}
     content |= {"name": name, "numTraining": number, "converted_by": f"nnunetv2_dycon {__version__}"}
-    dataset.write_json(folder / "dataset.json", content)
+    write_json(folder / "dataset.json", content)
 
 
 def _left_out(data: _Data, kept_tests: bool) -> list[str]:

@@ -20,16 +20,13 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import whole_file
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # SimpleITK counts millimetres to the left and to the back
 _UNREADABLE = (
     *(OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, struct.error),
     *(ImageFileError, HeaderDataError),
 )
-
-
-class WriteError(DataError):
-    """Nothing more can be written: the other cases would fail as well."""
 
 
 class Volume(NamedTuple):
@@ -167,33 +164,23 @@ def put_nifti(source: NiftiFile, target: Path) -> str:
     """
     source.open()
     packed, wanted = (path.name.lower().endswith(".gz") for path in (source.path, target))
-    part = target.with_name(f".{target.name}.part")
-    with writing(target):
-        part.unlink(missing_ok=True)
-        if packed != wanted:
-            _compress(source.path, part)
-            to_disk(part)
-            how = "compressed"
-        else:
-            how = _link(source.path.resolve(), part)
-        _put(part, target)
-    return how
+    with _whole(target) as part:
+        if packed == wanted:
+            return _link(source.path.resolve(), part)
+        _compress(source.path, part)
+        return "compressed"
 
 
 def put_file(source: Path, target: Path) -> str:
     """Make `target` the same file; returns 'linked' or 'copied'."""
-    part = target.with_name(f".{target.name}.part")
-    with writing(target):
-        part.unlink(missing_ok=True)
-        how = _link(source.resolve(), part)
-        _put(part, target)
-    return how
+    with _whole(target) as part:
+        return _link(source.resolve(), part)
 
 
-def _put(part: Path, target: Path) -> None:
-    # a killed run may have made this very link, and renaming one name of a file to another does nothing
-    target.unlink(missing_ok=True)
-    os.replace(part, target)
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    with whole_file(target, "let nnUNet_raw point elsewhere") as part:
+        yield part
 
 
 def _link(source: Path, target: Path) -> str:
@@ -202,14 +189,7 @@ def _link(source: Path, target: Path) -> str:
         return "linked"
     except OSError:  # another file system, one without links, or a file of another user
         shutil.copyfile(source, target)
-        to_disk(target)
         return "copied"
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file's content is on disk: a rename may reach it sooner, and after a power cut look whole."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _compress(source: Path, target: Path) -> None:
@@ -235,23 +215,8 @@ def save(volume: Volume, target: Path) -> None:
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0
         image = nib.Nifti1Image(volume.array, None, header)
-    part = target.with_name(f".part.{target.name}")
-    with writing(target):
+    with _whole(target) as part:
         nib.save(image, part)
-        to_disk(part)
-        os.replace(part, target)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing `path` into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(
-            f"cannot write {path}: {error.strerror or error}; check its permissions and the free space, "
-            "or let nnUNet_raw point elsewhere"
-        ) from error
 
 
 # ---- other formats -----------------------------------------------------------------------------------------

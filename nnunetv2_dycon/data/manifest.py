@@ -16,10 +16,10 @@ from typing import Any, Literal
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import (
     convert_dataset_name_to_id,
-    maybe_convert_to_dataset_name,
 )
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_dycon.data.datasets import dataset_name
 from nnunetv2_dycon.data.roles import channel_names, read_roles, unlabeled_name_problems
 from nnunetv2_dycon.data.splits import Splits, benchmark_cases, fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
@@ -48,6 +48,8 @@ _PLAN_ENTRIES = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
+ELSEWHERE = "let nnUNet_preprocessed point elsewhere"  # ends errors about writing
+
 Manifest = dict[str, Any]
 
 
@@ -219,12 +221,8 @@ def find_configuration(
     """
     base = environment_folder("nnUNet_preprocessed")
     raw_base = environment_folder("nnUNet_raw") if need_raw or nnUNet_raw.get() else None
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset))
-        number = convert_dataset_name_to_id(name)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).split(". ")[0]
-        raise DataError(f"dataset {dataset}: {reason}; check the ID, nnUNet_raw and nnUNet_preprocessed") from error
+    name = dataset_name(dataset)
+    number = convert_dataset_name_to_id(name)
     raw = raw_base / name if raw_base else None
     if need_raw and raw is not None and not raw.is_dir():
         raise DataError(f"{raw} does not exist; put the data set there or correct nnUNet_raw")

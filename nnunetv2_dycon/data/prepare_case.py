@@ -2,8 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_dycon.data.manifest import SUFFIXES
+from nnunetv2_dycon.data.manifest import ELSEWHERE, SUFFIXES
 from nnunetv2_dycon.data.roles import channel_names
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import sync
+from nnunetv2_dycon.files import sync, writing
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _save(
     patch = tuple(configuration.patch_size)
     blocks, chunks = comp_blosc2_params(data.shape, patch, data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(mask.shape, patch, mask.itemsize)
-    with writing(Path(task.folder)), tempfile.TemporaryDirectory(dir=task.work) as scratch:
+    with writing(Path(task.folder), ELSEWHERE), tempfile.TemporaryDirectory(dir=task.work) as scratch:
         nnUNetDatasetBlosc2.save_case(
             data,
             mask,
@@ -131,15 +130,3 @@ def remove_case(folder: Path, case: str) -> None:
     """Delete the files of a prepared case."""
     for suffix in reversed(SUFFIXES):  # first the mark of a whole case
         (folder / (case + suffix)).unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing below or at `path` into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot write {error.filename or path}: {error.strerror or error}; check its permissions and "
-            "the free space, or let nnUNet_preprocessed point elsewhere"
-        ) from error

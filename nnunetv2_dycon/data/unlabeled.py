@@ -25,6 +25,7 @@ from tqdm import tqdm
 from nnunetv2_dycon import __version__, parallel
 from nnunetv2_dycon.data.manifest import (
     BENCHMARK_NOTE,
+    ELSEWHERE,
     FORMAT,
     Configuration,
     Manifest,
@@ -35,9 +36,9 @@ from nnunetv2_dycon.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from nnunetv2_dycon.data.prepare_case import CaseToPrepare, prepare_case, remove_case, writing
+from nnunetv2_dycon.data.prepare_case import CaseToPrepare, prepare_case, remove_case
 from nnunetv2_dycon.errors import ConfigError, DataError
-from nnunetv2_dycon.files import remove_leftovers
+from nnunetv2_dycon.files import remove_leftovers, writing
 from nnunetv2_dycon.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def preprocess_unlabeled(
     targets = [find_configuration(dataset, name, plans, need_raw=True) for name in names]
     unique = {target.folder: target for target in targets}  # configurations may share their data
     for target in unique.values():
-        with writing(target.folder):
+        with writing(target.folder, ELSEWHERE):
             lock = target.folder.with_name(f".{target.folder.name}.lock")
             lock.touch()
         busy = f"{target.folder}: another process is preparing these images; waiting for it"
@@ -116,7 +117,7 @@ def _prepare(target: Configuration, processes: int, overwrite: bool) -> None:
         "plans": target.entries,
         "cases": {case: manifest["cases"][case] for case in sorted(kept)},
     }
-    with writing(target.folder):
+    with writing(target.folder, ELSEWHERE):
         for folder in (target.folder, target.work):
             folder.mkdir(exist_ok=True)
         write_manifest(target, manifest)  # names nothing that is about to change

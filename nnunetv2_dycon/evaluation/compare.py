@@ -1,17 +1,13 @@
 """Several runs on the same test cases: checked to be alike, scored, compared, reported."""
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
 from nnunetv2_dycon import parallel
+from nnunetv2_dycon.data.datasets import dataset_name
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.comparison import make_comparison
 from nnunetv2_dycon.evaluation.facts import Weights
@@ -24,6 +20,7 @@ from nnunetv2_dycon.evaluation.report import REPORT_FILE, write_report
 from nnunetv2_dycon.evaluation.runs import Place, Run, find_runs
 from nnunetv2_dycon.evaluation.scores import check_writable, evaluate
 from nnunetv2_dycon.evaluation.tables import choose_published
+from nnunetv2_dycon.files import whole_folder
 from nnunetv2_dycon.folders import environment_folder
 
 logger = logging.getLogger(__name__)
@@ -105,7 +102,7 @@ def compare(
     output = Path(output)
     _check_output(output, overwrite)
     processes = parallel.default_processes() if processes is None else processes
-    dataset = _dataset_name(dataset_id)
+    dataset = dataset_name(dataset_id)
     raw = environment_folder("nnUNet_raw") / dataset
     truth = raw / "labelsTs" if truth_folder is None else Path(truth_folder)
     labels = read_labels(raw / "dataset.json", truth)
@@ -127,8 +124,7 @@ def compare(
     check_alike(found, cases, predicted)
     images = Images(truth, raw / "imagesTs" if (raw / "imagesTs").is_dir() else None, labels)
     title = f"Comparison on {dataset.split('_', 1)[-1]}"
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-        whole = Path(scratch, "report")
+    with whole_folder(output) as whole:
         scored = []
         for number, run in enumerate(found):
             logger.info("%d of %d: %s, %s", number + 1, len(found), run.method, run.predictions)
@@ -138,7 +134,6 @@ def compare(
             with _quiet(evaluate.__module__):  # it would name a folder that is moved at the end
                 scored.append((run, evaluate(truth, run.predictions, output=scores, processes=processes, **settings)))
         write_report(whole, title, make_comparison(scored, reference), images, rows)
-        _replace(whole, output)
     return output / REPORT_FILE
 
 
@@ -151,15 +146,6 @@ def _quiet(module: str) -> Iterator[None]:
         yield
     finally:
         other.setLevel(level)
-
-
-def _dataset_name(dataset_id: int | str) -> str:
-    try:
-        return maybe_convert_to_dataset_name(dataset_id)
-    except (RuntimeError, TypeError) as error:
-        raise DataError(
-            f"no data set {dataset_id} in nnUNet_raw, nnUNet_preprocessed or nnUNet_results, or several; check -d"
-        ) from error
 
 
 def _labeled(runs: Sequence[Run]) -> list[int | None]:
@@ -190,12 +176,3 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise DataError(f"{output} exists and is no report; give -o another folder")
     if not overwrite:
         raise DataError(f"{output} holds a report; type --overwrite to replace it, or give -o another folder")
-
-
-def _replace(whole: Path, output: Path) -> None:
-    try:
-        if output.exists():
-            shutil.rmtree(output)  # a report, or empty: checked at the start
-        os.replace(whole, output)
-    except OSError as error:
-        raise DataError(f"cannot write {output} ({error.strerror}); give -o another folder") from error

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.metrics import Structure
+from nnunetv2_dycon.files import read_json
 
 DATASET_FILE = "dataset.json"
 _NIFTI = (".nii", ".nii.gz")
@@ -84,10 +84,7 @@ def read_labels(path: Path, folder: Path) -> Labels:
     DataError
         If the file cannot be read, or has no labels or endings that can be used.
     """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); give another with -djfile") from error
+    content = read_json(path, "give another with -djfile")
     try:
         ending, named = content["file_ending"], dict(content["labels"])
         ignore = named.pop("ignore", None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.facts import write_run_file
 from nnunetv2_dycon.evaluation.runs import Run
+from nnunetv2_dycon.files import whole_folder
 
 _PREDICT = (
     "import sys, torch; from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as go; "
@@ -49,16 +50,12 @@ def predict(
         if run.facts.weights == "teacher":
             model = _export_teacher(run, Path(scratch, "model"))
             checkpoint = "checkpoint_final.pth"
-        out = Path(scratch, "predictions")
         options = ["-npp", "1", "-nps", "1", *([] if mirroring else ["--disable_tta"])]
         options += [*(["-device", device] if device else []), *(["--save_probabilities"] if save_probabilities else [])]
-        files = ["-i", str(images), "-o", str(out), "-m", str(model), "-f", fold, "-chk", checkpoint]
-        _call(_PREDICT, [*files, *options], run)
-        write_run_file(out, run.facts)
-        try:
-            os.replace(out, run.predictions)
-        except OSError as error:
-            raise DataError(f"cannot write {run.predictions} ({error.strerror}); delete it or move it away") from error
+        with whole_folder(run.predictions) as out:
+            files = ["-i", str(images), "-o", str(out), "-m", str(model), "-f", fold, "-chk", checkpoint]
+            _call(_PREDICT, [*files, *options], run)
+            write_run_file(out, run.facts)
 
 
 def _export_teacher(run: Run, model: Path) -> Path:

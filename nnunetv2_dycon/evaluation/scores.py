@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import math
-import os
 import statistics
 import tempfile
 import types
@@ -42,6 +41,7 @@ from nnunetv2_dycon.evaluation.metrics import (
     recall,
     score_case,
 )
+from nnunetv2_dycon.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -373,15 +373,9 @@ def check_writable(folder: Path) -> None:
         raise _cannot_write(folder, error) from error
 
 
-def _write(folder: Path, files: Mapping[str, str]) -> None:
-    try:
-        with tempfile.TemporaryDirectory(prefix=".scores.", dir=folder) as scratch:
-            for name, text in files.items():
-                Path(scratch, name).write_text(text, encoding="utf-8")
-            for name in files:
-                os.replace(Path(scratch, name), folder / name)
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
+def _write(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        write_text(folder / name, text)
 
 
 def _cannot_write(folder: Path, error: OSError) -> DataError:

@@ -1,20 +1,20 @@
 """What all trainings have in common: the first data set, its plans and split, the settings; checked before any work."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_dycon import parallel
+from nnunetv2_dycon.data.datasets import dataset_name
 from nnunetv2_dycon.data.roles import Roles, read_roles
 from nnunetv2_dycon.data.splits import SPLITS_FILE, STOCK_FOLDS, UNLABELED, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_labels
+from nnunetv2_dycon.files import read_json
 from nnunetv2_dycon.folders import environment_folder
 
 
@@ -120,17 +120,13 @@ def read_experiment(
     processes = parallel.default_processes() if processes is None else processes
     if processes < 1:
         raise ConfigError(f"-np {processes}: the number of processes must be at least 1")
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset_id))
-    except (RuntimeError, ValueError) as error:
-        raise DataError(f"-d {dataset_id}: {str(error).split('. ')[0]}; check the id and nnUNet_raw") from error
-    data = DataSet.named(name)
-    content = _read_json(data.raw / "dataset.json", "a raw data set of nnU-Net has one")
+    data = DataSet.named(dataset_name(dataset_id))
+    content = read_json(data.raw / "dataset.json", "a raw data set of nnU-Net has one: mend it")
     roles = read_roles(data.raw, content)
     if not roles.unlabeled:
         raise DataError(f"{data.raw / 'imagesUn'} has no image; put the unlabelled images there")
     plan = f"plan it first: nnUNetv2_plan_and_preprocess -d {data.id} -c {configuration}"
-    plans = _read_json(data.preprocessed / f"{plans_name}.json", plan)
+    plans = read_json(data.preprocessed / f"{plans_name}.json", plan)
     if configuration not in plans["configurations"]:
         raise ConfigError(f"-c {configuration}: the plans have {', '.join(plans['configurations'])}")
     planned = PlansManager(plans).get_configuration(configuration)
@@ -174,12 +170,3 @@ def _check_splits(splits: Sequence[Mapping[str, Any]], fold: int | str) -> None:
         raise ConfigError(f"-f {fold}: give a number or all")
     if splits and fold != "all" and not 0 <= int(fold) < len(splits):
         raise ConfigError(f"-f {fold}: {SPLITS_FILE} has folds 0 to {len(splits) - 1}")
-
-
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {hint}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is no valid JSON ({error}); mend it") from error

@@ -1,6 +1,5 @@
 """Plans and preprocessing of a round's data set: the plans are those of the first one."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from nnunetv2_dycon.data.splits import SPLITS_FILE
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import read_json
 from nnunetv2_dycon.self_training import running
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
 
@@ -28,8 +28,8 @@ class Preparation:
         if not all(target.is_file() for target in copies.values()):
             return False
         try:
-            plans = json.loads((self.data.preprocessed / f"{self.experiment.plans_name}.json").read_text())
-        except (OSError, ValueError):  # not there, or cut short by a kill
+            plans = read_json(self.data.preprocessed / f"{self.experiment.plans_name}.json")
+        except DataError:  # not there, or cut short by a kill
             return False
         if _without_names(plans) != _without_names(self.experiment.plans):
             raise DataError(

@@ -13,6 +13,7 @@ from nnunetv2_dycon.conversion.cases import LinkTask
 from nnunetv2_dycon.conversion.job import Job, carry_out
 from nnunetv2_dycon.data.roles import training_labels
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import write_json
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
 from nnunetv2_dycon.self_training.training import Training, Voxels
 
@@ -134,7 +135,7 @@ class RoundData:
     def _describe(self, number: int, folder: Path) -> None:
         content = {key: value for key, value in self._experiment.content.items() if key != "dataset"}
         content |= {"name": self._data.name.split("_", 1)[1], "numTraining": number}
-        dataset.write_json(folder / "dataset.json", content | {"converted_by": f"nnunetv2_dycon {__version__}"})
+        write_json(folder / "dataset.json", content | {"converted_by": f"nnunetv2_dycon {__version__}"})
 
     def _notes(self, facts: Mapping[str, Any], voxels: Voxels) -> Iterator[str]:
         yield (

@@ -6,8 +6,6 @@ Beside a training's checkpoints are
 - `pseudo_labels.json`, written last: voxels of every structure in each of them, and the checkpoint they come from.
 """
 
-import hashlib
-import json
 import logging
 import os
 import zipfile
@@ -24,6 +22,7 @@ from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.data.splits import adopt_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
+from nnunetv2_dycon.files import file_digest, read_json, write_json
 from nnunetv2_dycon.self_training import running
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
 from nnunetv2_dycon.self_training.lengths import trainer_of_length
@@ -77,11 +76,7 @@ class Training:
 
     def checkpoint_digest(self) -> str:
         """Return the SHA-256 of the final checkpoint, hexadecimal."""
-        with open(self.folder / FINAL, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_digest(self.folder / FINAL)
 
     def predict_words(self) -> list[str]:
         """Return the command that predicts with the final checkpoint, but for images and output."""
@@ -117,8 +112,8 @@ class Training:
             If the pseudo-labels are of another checkpoint.
         """
         try:
-            noted = json.loads(self._report.read_text())
-        except (OSError, ValueError):
+            noted = read_json(self._report)
+        except DataError:
             return None
         if noted["checkpoint"] != self.checkpoint_digest():
             raise DataError(
@@ -156,9 +151,7 @@ class Training:
             return {path: counts for (path, _), counts in found}
 
     def _note(self, voxels: Voxels | None) -> None:
-        part = self._report.with_name(f".{self._report.name}.{os.getpid()}")
-        part.write_text(json.dumps({"checkpoint": self.checkpoint_digest(), "voxels": voxels}, indent=1))
-        os.replace(part, self._report)
+        write_json(self._report, {"checkpoint": self.checkpoint_digest(), "voxels": voxels})
 
 
 def list_trainings(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunetv2_dycon.conversion import dataset, volumes
+from nnunetv2_dycon.conversion import volumes
 from nnunetv2_dycon.dataset_conversion import converter
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError, UserError
 from tests import collections
@@ -524,7 +524,7 @@ def test_what_a_killed_run_left_is_continued_to_the_same_tree(raw, source, monke
             run(form, source, dataset_id=700)
     left = list(raw.glob(".*.converting/data/*/*"))
     assert left
-    half = left[0].with_name(f".{left[0].name}.part")
+    half = left[0].with_name(f".0123abcd.part.{left[0].name}")
     half.write_bytes(b"half")
     assert tree(run(form, source, dataset_id=700).folder) == clean
     assert [p.name for p in raw.iterdir()] == [f"Dataset700_{form.collection}"]
@@ -842,12 +842,9 @@ def test_a_full_disk_is_said_and_nothing_is_left(raw, source, monkeypatch, name,
     elif when == "label":
         monkeypatch.setattr("nnunetv2_dycon.conversion.cases.save", full)
     elif when == "json":
-        monkeypatch.setattr(dataset, "write_json", full)
+        monkeypatch.setattr("nnunetv2_dycon.conversion.job.write_json", full)
     else:
-        real = Path.write_text
-        monkeypatch.setattr(
-            Path, "write_text", lambda self, *a, **k: full() if self.suffix == ".part" else real(self, *a, **k)
-        )
+        monkeypatch.setattr("nnunetv2_dycon.conversion.cases.write_json", full)
     text = refused(raw, form, source, "No space left on device")
     assert "cases are bad" not in text  # the first one ends it
 

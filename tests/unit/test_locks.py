@@ -88,9 +88,15 @@ FORK = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
 from nnunetv2_dycon.locks import locked
+def live(ready):
+    ready.set()  # before it runs for the first time, nobody can have closed anything in it
+    time.sleep(60)
 with locked(Path(sys.argv[1]), "busy"):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=live, args=(ready,))
     child.start()
+    ready.wait()
     print(child.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
