@@ -4,10 +4,15 @@ Names of arguments are nnU-Net's. A verb's module is imported when the verb runs
 """
 
 import argparse
+import ast
 import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_dycon.errors import UserError
@@ -19,7 +24,7 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]
 class Verb(NamedTuple):
     """One verb: `arguments` name parameters of the function `target`; `show` prints its result.
 
-    `show` returns the exit code.
+    What is not typed is not passed, so the defaults are those of the function. `show` returns the exit code.
     """
 
     help: str
@@ -45,34 +50,72 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Verb, dict[str, Any]]:
     parser = argparse.ArgumentParser("nnUNetv2_dycon", description="Semi-supervised training inside nnU-Net.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
-        of_verb = verbs.add_parser(name, help=verb.help, description=verb.help, formatter_class=_Formatter)
+        formatter = partial(_Formatter, target=verb.target)
+        of_verb = verbs.add_parser(name, help=verb.help, description=verb.help, formatter_class=formatter)
         for flags, keywords in verb.arguments:
             of_verb.add_argument(*flags, **keywords)
     arguments = vars(parser.parse_args(argv))
     return VERBS[arguments.pop("verb")], arguments
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Prints a default only where there is one to print."""
+class _Formatter(argparse.HelpFormatter):
+    """Adds the defaults of the target function, read from its source text, since importing it takes seconds."""
+
+    def __init__(self, prog: str, *, target: str) -> None:
+        super().__init__(prog)
+        self._target = target
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (
-            action.help
-            if action.default is None or isinstance(action.default, bool)
-            else super()._get_help_string(action)
-        )
+        default = defaults_of(self._target).get(action.dest)
+        if action.help is None or default is None or isinstance(default, bool) or "default" in action.help:
+            return action.help
+        words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        return f"{action.help} (default: {words})" if words else action.help
+
+
+@cache
+def defaults_of(target: str) -> dict[str, Any]:
+    """Return the defaults of a function's parameters, where they are literals, without importing its module.
+
+    Parameters
+    ----------
+    target : str
+        "module:function".
+    """
+    module, function = target.split(":")
+    spec: Any = importlib.util.find_spec(module)
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    constants = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    positional = [*node.args.posonlyargs, *node.args.args]
+    values = [
+        *zip(positional[len(positional) - len(node.args.defaults) :], node.args.defaults, strict=True),
+        *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True),
+    ]
+    found = {}
+    for parameter, value in values:
+        value = constants.get(value.id) if isinstance(value, ast.Name) else value
+        with suppress(ValueError, TypeError):  # not a literal, or no default
+            found[parameter.arg] = ast.literal_eval(value)  # type: ignore[arg-type]
+    return found
 
 
 def _argument(*flags: str, **keywords: Any) -> Argument:
-    return flags, keywords
+    return flags, {"default": argparse.SUPPRESS, **keywords}
 
 
 def _number_or_word(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _show_path(path: Any) -> int:
-    print(path)
+def _show(result: Any) -> int:
+    print(result)
     return 0
 
 
@@ -125,23 +168,20 @@ def _show_scores(rows: Sequence[Any]) -> int:
 
 def _show_rows(title: str, rows: Sequence[Any]) -> None:
     print(title)
-    name, default = (max((len(row[column]) for row in rows), default=0) for column in range(2))
+    name, default = (max(len(row[column]) for row in rows) for column in range(2))
     for row in rows:  # what is allowed comes last: some lists of words are long
         print(f"  {row.option:<{name}}  {row.default:<{default}}  {row.help} ({row.allowed})")
     print()
-
-
-def _show_report(report: Any) -> int:
-    print(report)
-    return 0
 
 
 def _dataset(parameter: str) -> Argument:
     return _argument("-d", dest=parameter, required=True, type=_number_or_word, help="dataset id or name")
 
 
-_PLANS = _argument("-p", dest="plans", default="nnUNetPlans", help="plans identifier")
+_PLANS = _argument("-p", dest="plans", help="plans identifier")
 _OVERWRITE = _argument("--overwrite", action="store_true", help="replace what is there")
+
+_PROCESSES = "worker processes (default: one per processor, at most 8)"
 
 VERBS: dict[str, Verb] = {
     "doctor": Verb("Check the installation and say what to mend.", "nnunetv2_dycon.doctor:doctor", (), _show_checks),
@@ -152,13 +192,16 @@ VERBS: dict[str, Verb] = {
         _show_trainers,
     ),
     "convert": Verb(
-        "Write a public collection as nnU-Net raw data with labelled, unlabelled and test cases.",
+        "Write a public collection as nnU-Net raw data with labelled, unlabelled and test cases. "
+        "For the arguments of a collection type, for example: nnUNetv2_dycon convert LA --help",
         "nnunetv2_dycon.dataset_conversion:convert_collection",
         (
             _argument("collection", metavar="COLLECTION", help="ISLES22, BraTS19, LA, PancreasNIH or BTCV"),
-            _argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments; COLLECTION --help"),
+            _argument(
+                "arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments: see COLLECTION --help"
+            ),
         ),
-        _show_report,
+        _show,
     ),
     "split": Verb(
         "Write a raw data set with the files of another, by links, some training cases without their labels.",
@@ -169,22 +212,22 @@ VERBS: dict[str, Verb] = {
             _argument(
                 "--labeled", required=True, help="a fraction (0.1), a number (8), all, or a file with one id a line"
             ),
-            _argument("--labeled-seed", "--labeled_seed", type=int, help="seed of the draw (default: 0)"),
+            _argument("--labeled_seed", type=int, help="seed of the draw (default: 0)"),
             _argument("--test", help="fraction or number of training cases to draw as test cases"),
             _argument("--groups", help="JSON {case: subject} or a table: scans of a subject stay together"),
             _argument("--protocol", help="JSON file with labeled, train, val, test, in place of draws"),
-            _argument("-np", dest="processes", type=int, help="worker processes"),
-            _argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, write nothing"),
+            _argument("-np", dest="processes", type=int, help=_PROCESSES),
+            _argument("--dry_run", action="store_true", help="say what would be done, write nothing"),
             _OVERWRITE,
         ),
-        _show_report,
+        _show,
     ),
     "check": Verb(
         "Check a raw data set: roles, duplicates, geometry, channels, labels; prints the next command.",
         "nnunetv2_dycon.conversion.check:check",
         (
             _dataset("dataset_id"),
-            _argument("-np", dest="processes", type=int, help="worker processes"),
+            _argument("-np", dest="processes", type=int, help=_PROCESSES),
         ),
         _show_checks,
     ),
@@ -193,9 +236,9 @@ VERBS: dict[str, Verb] = {
         "nnunetv2_dycon.data.unlabeled:preprocess_unlabeled",
         (
             _dataset("dataset"),
-            _argument("-c", dest="configurations", nargs="+", default=("3d_fullres",), help="configurations"),
+            _argument("-c", dest="configurations", nargs="+", help="configurations"),
             _PLANS,
-            _argument("-np", dest="processes", type=int, default=8, help="worker processes"),
+            _argument("-np", dest="processes", type=int, help=_PROCESSES),
             _OVERWRITE,
         ),
         _show_paths,
@@ -205,44 +248,41 @@ VERBS: dict[str, Verb] = {
         "nnunetv2_dycon.phantom:write_phantom",
         (
             _argument("-d", dest="dataset_id", required=True, type=int, help="dataset id"),
-            _argument("-n", "--cases", type=int, default=60, help="cases in all: labelled, unlabelled and test"),
-            _argument("--labeled", type=int, default=4, help="labelled cases"),
-            _argument("--labeled_scanner", type=_number_or_word, default=0, help="their scanner, or all"),
-            _argument("--test", type=int, default=20, help="test cases"),
-            _argument("--seed", type=int, default=1000, help="seed"),
-            _argument("--channels", type=int, default=1, help="image channels"),
-            _argument("--shape", nargs=3, type=int, default=(48, 56, 40), help="voxels along each axis"),
+            _argument("-n", "--cases", type=int, help="cases in all: labelled, unlabelled and test"),
+            _argument("--labeled", type=int, help="labelled cases"),
+            _argument("--labeled_scanner", type=_number_or_word, help="their scanner, or all"),
+            _argument("--test", type=int, help="test cases"),
+            _argument("--seed", type=int, help="seed"),
+            _argument("--channels", type=int, help="image channels"),
+            _argument("--shape", nargs=3, type=int, help="voxels along each axis"),
             _argument("--hard", action="store_true", help="the harder kind"),
-            _argument("-np", dest="processes", type=int, default=2, help="worker processes"),
+            _argument("-np", dest="processes", type=int, help=_PROCESSES),
             _OVERWRITE,
         ),
-        _show_path,
+        _show,
     ),
     "self_train": Verb(
         "Train with stock nnU-Net, pseudo-label the unlabelled images, train anew: the reference at equal compute.",
-        "nnunetv2_dycon.self_training:self_train",
+        "nnunetv2_dycon.self_training.steps:self_train",
         (
             _dataset("dataset_id"),
             _argument("--as", dest="new_ids", nargs="+", type=int, required=True, help="free ids, one for each round"),
-            _argument("-tr", dest="trainer", default="nnUNetTrainer", help="or nnUNetTrainerLabeledOnly, with options"),
-            _argument("-c", dest="configuration", default="3d_fullres", help="configuration"),
-            _argument("-f", dest="fold", type=_number_or_word, default=0, help="fold, or all"),
+            _argument("-tr", dest="trainer", help="or nnUNetTrainerLabeledOnly, with options"),
+            _argument("-c", dest="configuration", help="configuration"),
+            _argument("-f", dest="fold", type=_number_or_word, help="fold, or all"),
             _PLANS,
-            _argument(
-                "--epochs", nargs="+", type=int, default=(1000,), help="total of all trainings, or one number for each"
-            ),
+            _argument("--epochs", nargs="+", type=int, help="total of all trainings, or one number for each"),
             _argument(
                 "--repeat",
                 type=_number_or_word,
-                default="half",
                 help="how often a round lists each labelled case; half: half of all patches are labelled; 1: pooled",
             ),
             _argument("--keep_empty", action="store_true", help="train on empty pseudo-labels too"),
             _argument("-device", help="cuda, cpu or mps (default: cuda where there is any)"),
-            _argument("-np", dest="processes", type=int, help="worker processes"),
-            _argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, write nothing"),
+            _argument("-np", dest="processes", type=int, help=_PROCESSES),
+            _argument("--dry_run", action="store_true", help="say what would be done, write nothing"),
         ),
-        _show_path,
+        _show,
     ),
     "export": Verb(
         "Write a model folder that predicts with stock nnU-Net, on a machine without this package.",
@@ -250,14 +290,14 @@ VERBS: dict[str, Verb] = {
         (
             _dataset("dataset_id"),
             _argument("-tr", dest="trainer", required=True, help="trainer name, options included"),
-            _argument("-c", dest="configuration", default="3d_fullres", help="configuration"),
-            _argument("-f", dest="folds", nargs="+", type=_number_or_word, default=(0,), help="folds, or all"),
+            _argument("-c", dest="configuration", help="configuration"),
+            _argument("-f", dest="folds", nargs="+", type=_number_or_word, help="folds, or all"),
             _PLANS,
-            _argument("--weights", choices=("teacher", "student", "mean"), default="teacher", help="whose weights"),
-            _argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint file"),
+            _argument("--weights", choices=("teacher", "student", "mean"), help="whose weights"),
+            _argument("-chk", dest="checkpoint", help="checkpoint file"),
             _argument("-o", dest="output", required=True, help="folder to write"),
         ),
-        _show_path,
+        _show,
     ),
     "evaluate": Verb(
         "Score predictions: overlap, surface distances, volumes and lesions of every case.",
@@ -271,14 +311,13 @@ VERBS: dict[str, Verb] = {
                 help="the data set's dataset.json (default: that in PRED, else beside GT)",
             ),
             _argument("-o", dest="output", help="folder for scores.csv, scores.json and summary.json (default: PRED)"),
-            _argument("-np", dest="processes", type=int, default=8, help="worker processes"),
+            _argument("-np", dest="processes", type=int, help=_PROCESSES),
             _argument(
                 "--convention",
                 choices=("mm", "literature"),
-                default="mm",
                 help="literature: voxel units and MedPy's definitions, as most papers",
             ),
-            _argument("--tolerance", type=float, default=2.0, help="of NSD, in mm; in voxels with literature"),
+            _argument("--tolerance", type=float, help="of NSD, in mm; in voxels with literature"),
             _argument("--lesions", action="store_true", help="count lesions that are found, missed and false"),
             _argument("--disable_distances", dest="distances", action="store_false", help="overlap and volumes only"),
             _argument("--chill", action="store_true", help="score what is there where GT has more cases than PRED"),
@@ -290,10 +329,8 @@ VERBS: dict[str, Verb] = {
         "nnunetv2_dycon.evaluation.compare:compare",
         (
             _dataset("dataset_id"),
-            _argument("-c", dest="configuration", default="3d_fullres", help="configuration"),
-            _argument(
-                "-f", dest="folds", nargs="+", type=_number_or_word, default=(0,), help="folds: labelled draws, or all"
-            ),
+            _argument("-c", dest="configuration", help="configuration"),
+            _argument("-f", dest="folds", nargs="+", type=_number_or_word, help="folds: labelled draws, or all"),
             _PLANS,
             _argument(
                 "--runs",
@@ -302,12 +339,10 @@ VERBS: dict[str, Verb] = {
                 help="trainer names (* for anything), results folders, folders of predictions, RUN=FOLDER for its own",
             ),
             _argument("--baseline", help="the run to compare with (default: the first)"),
-            _argument("--upper", nargs="+", default=(), help="runs on more labels, usually all: the upper bound"),
+            _argument("--upper", nargs="+", help="runs on more labels, usually all: the upper bound"),
             _argument("-o", dest="output", required=True, help="folder to write"),
-            _argument(
-                "--weights", nargs="+", choices=("student", "teacher"), default=("student",), help="whose weights"
-            ),
-            _argument("-chk", dest="checkpoint", default="checkpoint_final.pth", help="checkpoint file"),
+            _argument("--weights", nargs="+", choices=("student", "teacher"), help="whose weights"),
+            _argument("-chk", dest="checkpoint", help="checkpoint file"),
             _argument("--predict", action="store_true", help="predict test cases where predictions are missing"),
             _argument("--disable_tta", dest="mirroring", action="store_false", help="predictions without mirroring"),
             _argument("--save_probabilities", action="store_true", help="with --predict: for calibration"),
@@ -322,12 +357,11 @@ VERBS: dict[str, Verb] = {
             _argument(
                 "--convention",
                 choices=("mm", "literature"),
-                default="mm",
                 help="literature: voxel units and MedPy's definitions, as most papers",
             ),
-            _argument("-np", dest="processes", type=int, help="worker processes"),
+            _argument("-np", dest="processes", type=int, help=_PROCESSES),
             _OVERWRITE,
         ),
-        _show_path,
+        _show,
     ),
 }

@@ -231,7 +231,7 @@ def write_phantom(
     hard: bool = False,
     shape: Shape = SHAPE,
     overwrite: bool = False,
-    processes: int = 2,
+    processes: int | None = None,
 ) -> Path:
     """Path of a new raw data set ``nnUNet_raw/DatasetXXX_Phantom``: labelled, unlabelled and test cases.
 
@@ -247,8 +247,8 @@ def write_phantom(
         See `Phantom`.
     overwrite : bool
         Replace a phantom of this id. Only a folder that this function wrote is ever replaced.
-    processes : int
-        Worker processes; the result does not depend on it.
+    processes : int, optional
+        Worker processes; one per processor, at most 8, by default. The result does not depend on it.
 
     Raises
     ------
@@ -262,7 +262,7 @@ def write_phantom(
     dataset.check_free(target, made_by=__name__, overwrite=overwrite)
     roles = settings.roles()
     with dataset.building(target, stamp=repr(settings), made_by=__name__, overwrite=overwrite) as space:
-        _write_cases(space.data, settings, roles, processes)
+        _write_cases(space.data, settings, roles, parallel.default_processes() if processes is None else processes)
         _write_descriptions(space.data, settings, roles)
     stale = dataset.stale_preparation(target)
     if stale is not None:

@@ -155,7 +155,7 @@ def assign(protocol: Protocol, request: Request, known: Known, canonical: Callab
     if not cases["labeled"]:
         raise SplitError(
             f"none of the {len(labeled)} labelled cases of {protocol.name} is there with its label "
-            f"({first_few(labeled)}); name others with --labeled FILE, or draw among those there with --labeled-seed 0"
+            f"({first_few(labeled)}); name others with --labeled FILE, or draw among those there with --labeled_seed 0"
         )
     named = {case for names in wanted.values() for case in names} | set(known.dropped)
     unknown = tuple(sorted(set(known.with_label) - named))
@@ -181,7 +181,7 @@ def _labeled_cases(
     number = labeled_number(request.labeled, len(protocol.train))
     if request.seed is not None:
         if request.seed < 0:
-            raise ConfigError(f"--labeled-seed {request.seed}: give 0 or more")
+            raise ConfigError(f"--labeled_seed {request.seed}: give 0 or more")
         eligible = [case for case in protocol.train if case not in {*known.dropped, *known.empty}]
         usable = {case for case, has_label in known.with_label.items() if has_label}
         drawn = draw(eligible, request.seed, known.groups, number, among=usable)
@@ -192,7 +192,7 @@ def _labeled_cases(
         choice = ", ".join(map(str, sorted(protocol.labeled))) or "none"
         raise ConfigError(
             f"--labeled {request.labeled}: {protocol.name} has no list of {number} labelled cases (it has: {choice}); "
-            "give one of these, or --labeled-seed 0 for a draw"
+            "give one of these, or --labeled_seed 0 for a draw"
         )
     first = [case for case in protocol.train if case not in {*known.dropped, *known.empty}][:number]
     published = ", ".join(map(str, sorted(protocol.labeled)))

@@ -24,18 +24,16 @@ def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> ar
         required=True,
         help="labelled cases: a fraction (0.1), a number (8), all, or a file with one id a line",
     )
-    parser.add_argument(
-        "--labeled-seed", "--labeled_seed", type=int, help="draw them with this seed, in place of the published ones"
-    )
+    parser.add_argument("--labeled_seed", type=int, help="draw them with this seed, in place of the published ones")
     parser.add_argument(
         "--protocol",
         help=f"who is a training, validation and test case: {', '.join(protocols)} or a JSON file "
         f"(default: {protocols[0]})",
     )
     parser.add_argument(
-        "-np", dest="processes", type=int, help="worker processes (default: one a processor, at most 8)"
+        "-np", dest="processes", type=int, help="worker processes (default: one per processor, at most 8)"
     )
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, write nothing")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done, write nothing")
     parser.add_argument("--strict", action="store_true", help="refuse a collection that lacks cases of the protocol")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that this converter made")
     return parser

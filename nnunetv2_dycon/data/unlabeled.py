@@ -50,7 +50,7 @@ def preprocess_unlabeled(
     dataset: int | str,
     configurations: Sequence[str] = ("3d_fullres",),
     plans: str | Mapping[str, Any] = "nnUNetPlans",
-    processes: int = 8,
+    processes: int | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
     """Prepare all images that serve without labels; returns one folder a data identifier.
@@ -68,8 +68,8 @@ def preprocess_unlabeled(
         Configurations of the plans.
     plans : str or mapping
         Name of the plans file, or the plans themselves.
-    processes : int
-        Worker processes; 1 works in this process.
+    processes : int, optional
+        Worker processes; 1 works in this process; one per processor, at most 8, by default.
     overwrite : bool
         Make all cases anew.
 
@@ -82,6 +82,7 @@ def preprocess_unlabeled(
     SplitError
         If a case has two roles or an "unlabeled" list is wrong.
     """
+    processes = parallel.default_processes() if processes is None else processes
     if processes < 1:
         raise ConfigError(f"-np {processes}: the number of processes must be at least 1")
     names = (configurations,) if isinstance(configurations, str) else tuple(configurations)

@@ -63,7 +63,7 @@ def evaluate(
     prediction_folder: str | Path,
     dataset_json: str | Path | None = None,
     output: str | Path | None = None,
-    processes: int = 8,
+    processes: int | None = None,
     *,
     convention: Convention = "mm",
     tolerance: float = 2.0,
@@ -85,8 +85,8 @@ def evaluate(
         predictions, where nnU-Net leaves a copy, else beside the folder of the truth.
     output : path, optional
         Folder for the three files; by default that of the predictions.
-    processes : int
-        Worker processes.
+    processes : int, optional
+        Worker processes; one per processor, at most 8, by default.
     convention, tolerance, lesions, distances
         See `Protocol`.
     chill : bool
@@ -114,7 +114,8 @@ def evaluate(
     check_writable(output)
     tasks = [_Task(case, truths[case], file, labels, protocol) for case, file in predictions.items()]
     done: dict[str, Scored] = {}
-    with closing(parallel.run(_score_files, tasks, processes)) as results:
+    workers = parallel.default_processes() if processes is None else processes
+    with closing(parallel.run(_score_files, tasks, workers)) as results:
         for task, scored in tqdm(results, total=len(tasks), desc="Scoring cases"):
             done[task.case] = scored
     rows = [score for task in tasks for score, _ in done[task.case]]

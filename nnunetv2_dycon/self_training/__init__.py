@@ -5,8 +5,3 @@ labelled cases with their labels, the unlabelled images with what the training b
 step is done is seen on disk alone, so that a killed run goes on, and a step may be done by hand or on a cluster with
 the command that is printed.
 """
-
-from nnunetv2_dycon.self_training.lengths import share_epochs, trainer_of_length
-from nnunetv2_dycon.self_training.steps import self_train
-
-__all__ = ["self_train", "share_epochs", "trainer_of_length"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.locks import locked
 from nnunetv2_dycon.self_training.experiment import read_experiment
-from nnunetv2_dycon.self_training.lengths import STOCK_EPOCHS, STOCK_TRAINER, share_epochs
+from nnunetv2_dycon.self_training.lengths import share_epochs
 from nnunetv2_dycon.self_training.preparation import Preparation
 from nnunetv2_dycon.self_training.round_data import RoundData
 from nnunetv2_dycon.self_training.training import Training, list_trainings
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 def self_train(
     dataset_id: int | str,
     new_ids: Sequence[int],
-    trainer: str = STOCK_TRAINER,
+    trainer: str = "nnUNetTrainer",
     configuration: str = "3d_fullres",
     fold: int | str = 0,
     plans: str = "nnUNetPlans",
-    epochs: Sequence[int] = (STOCK_EPOCHS,),
+    epochs: Sequence[int] = (1000,),  # as nnU-Net
     repeat: int | str = "half",
     keep_empty: bool = False,
     device: str | None = None,

@@ -375,7 +375,7 @@ def _writer(entry: Mapping[str, Any], number: int, labeled: str, draw: int | str
         if not isinstance(entry["convert"], list) or len(entry["convert"]) != 2:
             raise ConfigurationError(f"{where}: convert is {entry['convert']!r}; give [COLLECTION, FOLDER]")
         words = ["convert", *map(str, entry["convert"]), "-d", str(number)]
-    seed = [] if draw == "published" or labeled == "all" else ["--labeled-seed", str(draw)]
+    seed = [] if draw == "published" or labeled == "all" else ["--labeled_seed", str(draw)]
     return ("nnUNetv2_dycon", *words, "--labeled", labeled, *seed, *options)
 
 

@@ -68,18 +68,58 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 
 
 @pytest.mark.parametrize("verb", commands.VERBS)
-def test_every_verb_has_parameters_of_its_function_and_their_defaults(verb):
+def test_every_verb_has_parameters_of_its_function_and_passes_what_was_typed_alone(verb):
     _, arguments = commands.parse([verb, *REQUIRED[verb]])
     module, function = commands.VERBS[verb].target.split(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
-    assert set(arguments) <= set(parameters)
-    given = REQUIRED[verb][::2]
-    for flags, keywords in commands.VERBS[verb].arguments:
-        parameter = keywords.get("dest", flags[-1].lstrip("-"))
-        if flags[0].startswith("-") and not set(flags) & set(given):
-            assert arguments[parameter] == parameters[parameter].default, parameter
+    declared = {keywords.get("dest", flags[-1].lstrip("-")) for flags, keywords in commands.VERBS[verb].arguments}
+    assert declared <= set(parameters)
     needed = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    assert needed <= set(arguments)
+    typed = {
+        keywords.get("dest", flags[-1].lstrip("-"))
+        for flags, keywords in commands.VERBS[verb].arguments
+        if not flags[0].startswith("-") or set(flags) & set(REQUIRED[verb])
+    }
+    assert needed <= set(arguments) == typed
+
+
+@pytest.mark.parametrize("verb", commands.VERBS)
+def test_help_has_the_defaults_of_the_function_without_importing_it(verb, capsys):
+    target = commands.VERBS[verb].target
+    module, function = target.split(":")
+    parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    read = commands.defaults_of(target)
+    for name, parameter in parameters.items():
+        if parameter.default is None or isinstance(parameter.default, (int, float, str, tuple)):
+            assert read[name] == parameter.default
+    with pytest.raises(SystemExit):
+        commands.parse([verb, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for _, keywords in commands.VERBS[verb].arguments:
+        default = read.get(keywords.get("dest"))
+        if isinstance(default, str) and default:
+            assert f"(default: {default})" in printed
+
+
+def test_long_options_have_one_spelling_and_np_one_default():
+    flags = [flag for verb in commands.VERBS.values() for names, _ in verb.arguments for flag in names]
+    assert all("-" not in flag.lstrip("-") for flag in flags)
+    for verb in commands.VERBS.values():
+        for names, keywords in verb.arguments:
+            assert "-np" not in names or (keywords["help"], keywords["type"]) == (commands._PROCESSES, int)
+            assert "-np" not in names or commands.defaults_of(verb.target)["processes"] is None
+
+
+def test_help_of_convert_says_how_to_see_the_arguments_of_a_collection(capsys):
+    with pytest.raises(SystemExit):
+        commands.main(["convert", "--help"])
+    assert "nnUNetv2_dycon convert LA --help" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        commands.main(["convert", "LA", "--help"])
+    printed = capsys.readouterr().out
+    assert "usage: nnUNetv2_dycon convert LA" in printed
+    assert "--labeled_seed" in printed
+    assert "--dry_run" in printed
 
 
 def test_arguments_arrive_as_nnunet_would_read_them(called):
@@ -90,7 +130,7 @@ def test_arguments_arrive_as_nnunet_would_read_them(called):
     assert preprocess["dataset"] == "Dataset501_X"
     assert preprocess["configurations"] == ["2d", "3d_fullres"]
     assert preprocess["processes"] == 3
-    assert not preprocess["overwrite"]
+    assert "overwrite" not in preprocess
     assert (phantom["dataset_id"], phantom["cases"], phantom["labeled_scanner"]) == (501, 9, "all")
     assert phantom["hard"]
     assert (export["dataset_id"], export["folds"], export["weights"]) == (501, [0, "all"], "student")

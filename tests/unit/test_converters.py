@@ -916,7 +916,7 @@ def test_wrong_options_are_one_line(raw, source) -> None:
         ({"labeled": "nan"}, "--labeled nan"),
         ({"labeled": 21}, "1 to 20"),
         ({"labeled": 3}, "no list of 3"),
-        ({"labeled_seed": -1}, "--labeled-seed -1"),
+        ({"labeled_seed": -1}, "--labeled_seed -1"),
         ({"protocol": "none"}, "no such protocol"),
         ({"processes": 0}, "-np 0"),
     ):

@@ -54,7 +54,7 @@ def test_a_split_may_take_the_lists_of_a_protocol():
     config = changed("datasets/Blobs/options", "--protocol cases.json")
     config["datasets"]["Blobs"]["draws"] = ["published"]
     found = experiments.read(config)
-    assert all("--labeled-seed" not in data.writer for data in found.datasets.values())
+    assert all("--labeled_seed" not in data.writer for data in found.datasets.values())
     assert {data.draw for data in found.datasets.values()} == {"published"}
 
 

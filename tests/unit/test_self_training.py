@@ -17,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_dycon.errors import ConfigError, DataError, UserError
-from nnunetv2_dycon.self_training import running, self_train, share_epochs, trainer_of_length
+from nnunetv2_dycon.self_training import running
+from nnunetv2_dycon.self_training.lengths import share_epochs, trainer_of_length
+from nnunetv2_dycon.self_training.steps import self_train
 from tests.datasets import environment, no_pools
 
 NAME = "Dataset901_Tiny"

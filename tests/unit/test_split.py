@@ -289,7 +289,7 @@ def test_a_dry_run_writes_nothing(raw):
         ({"labeled": 0}, ConfigError, "--labeled 0"),
         ({"labeled": 1.5}, ConfigError, "whole number"),
         ({"labeled": "none.txt"}, ConfigError, "no such file"),
-        ({"labeled": 3, "labeled_seed": -1}, ConfigError, "--labeled-seed -1"),
+        ({"labeled": 3, "labeled_seed": -1}, ConfigError, "--labeled_seed -1"),
         ({"labeled": 3, "test": "all"}, ConfigError, "--test all"),
         ({"labeled": 3, "test": "1.0"}, ConfigError, r"--test 1\.0 .*type 1 \(one case\)$"),
         ({"labeled": 3, "test": 20}, ConfigError, "--test 20 means"),
