@@ -3,18 +3,20 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from nnunetv2_dycon.errors import ConfigError, DataError
 
-Task = TypeVar("Task")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def run(work: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -> Iterator[tuple[Task, Result]]:
+def run(
+    work: Callable[[Item], Result], tasks: Sequence[Item], processes: int
+) -> Generator[tuple[Item, Result], None, None]:
     """Yield each task and its result, in the order of finishing.
 
     Parameters

@@ -32,6 +32,7 @@ check() {
 }
 check ruff check .
 check ruff format --check .
+check mypy
 # Two at a time; the tests of one file stay together and share its fixtures.
 check pytest -n 2 --dist loadfile
 # Tests marked data want real scans and tests marked gpu a GPU: run them by name where these are.

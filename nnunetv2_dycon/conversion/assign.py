@@ -108,8 +108,8 @@ def parse_labeled(text: str | float | Path, option: str = "--labeled") -> Labele
     except ValueError:
         if text == "all":
             return "all"
-        if Path(text).is_file():
-            return Path(text)
+        if Path(str(text)).is_file():
+            return Path(str(text))
         raise ConfigError(
             f"{option} {text}: no such file; give a fraction (0.1), a number (8), all, or a file with one id a line"
         ) from None

@@ -198,7 +198,8 @@ class CaseTask(Task):
 
     def make(self) -> dict[str, Any]:
         """Write images, then the label."""
-        first, how = None, []
+        first: Any = None  # of the case's volumes
+        how = []
         for channel, source in enumerate(self.case.images):
             whole = first is None and self.role in LABELS and self.rule.needs_image
             volume, done = _write_image(source, self._place(image_name(self, channel)), whole)

@@ -177,10 +177,11 @@ def _last_line(error: Exception) -> str:
 
 
 def _look_at_label(task: _Task, image: np.ndarray, properties: Mapping[str, Any]) -> list[tuple[str, str]]:
+    path: Any = task.label
     try:
-        with reading(task.label):
-            _refuse_broken(task.label)
-            label, of_label = task.reader().read_seg(str(task.label))
+        with reading(path):
+            _refuse_broken(path)
+            label, of_label = task.reader().read_seg(str(path))
     except DataError as error:
         return [("label values", str(error))]
     problems = []

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.data.datasets import dataset_name
@@ -130,7 +131,7 @@ def compare(
             logger.info("%d of %d: %s, %s", number + 1, len(found), run.method, run.predictions)
             scores = whole / "scores" / f"{number:02d}_{run.facts.trainer or run.predictions.name}_{run.facts.weights}"
             scores.mkdir(parents=True)
-            settings = {"convention": convention, "dataset_json": raw / "dataset.json"}
+            settings: dict[str, Any] = {"convention": convention, "dataset_json": raw / "dataset.json"}
             with _quiet(evaluate.__module__):  # it would name a folder that is moved at the end
                 scored.append((run, evaluate(truth, run.predictions, output=scores, processes=processes, **settings)))
         write_report(whole, title, make_comparison(scored, reference), images, rows)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -162,7 +162,7 @@ class Comparison:
         differences = [None if m is baseline else self._difference(m, baseline, label, k) for m, label, k in keys]
         adjusted = holm([d.paired.p if d and d.paired else None for d in differences])
         held = {
-            (m.name, label, k): bool(d) and holds(d.paired, p, d.of_runs)
+            (m.name, label, k): d is not None and holds(d.paired, p, d.of_runs)
             for (m, label, k), d, p in zip(keys, differences, adjusted, strict=True)
         }
         leaders = {(label, metric): self._leader(label, metric, held) for _, label, metric in keys}
@@ -225,7 +225,7 @@ class Comparison:
             if label not in (ALL, unit[1]):
                 continue
             ours, theirs = ([scores[unit] for scores in m.scores] for m in (method, other))
-            a, b = ([_paired_value(score, metric) for score in scores] for scores in (ours, theirs))
+            a, b = (cast(Any, [_paired_value(score, metric) for score in scores]) for scores in (ours, theirs))
             if None in (*a, *b) or all(score.status == "both_empty" for score in (*ours, *theirs)):
                 left_out += 1
                 continue
@@ -242,8 +242,8 @@ def _turned(found: _Difference) -> _Difference:
     if found.paired is None:
         return found._replace(of_runs=of_runs)
     n, mean, low, high, p = found.paired
-    ends = (None, None) if low is None or high is None else (-high, -low)
-    return found._replace(paired=Paired(n, 0.0 - mean, *ends, p), of_runs=of_runs)
+    low, high = (None, None) if low is None or high is None else (-high, -low)
+    return found._replace(paired=Paired(n, 0.0 - mean, low, high, p), of_runs=of_runs)
 
 
 def _run_pairs(method: Method, other: Method) -> list[tuple[int, int]]:

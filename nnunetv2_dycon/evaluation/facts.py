@@ -149,7 +149,7 @@ def read_training(folder: Path, checkpoint: str = FINAL) -> Facts:
 
 def _of_all_rounds(facts: Facts, iterations: int) -> Facts:
     """Return the facts of a self-training, whose data set lists pseudo-labelled cases as training cases."""
-    raw = raw_folder(facts.dataset)
+    raw = raw_folder(facts.dataset or "")
     path = raw / "conversion.json" if raw else None
     entry = read_json(path).get("self_train") if path and path.is_file() else None
     if entry is None:
@@ -202,8 +202,8 @@ def _cases(
     the run's log must agree with it.
     """
     if recorded is not None:
-        labeled, validation = (tuple(recorded[part]) for part in ("labeled", "validation"))
-        return labeled, validation, len(labeled), len(recorded["unlabeled"])
+        names = [tuple(recorded[part]) for part in ("labeled", "validation")]
+        return names[0], names[1], len(names[0]), len(recorded["unlabeled"])
     logs = "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("training_log_*.txt")))
     numbers = re.findall(r"split has (\d+) training and (\d+) validation cases", logs)
     logged = tuple(map(int, numbers[0])) if numbers else None

@@ -282,9 +282,10 @@ def overlays(comparison: Comparison, images: Images) -> Picture:
     lines = max(_wrapped(method.short).count("\n") for method in methods)
     height = (8.4 if len(methods) < 4 else 6.6) + 0.14 * len(chosen) * lines
     figure, axes = _figure(len(chosen), len(methods) + 1, height)
-    figure.get_layout_engine().set(h_pad=0.1)
+    layout: Any = figure.get_layout_engine()
+    layout.set(h_pad=0.1)
     several = len(comparison.labels) > 1
-    for row, (title, case) in zip(axes.reshape(len(chosen), -1), chosen.items(), strict=True):
+    for row, (title, case) in zip(axes.reshape(len(chosen), -1).tolist(), chosen.items(), strict=True):
         _overlay_row(
             row, f"{title} case, truth\n{_wrapped(case)}", case, methods, images, [d.get(case, math.nan) for d in dice]
         )

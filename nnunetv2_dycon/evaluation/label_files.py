@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,7 +165,8 @@ def _read_nifti(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...],
 
 
 def _read_other(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...], NDArray | None, NDArray | None]:
-    values, properties = labels.reader().read_seg(str(path))
+    reader: Any = labels.reader
+    values, properties = reader().read_seg(str(path))
     spacing = tuple(map(float, properties["spacing"]))
     where = properties.get("sitk_stuff", {})
     values = values[0] if len(values) == 1 else values
@@ -220,7 +221,7 @@ def same_geometry(truth: LabelMap, prediction: LabelMap) -> str | None:
     return None
 
 
-def _numbers(values: Sequence[float]) -> str:
+def _numbers(values: Iterable[float]) -> str:
     return ", ".join(f"{value:.6g}" for value in values)
 
 

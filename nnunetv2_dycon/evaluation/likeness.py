@@ -105,14 +105,14 @@ def _check_draws(runs: Sequence[Run]) -> None:
 
 def _check_settings(runs: Sequence[Run]) -> None:
     """Runs of one method must have the same options: a default may have changed from one version to the next."""
-    known: dict[tuple[str, str], Run] = {}
+    known: dict[tuple[str, str], tuple[Run, Any]] = {}
     for run in runs:
         for option, value in (run.facts.settings or {}).items():
-            first = known.setdefault((run.method, option), run)
-            if option != "seed" and value != first.facts.settings[option]:
+            first, before = known.setdefault((run.method, option), (run, value))
+            if option != "seed" and value != before:
                 raise DataError(
                     f"{run.training or run.predictions} and {first.training or first.predictions} have one trainer "
-                    f"name, but {option} is {value} and {first.facts.settings[option]}: its default changed between "
+                    f"name, but {option} is {value} and {before}: its default changed between "
                     "them; train one of them anew"
                 )
 
@@ -144,9 +144,8 @@ def _check_repeats(runs: Sequence[Run]) -> None:
 
 def _check_upper(upper: Run, others: Sequence[Run]) -> None:
     for run in others:
-        if None not in (upper.facts.labeled, run.facts.labeled) and not (
-            set(run.facts.labeled) < set(upper.facts.labeled)
-        ):
+        ours, bound = run.facts.labeled, upper.facts.labeled
+        if ours is not None and bound is not None and not set(ours) < set(bound):
             raise DataError(
                 f"--upper {upper.name} was trained on {_count(upper.facts)} labelled cases, which are not those of "
                 f"{run.name} and more; give a training on all labels of the same data"
@@ -190,7 +189,7 @@ def short_names(methods: Sequence[str]) -> dict[str, str]:
     >>> short_names(["nnUNetTrainer_epochs5 (student)", "nnUNetTrainerDyCON_epochs5 (student)"])
     {'nnUNetTrainer_epochs5 (student)': 'nnU-Net', 'nnUNetTrainerDyCON_epochs5 (student)': 'DyCON'}
     """
-    parts = {method: re.fullmatch(r"([^_ ]*)(.*?)( \(\w+\))?", method).groups() for method in methods}
+    parts = {method: re.findall(r"^([^_ ]*)(.*?)( \(\w+\))?$", method)[0] for method in methods}
     options = {method: set(part[1].split("_")[1:]) for method, part in parts.items()}
     shared = set.intersection(*options.values()) if len(methods) > 1 else set()
     same_weights = len({part[2] for part in parts.values()}) == 1

@@ -22,7 +22,7 @@ The second column is how MedPy computes, and most papers on semi-supervised segm
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -262,11 +262,11 @@ def _score(
         name=structure.name,
         dice=f1(tp, fp, fn),
         iou=tp / (tp + fp + fn) if tp + fp + fn else None,
-        **_measure(pair, status, unit, protocol),
+        **cast(Any, _measure(pair, status, unit, protocol)),
         nsd_tolerance_mm=float(protocol.tolerance),
-        **dict(zip(("volume_truth_ml", "volume_pred_ml", "volume_error_ml"), volumes, strict=True)),
+        **cast(Any, dict(zip(("volume_truth_ml", "volume_pred_ml", "volume_error_ml"), volumes, strict=True))),
         status=status,
-        **({} if lesions is None else {f"lesion_{k}": v for k, v in lesions._asdict().items()}),
+        **cast(Any, {} if lesions is None else {f"lesion_{k}": v for k, v in lesions._asdict().items()}),
         lesion_f1=None if lesions is None else f1(*lesions),
         diagonal_mm=math.hypot(*(n * step for n, step in zip(pair.truth.shape, unit, strict=True))),
         convention=protocol.convention,
@@ -286,7 +286,8 @@ def _measure(pair: _Pair, status: Status, unit: Sequence[float], protocol: Proto
     if status != "ok":
         return {**none, "nsd": 0.0}
     shape = pair.truth.shape
-    surfaces = [_surface(mask, box, shape) for mask, box in zip(pair.masks(pair.boxes), pair.boxes, strict=True)]
+    boxes: Any = pair.boxes  # both are there
+    surfaces = [_surface(mask, box, shape) for mask, box in zip(pair.masks(boxes), boxes, strict=True)]
     of_truth, of_prediction = surfaces
     to_truth = _directed(of_prediction, of_truth, shape, unit)
     to_prediction = _directed(of_truth, of_prediction, shape, unit)
@@ -303,7 +304,7 @@ def _measure(pair: _Pair, status: Status, unit: Sequence[float], protocol: Proto
 def _lesions(pair: _Pair, status: Status) -> Lesions:
     if status == "both_empty":
         return Lesions(0, 0, 0)
-    box = _around(pair.boxes)
+    box: Any = _around(pair.boxes)
     return count_lesions(*pair.masks([box, box]))
 
 
@@ -394,8 +395,9 @@ def _around(boxes: Iterable[Box | None]) -> Box | None:
 def _boxes(labels: NDArray, frame: Box | None) -> dict[int, Box]:
     """Box around every value that is there."""
     boxes = {0: tuple(slice(0, n) for n in labels.shape)}  # a region may hold the background
-    found = [] if frame is None else ndimage.find_objects(labels[frame])
-    for value, box in enumerate(found, 1):
+    if frame is None:
+        return boxes
+    for value, box in enumerate(ndimage.find_objects(labels[frame]), 1):
         if box is not None:
             boxes[value] = tuple(slice(o.start + s.start, o.start + s.stop) for o, s in zip(frame, box, strict=True))
     return boxes

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.facts import write_run_file
@@ -59,7 +60,8 @@ def predict(
 
 
 def _export_teacher(run: Run, model: Path) -> Path:
-    folder = run.training.parent
+    training: Any = run.training
+    folder = training.parent
     trainer, plans, configuration = folder.name.split("__")
     arguments = ["export", "-d", folder.parent.name, "-tr", trainer, "-c", configuration, "-p", plans]
     arguments += ["-f", str(run.facts.fold), "-chk", str(run.facts.checkpoint), "--weights", "teacher"]

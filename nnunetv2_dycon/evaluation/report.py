@@ -108,7 +108,8 @@ def _verdict(comparison: Comparison) -> str:
     kinds: dict[str, list[str]] = {"higher": [], "lower": [], "no difference that holds": []}
     for method in comparison.methods[1:]:
         result = comparison.results[method.name, ALL, "dice"]
-        kind = "no difference that holds" if not result.holds else "higher" if result.difference.mean > 0 else "lower"
+        mean = result.difference.mean if result.difference and result.holds else 0.0
+        kind = "higher" if mean > 0 else "lower" if mean < 0 else "no difference that holds"
         kinds[kind].append(method.short)
     found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     return (

@@ -279,7 +279,7 @@ def nnunet_summary(cases: Sequence[tuple[Path, Path, Scored]]) -> dict[str, Any]
     cases : sequence of (truth file, prediction file, result of `score_case`)
         In the order of the file.
     """
-    per_case = [
+    per_case: list[dict[str, Any]] = [
         {
             "reference_file": str(truth),
             "prediction_file": str(prediction),
@@ -345,8 +345,9 @@ def read_scores(path: str | Path) -> list[Score]:
     rows = []
     for number, line in enumerate(lines, 2):
         try:
-            cells = (kind(cell) if cell else None for kind, cell in zip(kinds, line, strict=True))
-            rows.append(Score(**dict(zip(names, cells, strict=True))))
+            cells: Iterable[Any] = (kind(cell) if cell else None for kind, cell in zip(kinds, line, strict=True))
+            values: dict[str, Any] = dict(zip(names, cells, strict=True))
+            rows.append(Score(**values))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}; type: nnUNetv2_dycon evaluate") from error
     return rows

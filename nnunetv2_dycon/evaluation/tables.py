@@ -115,7 +115,9 @@ def difference_table(comparison: Comparison) -> Table:
             if result.difference is None:
                 continue
             d = result.difference
-            interval = NOTHING if d.low is None else f"{_signed(d.low, metric)} to {_signed(d.high, metric)}"
+            interval = (
+                NOTHING if d.low is None or d.high is None else f"{_signed(d.low, metric)} to {_signed(d.high, metric)}"
+            )
             p = NOTHING if result.p is None else "< 0.001" if result.p < 0.001 else f"{result.p:.3f}"
             holds = "yes" if result.holds else "no"
             texts = (column_title(metric, comparison.unit), _signed(d.mean, metric), interval, p, holds, str(d.n))
@@ -138,7 +140,7 @@ def facts_table(comparison: Comparison) -> Table:
         for run in method.runs:
             facts = run.facts
             versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-            texts = (
+            texts: tuple[Any, ...] = (
                 facts.weights,
                 facts.labeled_count,
                 facts.unlabeled,
@@ -154,7 +156,15 @@ def facts_table(comparison: Comparison) -> Table:
                 versions or None,
             )
             rows.append((Cell(method.short), *(Cell(UNKNOWN if text is None else str(text)) for text in texts)))
-    header = ("Method", "Weights", "Labelled", "Unlabelled", "Steps", "Labelled patches seen", "Checkpoint")
+    header: tuple[str, ...] = (
+        "Method",
+        "Weights",
+        "Labelled",
+        "Unlabelled",
+        "Steps",
+        "Labelled patches seen",
+        "Checkpoint",
+    )
     header += ("Mirroring", "Seed", "Seconds per step", "Hardware", "Fold", "Plans", "Versions")
     notes = (
         "Seconds per step: median over epochs, the epoch's validation included. Plans: digest of what the plans build "
