@@ -35,7 +35,7 @@ def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.Demo, "run", stop)
 
 
-@pytest.mark.parametrize("name", ["nnUNet_raw/Dataset504_Hippocampus", "nnUNet_preprocessed", "exported/DyCON"])
+@pytest.mark.parametrize("name", ["nnUNet_raw/Dataset504_Hippocampus", "nnUNet_preprocessed", "report"])
 def test_a_folder_with_data_of_somebody_is_refused_and_left_alone(tmp_path, monkeypatch, name) -> None:
     mine = tmp_path / "out" / name / "mine.txt"
     mine.parent.mkdir(parents=True)
