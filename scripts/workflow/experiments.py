@@ -9,31 +9,20 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
 STEPS = Path(__file__).with_name("steps.py")
 WEIGHTS = ("student", "teacher")
 HIGHEST_ID = 999
-_OPTIONAL: dict[str, Any] = {
-    "device": "cuda",
-    "threads": 1,
-    "loaders": 4,
-    "processes": 4,
-    "plans": "nnUNetPlans",
-    "planner": "",
-    "configuration": "3d_fullres",
-    "reduce": {},
-    "mirroring": True,
-    "weights": ["student"],
-    "options": "",
-}
-_REQUIRED = ("output", "datasets", "methods", "seeds")
-_OF_DATASET = {"split", "convert", "phantom", "options", "labeled", "draws", "fold"}
-_OF_METHOD = {"trainer", "options", "seeds", "labeled", "weights", "command", "training", "ids", "report"}
-_REDUCIBLE = ("patch", "features", "stages", "batch")
+SCHEMA: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("configuration.schema.yaml").read_text("utf-8"))
+_REDUCIBLE = tuple(SCHEMA["properties"]["reduce"]["properties"])
 
 
 class ConfigurationError(ValueError):
@@ -284,18 +273,13 @@ def read(config: Mapping[str, Any]) -> Experiments:
     ConfigurationError
         If a key is unknown or missing, or a value cannot be used.
     """
-    _check_keys(config, {*_OPTIONAL, *_REQUIRED, "baseline"}, "the configuration")
-    missing = [key for key in _REQUIRED if not config.get(key)]
-    if missing:
-        raise ConfigurationError(f"{missing[0]} is missing; see docs/experiments.md")
-    settings = {**_OPTIONAL, **config}
-    _check_settings(settings)
-    datasets = [
-        one for name, entry in _mapping(config["datasets"], "datasets").items() for one in _datasets(name, entry)
-    ]
+    _check(config)
+    settings = {key: one["default"] for key, one in SCHEMA["properties"].items() if "default" in one} | dict(config)
+    settings["reduce"] = settings["reduce"] or {}
+    datasets = [one for name, entry in config["datasets"].items() for one in _datasets(name, entry)]
     _check_ids(datasets)
     found = Experiments(settings, {dataset.key: dataset for dataset in datasets}, {})
-    methods = {name: _method(name, entry, settings) for name, entry in _mapping(config["methods"], "methods").items()}
+    methods = {name: _method(name, entry, settings) for name, entry in config["methods"].items()}
     for dataset in datasets:
         for name, method in methods.items():
             if dataset.labeled in (method["labeled"] or {dataset.labeled} - {"all"}):
@@ -312,39 +296,28 @@ def read(config: Mapping[str, Any]) -> Experiments:
 
 def _datasets(name: str, entry: Any) -> list[Dataset]:
     where = f"datasets: {name}"
-    entry = _mapping(entry, where)
-    _check_keys(entry, _OF_DATASET, where)
-    if not re.fullmatch(r"\w[\w-]*", str(name)):
-        raise ConfigurationError(
-            f"{where}: give nnU-Net's name of the data set, without DatasetNNN_ and without spaces"
-        )
     if ("split" in entry) == ("convert" in entry):
         raise ConfigurationError(f"{where}: give split: ID, or convert: [COLLECTION, FOLDER], and not both")
     if "phantom" in entry and "split" not in entry:
         raise ConfigurationError(f"{where}: phantom generates the data set that split: ID names; add split")
-    if not isinstance(entry.get("phantom", ""), str):
-        raise ConfigurationError(f"{where}: phantom is {entry['phantom']!r}; give its options as text")
-    bases = _mapping(entry.get("labeled"), f"{where}: labeled (for example {{4: 610, 10: 620}}, numbers and first ids)")
-    draws = entry.get("draws", [0])
+    bases, draws = entry["labeled"], entry.get("draws", [0])
     listed = "convert" in entry or "--protocol" in str(entry.get("options", ""))
-    if not isinstance(draws, list) or not draws or not all(_is_draw(draw, listed) for draw in draws):
-        raise ConfigurationError(
-            f"{where}: draws is {draws!r}; give a list of seeds (with convert or --protocol also: published)"
-        )
+    if "published" in draws and not listed:
+        raise ConfigurationError(f"{where}: draws is {draws!r}; give seeds: only convert and --protocol have a list")
     found: list[Dataset] = []
     for at, draw in enumerate(draws):
         planner: Dataset | None = None
-        for labeled, base in sorted(bases.items(), key=lambda pair: _size(pair[0], where)):
+        for labeled, base in sorted(bases.items(), key=lambda pair: _size(pair[0])):
             if labeled == "all" and at:
                 continue  # all labels are the same in every draw
-            number = _whole(base, f"{where}: first id of {labeled}") + at
+            number = base + at
             one = Dataset(
                 name=name,
                 id=number,
                 labeled=str(labeled),
                 draw=draw,
                 fold=str(entry.get("fold", "all")),
-                writer=_writer(entry, number, str(labeled), draw, where),
+                writer=_writer(entry, number, str(labeled), draw),
                 source=entry.get("split"),
                 phantom=str(entry["phantom"]) if "phantom" in entry else None,
                 planner=planner,
@@ -354,26 +327,16 @@ def _datasets(name: str, entry: Any) -> list[Dataset]:
     return found
 
 
-def _is_draw(draw: Any, listed: bool) -> bool:
-    return (isinstance(draw, int) and draw >= 0) or (listed and draw == "published")
-
-
-def _size(labeled: Any, where: str) -> tuple[int, float]:
+def _size(labeled: float | str) -> tuple[int, float]:
     """Order of labelled numbers: fractions and numbers are not mixed, since which is more needs the number of cases."""
-    if labeled == "all":
-        return 2, 0
-    if isinstance(labeled, int | float) and labeled > 0 and (labeled < 1 or float(labeled).is_integer()):
-        return int(labeled >= 1), labeled
-    raise ConfigurationError(f"{where}: labeled has {labeled!r}; give numbers, fractions below 1, or all")
+    return (2, 0) if isinstance(labeled, str) else (int(labeled >= 1), labeled)
 
 
-def _writer(entry: Mapping[str, Any], number: int, labeled: str, draw: int | str, where: str) -> tuple[str, ...]:
+def _writer(entry: Mapping[str, Any], number: int, labeled: str, draw: int | str) -> tuple[str, ...]:
     options = shlex.split(str(entry.get("options", "")))
     if "split" in entry:
-        words = ["split", "-d", str(_whole(entry["split"], f"{where}: split")), "--as", str(number)]
+        words = ["split", "-d", str(entry["split"]), "--as", str(number)]
     else:
-        if not isinstance(entry["convert"], list) or len(entry["convert"]) != 2:
-            raise ConfigurationError(f"{where}: convert is {entry['convert']!r}; give [COLLECTION, FOLDER]")
         words = ["convert", *map(str, entry["convert"]), "-d", str(number)]
     seed = [] if draw == "published" or labeled == "all" else ["--labeled_seed", str(draw)]
     return ("nnUNetv2_dycon", *words, "--labeled", labeled, *seed, *options)
@@ -381,12 +344,9 @@ def _writer(entry: Mapping[str, Any], number: int, labeled: str, draw: int | str
 
 def _method(name: str, entry: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     where = f"methods: {name}"
-    entry = {"trainer": entry} if isinstance(entry, str) else dict(_mapping(entry, where))
-    _check_keys(entry, _OF_METHOD, where)
+    entry = {"trainer": entry} if isinstance(entry, str) else dict(entry)
     if ("trainer" in entry) == ("command" in entry):
         raise ConfigurationError(f"{where}: give a trainer, or a command with the folder training, and not both")
-    if ("command" in entry) != ("training" in entry):
-        raise ConfigurationError(f"{where}: command and training (its results folder) go together")
     method = {
         "ids": {},
         "options": settings["options"],
@@ -394,10 +354,6 @@ def _method(name: str, entry: Any, settings: Mapping[str, Any]) -> dict[str, Any
         "weights": settings["weights"],
         **entry,
     }
-    if not isinstance(method["seeds"], list) or not all(isinstance(seed, int) for seed in method["seeds"]):
-        raise ConfigurationError(f"{where}: seeds is {method['seeds']!r}; give a list of whole numbers")
-    if not isinstance(method["weights"], list) or not set(method["weights"]) <= set(WEIGHTS):
-        raise ConfigurationError(f"{where}: weights is {method['weights']!r}; give a list of student, teacher")
     if "seed" in re.split(r"[_\d]", "_".join([str(method.get("trainer")), str(method["options"])])):
         raise ConfigurationError(f"{where}: the trainer's name has a seed; leave it to seeds")
     labeled = entry.get("labeled")
@@ -418,7 +374,7 @@ def _run(found: Experiments, dataset: Dataset, name: str, method: Mapping[str, A
         known |= {"configuration": configuration, "options": method["options"], "device": found.settings["device"]}
         if seed in method["ids"]:
             first = min(one.id for one in found.datasets.values())
-            known["new"] = new = _whole(method["ids"][seed], f"methods: {name}: ids: {seed}") + dataset.id - first
+            known["new"] = new = method["ids"][seed] + dataset.id - first
         command, training = (
             _filled(str(method[part]), known, f"methods: {name}: {part}") for part in ("command", "training")
         )
@@ -462,31 +418,36 @@ def _reports(found: Experiments, baseline: Any, methods: Mapping[str, Any]) -> d
 # ---- checks ------------------------------------------------------------------------------------------------------
 
 
-def _check_keys(entry: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    for key in entry:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.0)
-            raise ConfigurationError(f"{where} has the unknown key {key!r}; did you mean {near[0]}?")
+def _check(config: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError with one line about the first key that does not fit the schema."""
+    found = best_match(Draft202012Validator(SCHEMA).iter_errors(dict(config)))
+    if found is None:
+        return
+    where = ": ".join(map(str, found.absolute_path)) or "the configuration"
+    if found.validator == "additionalProperties":
+        key = next(key for key in found.instance if key not in found.schema["properties"])
+        near = difflib.get_close_matches(str(key), sorted(found.schema["properties"]), n=1, cutoff=0.0)
+        raise ConfigurationError(f"{where} has the unknown key {key!r}; did you mean {near[0]}?")
+    if found.validator in ("required", "dependentRequired"):
+        missing = re.findall(r"'([^']*)' is a (?:required property|dependency of)", found.message)[0]
+        raise ConfigurationError(f"{where}: {missing} is missing; see docs/experiments.md")
+    path = list(found.absolute_path)
+    while path and "description" not in _schema_of(path):  # then that of the list or mapping that holds it
+        path.pop()
+    where, value = ": ".join(map(str, path)) or "the configuration", config
+    for key in path:
+        value = value[key]
+    said = f"has {found.instance!r}" if "propertyNames" in found.absolute_schema_path else f"is {value!r}"
+    raise ConfigurationError(f"{where} {said}; {_schema_of(path)['description']}")
 
 
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    if settings["device"] not in ("cuda", "cpu", "mps"):
-        raise ConfigurationError(f"device is {settings['device']!r}; give cuda, cpu or mps")
-    for key, lowest in (("threads", 1), ("processes", 1), ("loaders", 0)):
-        if _whole(settings[key], key) < lowest:
-            raise ConfigurationError(f"{key} is {settings[key]}; give {lowest} or more")
-    reduced = _mapping(settings["reduce"] or {}, "reduce")
-    _check_keys(reduced, _REDUCIBLE, "reduce")
-    for key, value in reduced.items():
-        numbers = value if key == "patch" and isinstance(value, list) else [value]
-        if not numbers or any(_whole(number, f"reduce: {key}") < 1 for number in numbers):
-            raise ConfigurationError(f"reduce: {key} is {value!r}; give whole numbers of 1 or more")
-    if reduced.get("stages", 3) < 3:
-        raise ConfigurationError(
-            "reduce: stages is below 3, where nnU-Net's deep supervision has no output; give 3 or more"
-        )
-    if "stages" in reduced and "features" not in reduced:
-        raise ConfigurationError("reduce: stages needs features, those of the first stage; they double with each")
+def _schema_of(path: Sequence[Any]) -> dict[str, Any]:
+    schema = SCHEMA
+    for key in path:
+        schema = schema.get("properties", {}).get(key, schema.get("additionalProperties") or schema.get("items") or {})
+        if "$ref" in schema:
+            schema = {**SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[1]], **schema}
+    return schema
 
 
 def _check_ids(datasets: Sequence[Dataset]) -> None:
@@ -530,18 +491,6 @@ def _add(runs: dict[tuple[str, str], Run], run: Run) -> None:
         raise ConfigurationError(
             f"methods: {other.method} and {run.method} are the same training {run.key}; remove one"
         )
-
-
-def _mapping(value: Any, where: str) -> Mapping[Any, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{where} is {value!r}; give keys with values")
-    return value
-
-
-def _whole(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigurationError(f"{where} is {value!r}; give a whole number")
-    return value
 
 
 def _joined(value: Any) -> str:

@@ -179,10 +179,10 @@ def test_the_configurations_that_are_there_can_be_used(name):
     ("path", "value", "said"),
     [
         ("methds", {}, "unknown key 'methds'; did you mean methods?"),
-        ("seeds", [], "seeds is missing"),
-        ("seeds", 0, "seeds is missing"),
+        ("seeds", [], "seeds is []; give a list of whole numbers"),
+        ("seeds", 0, "seeds is 0; give a list of whole numbers"),
         ("device", "gpu", "device is 'gpu'; give cuda, cpu or mps"),
-        ("threads", 0, "threads is 0; give 1 or more"),
+        ("threads", 0, "threads is 0; give a whole number of 1 or more"),
         ("baseline", "nobody", "baseline is 'nobody', which is no method; give one of control, DyCON"),
         ("reduce", {"stages": 2, "features": 4}, "give 3 or more"),
         ("reduce", {"patch": "32"}, "reduce: patch is '32'; give a whole number"),
@@ -196,7 +196,8 @@ def test_the_configurations_that_are_there_can_be_used(name):
         ("datasets/Blobs/phantom", 5, "phantom is 5; give its options"),
         ("datasets/Blobs/phantom", "-n 9", None),
         ("methods/DyCON/trainer", "nnUNetTrainerDyCON_seed3", "leave it to seeds"),
-        ("methods/DyCON/command", "train", "and not both"),
+        ("methods/DyCON/command", "train", "methods: DyCON: training is missing"),
+        ("methods/DyCON", {"trainer": "T", "command": "train", "training": "x"}, "and not both"),
         ("methods/DyCON/labeled", 5, "labeled has 5, which no data set has"),
         ("methods/DyCON/weights", ["both"], "give a list of student, teacher"),
         ("methods/more", "nnUNetTrainerDyCON_gamma0p5", None),
@@ -205,6 +206,13 @@ def test_the_configurations_that_are_there_can_be_used(name):
         ("methods/more", {"command": "do {it}", "training": "x"}, "has the unknown {it}; known are {id}"),
         ("methods/more", {"command": "do --as {new}", "training": "x"}, "has the unknown {new}"),
         ("methods/more", self_made({0: 700, 1: 750}), None),
+        ("methods/more", 5, "methods: more is 5; give a trainer, or keys with values"),
+        ("mirroring", "no", "mirroring is 'no'; give true or false"),
+        ("datasets/Blobs/draws", [-1], "draws is [-1]; give a list of seeds"),
+        ("datasets/Blobs/split", "4", "datasets: Blobs: split is '4'; give the id"),
+        ("datasets/B lobs", {"split": 4, "labeled": {4: 700}}, "datasets has 'B lobs'; give each data set a name"),
+        ("reduce", {"stages": 4}, "reduce: features is missing"),
+        ("reduce", {"steps": 4}, "reduce has the unknown key 'steps'; did you mean stages?"),
         ("methods/more", self_made({0: 700, 1: 701}), "more: ids: Dataset611_Blobs"),  # 610 and 611 would share 701
         ("methods/more", self_made({0: 610, 1: 750}), "would make id 610, which is of Dataset610_Blobs"),
         ("methods/more", self_made({0: 4, 1: 750}), "would make id 4, which is of split"),
@@ -219,6 +227,22 @@ def test_a_wrong_configuration_is_one_line(path, value, said):
         experiments.read(config)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["output", "datasets", "methods", "seeds"])
+def test_a_missing_key_is_named(key):
+    config = {name: value for name, value in CONFIG.items() if name != key}
+    with pytest.raises(experiments.ConfigurationError, match=f"{key} is missing; see docs/experiments.md"):
+        experiments.read(config)
+
+
+def test_every_part_of_the_schema_says_what_to_write():
+    """An error names the nearest key above that has a description; at the top there is one for each key."""
+    for key, schema in experiments.SCHEMA["properties"].items():
+        described = experiments._schema_of([key])
+        assert described.get("description"), key
+        if "default" in schema:
+            experiments.Draft202012Validator({**described, "$defs": experiments.SCHEMA["$defs"]}).validate(schema["default"])
 
 
 def test_notes_of_what_is_no_longer_on_disk_are_removed(tmp_path, monkeypatch):
