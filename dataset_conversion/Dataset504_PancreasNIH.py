@@ -120,7 +120,7 @@ COLLECTION = Collection(
     prefix=PREFIX,
     inner=frozenset({"pancreas-ct", "image", "label", "images", "labels"}),
     dropped=frozenset({f"{PREFIX}0025", f"{PREFIX}0070"}),
-    drop_reason="0025 and 0070 are left out: they were withdrawn as scans of the patient of 0002 (--keep-withdrawn)",
+    drop_reason="0025 and 0070 are left out: they were withdrawn as scans of the patient of 0002 (--keep_withdrawn)",
 )
 
 
@@ -152,7 +152,7 @@ convert_collection = convert_pancreas_nih
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     arguments = converter_parser(COLLECTION.name, 504, COLLECTION.protocols)
-    arguments.add_argument("--keep-withdrawn", action="store_true", help="keep cases 0025 and 0070")
+    arguments.add_argument("--keep_withdrawn", action="store_true", help="keep cases 0025 and 0070")
     return arguments
 
 

@@ -73,7 +73,7 @@ COLLECTIONS = {
     "Dataset501_ISLES22": (collections.isles, ("--labeled", "0.1", "--modalities", "dwi", "adc", "flair")),
     "Dataset502_BraTS19": (collections.brats, ("--labeled", "25", "--labels", "multi", "--modalities")),
     "Dataset503_LA": (collections.la_nrrd, ("--labeled", "8")),
-    "Dataset504_PancreasNIH": (collections.pancreas_dicom, ("--labeled", "12", "--keep-withdrawn")),
+    "Dataset504_PancreasNIH": (collections.pancreas_dicom, ("--labeled", "12", "--keep_withdrawn")),
     "Dataset505_BTCV": (collections.btcv, ("--labeled", "4", "--protocol", "skcdf")),
 }
 
