@@ -27,7 +27,7 @@ START_UP = {
 
 
 class BuildWithStartUp(build_py):
-    """Puts the start-up files beside the package, at the root of a regular wheel."""
+    """Puts the start-up files next to the package, at the root of a regular wheel."""
 
     def _start_up_paths(self) -> list[Path]:
         return [] if self.editable_mode else [Path(self.build_lib, name) for name in START_UP]

@@ -17,7 +17,7 @@ from typing import Any
 from nnunetv2_dycon.conversion.cases import LabelRule, Resampled, SourceCase
 from nnunetv2_dycon.conversion.commands import converter_parser, run_script
 from nnunetv2_dycon.conversion.convert import Collection, Found, convert
-from nnunetv2_dycon.conversion.job import Report
+from nnunetv2_dycon.conversion.job import Conversion
 from nnunetv2_dycon.conversion.source import NIFTI, match, only
 from nnunetv2_dycon.conversion.volumes import NiftiFile, Source
 from nnunetv2_dycon.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ COLLECTION = Collection(
     channels=("DWI",),
     labels={"background": 0, "lesion": 1},
     rule=LabelRule(maps=({0: 0, 1: 1},)),
-    licence="CC BY-SA 4.0 (organisers' repository; copies elsewhere say CC BY 4.0)",
+    license="CC BY-SA 4.0 (organisers' repository; copies elsewhere say CC BY 4.0)",
     reference="Hernandez Petzsche et al., Scientific Data 9:762 (2022)",
     prefix=PREFIX,
     inner=frozenset({"rawdata", "derivatives"}),
@@ -80,7 +80,7 @@ def convert_isles22(
     *,
     modalities: Sequence[str] = ("dwi",),
     **options: Any,
-) -> Report:
+) -> Conversion:
     """Write ISLES-2022 as a raw data set.
 
     Parameters

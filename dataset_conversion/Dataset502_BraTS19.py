@@ -16,7 +16,7 @@ from typing import Any
 from nnunetv2_dycon.conversion.cases import LabelRule, SourceCase
 from nnunetv2_dycon.conversion.commands import converter_parser, run_script
 from nnunetv2_dycon.conversion.convert import Collection, Found, convert
-from nnunetv2_dycon.conversion.job import Report
+from nnunetv2_dycon.conversion.job import Conversion
 from nnunetv2_dycon.conversion.source import NIFTI, match, only
 from nnunetv2_dycon.conversion.volumes import NiftiFile
 from nnunetv2_dycon.errors import ConfigError, DataError
@@ -77,7 +77,7 @@ COLLECTION = Collection(
     channels=("FLAIR",),
     labels=LABELS["whole"][0],
     rule=LabelRule(maps=(LABELS["whole"][1],)),
-    licence="Terms of the BraTS 2019 challenge: registration, research use, no redistribution",
+    license="Terms of the BraTS 2019 challenge: registration, research use, no redistribution",
     reference="Menze et al. 2014; Bakas et al. 2017; Bakas et al. 2018",
     inner=frozenset({"hgg", "lgg"}),
 )
@@ -91,7 +91,7 @@ def convert_brats19(
     modalities: Sequence[str] = ("flair",),
     labels: str = "whole",
     **options: Any,
-) -> Report:
+) -> Conversion:
     """Write BraTS 2019 as a raw data set.
 
     Parameters

@@ -14,7 +14,7 @@ from typing import Any
 from nnunetv2_dycon.conversion.cases import LabelRule, SourceCase
 from nnunetv2_dycon.conversion.commands import converter_parser, run_script
 from nnunetv2_dycon.conversion.convert import Collection, Found, convert
-from nnunetv2_dycon.conversion.job import Report
+from nnunetv2_dycon.conversion.job import Conversion
 from nnunetv2_dycon.conversion.source import match, only
 from nnunetv2_dycon.conversion.volumes import H5Array, NrrdFile
 from nnunetv2_dycon.errors import DataError
@@ -59,12 +59,14 @@ COLLECTION = Collection(
     channels=("LGE",),
     labels={"background": 0, "left_atrium": 1},
     rule=LabelRule(maps=({0: 0, 255: 1}, {0: 0, 1: 1})),
-    licence="none stated by the challenge or by the copies; ask the organisers before you pass it on",
+    license="none stated by the challenge or by the copies; ask the organisers before you pass it on",
     reference="Xiong et al., Medical Image Analysis 67:101832 (2021)",
 )
 
 
-def convert_la(source: str | Path, dataset_id: int = 503, labeled: str | float | Path = 8, **options: Any) -> Report:
+def convert_la(
+    source: str | Path, dataset_id: int = 503, labeled: str | float | Path = 8, **options: Any
+) -> Conversion:
     """Write LA as a raw data set.
 
     Parameters

@@ -19,7 +19,7 @@ from nnunetv2_dycon.conversion.cases import LabelRule, SourceCase
 from nnunetv2_dycon.conversion.commands import converter_parser, run_script
 from nnunetv2_dycon.conversion.convert import Collection, Found, convert
 from nnunetv2_dycon.conversion.dicom import CtSeries
-from nnunetv2_dycon.conversion.job import Report
+from nnunetv2_dycon.conversion.job import Conversion
 from nnunetv2_dycon.conversion.source import NIFTI, match, only
 from nnunetv2_dycon.conversion.volumes import H5Array, NiftiFile, Source
 from nnunetv2_dycon.errors import DataError
@@ -48,7 +48,7 @@ def find_cases(files: Sequence[Path]) -> Found:
         cases = {
             case: SourceCase((image,), H5Array(image.path, "label", H5_SPACING_MM)) for case, image in images.items()
         }
-        return Found(cases, form=H5_FORM, rule=LabelRule(MAPS))  # values are no HU, and grids are equal
+        return Found(cases, form=H5_FORM, rule=LabelRule(MAPS))  # values are not HU, and grids are equal
     labels = only(
         "the label", ((_name(fit[1]), path) for path, fit in match(files, rf".*?(\d{{4}}){NIFTI}") if _is_label(path))
     )
@@ -115,7 +115,7 @@ COLLECTION = Collection(
     channels=("CT",),
     labels={"background": 0, "pancreas": 1},
     rule=LabelRule(MAPS, fit=by_position, needs_image=True),
-    licence="CC BY 3.0",
+    license="CC BY 3.0",
     reference="Roth et al., MICCAI 2015 and TCIA 2016; Clark et al., Journal of Digital Imaging 26(6) (2013)",
     prefix=PREFIX,
     inner=frozenset({"pancreas-ct", "image", "label", "images", "labels"}),
@@ -131,7 +131,7 @@ def convert_pancreas_nih(
     *,
     keep_withdrawn: bool = False,
     **options: Any,
-) -> Report:
+) -> Conversion:
     """Write Pancreas-NIH as a raw data set.
 
     Parameters

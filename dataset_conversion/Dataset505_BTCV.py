@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2_dycon.conversion.cases import LabelRule, SourceCase
 from nnunetv2_dycon.conversion.commands import converter_parser, run_script
 from nnunetv2_dycon.conversion.convert import Collection, Found, convert
-from nnunetv2_dycon.conversion.job import Report
+from nnunetv2_dycon.conversion.job import Conversion
 from nnunetv2_dycon.conversion.source import NIFTI, match, only
 from nnunetv2_dycon.conversion.volumes import NiftiFile
 from nnunetv2_dycon.errors import DataError
@@ -61,14 +61,16 @@ COLLECTION = Collection(
         maps=({value: value for value in range(len(ORGANS) + 1)},),
         hint=": 14 organs or other numbers are those of another collection (Zenodo 1169361 has the duodenum as 14)",
     ),
-    licence="Synapse syn3193805: registration, no redistribution",
+    license="Synapse syn3193805: registration, no redistribution",
     reference="Landman et al., Multi-Atlas Labeling Beyond the Cranial Vault (2015)",
     prefix=PREFIX,
     inner=frozenset({"img", "label", "training", "imagestr", "labelstr"}),
 )
 
 
-def convert_btcv(source: str | Path, dataset_id: int = 505, labeled: str | float | Path = 4, **options: Any) -> Report:
+def convert_btcv(
+    source: str | Path, dataset_id: int = 505, labeled: str | float | Path = 4, **options: Any
+) -> Conversion:
     """Write BTCV as a raw data set.
 
     Parameters

@@ -37,7 +37,7 @@ def read_checkpoint(path: Path, *keys: str) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, ImportError) as error:
         raise _unreadable(path, str(error)) from error
     except pickle.UnpicklingError as error:  # any text, an LFS pointer for one
-        raise _unreadable(path, "it is no file of torch") from error
+        raise _unreadable(path, "it is not a file of torch") from error
     if missing:
         raise _unreadable(path, f"it has no {missing[0]}")
     return checkpoint

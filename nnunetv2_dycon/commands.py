@@ -24,7 +24,7 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]
 class Verb(NamedTuple):
     """One verb: `arguments` name parameters of the function `target`; `show` prints its result.
 
-    What is not typed is not passed, so the defaults are those of the function. `show` returns the exit code.
+    Only typed arguments are passed, so the defaults are those of the function. `show` returns the exit code.
     """
 
     help: str
@@ -210,7 +210,7 @@ VERBS: dict[str, Verb] = {
             _dataset("dataset_id"),
             _argument("--as", dest="new_id", required=True, type=int, help="id of the new data set"),
             _argument(
-                "--labeled", required=True, help="a fraction (0.1), a number (8), all, or a file with one id a line"
+                "--labeled", required=True, help="a fraction (0.1), a number (8), all, or a file with one id per line"
             ),
             _argument("--labeled_seed", type=int, help="seed of the draw (default: 0)"),
             _argument("--test", help="fraction or number of training cases to draw as test cases"),
@@ -308,7 +308,7 @@ VERBS: dict[str, Verb] = {
             _argument(
                 "-djfile",
                 dest="dataset_json",
-                help="the data set's dataset.json (default: that in PRED, else beside GT)",
+                help="the data set's dataset.json (default: that in PRED, else next to GT)",
             ),
             _argument("-o", dest="output", help="folder for scores.csv, scores.json and summary.json (default: PRED)"),
             _argument("-np", dest="processes", type=int, help=_PROCESSES),

@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import nnunetv2_dycon
 from nnunetv2_dycon import _register
+from nnunetv2_dycon.findings import Finding
 
 START_UP_FILE = "nnunetv2_dycon_ext.pth"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -23,17 +23,9 @@ NNUNET_FROM, NNUNET_BELOW = (2, 8, 1), (2, 9)
 REINSTALL = "reinstall both in one command: pip install --force-reinstall torch torchvision"
 
 
-class Check(NamedTuple):
-    """One finding: what was looked at, whether it is as it must be, and one line for the user."""
-
-    name: str
-    ok: bool
-    text: str
-
-
-def doctor() -> list[Check]:
+def doctor() -> list[Finding]:
     """Return all findings; nothing is changed and no user data is read."""
-    with warnings.catch_warnings():  # deprecations inside torch and nnU-Net are no findings
+    with warnings.catch_warnings():  # deprecations inside torch and nnU-Net are not findings
         warnings.simplefilter("ignore")
         return [
             *_versions(),
@@ -51,22 +43,22 @@ def export_line() -> str:
     return f'export {variable}="${{{variable}:+${variable}{os.pathsep}}}{_register.FOLDER}"'
 
 
-def _versions() -> Iterator[Check]:
+def _versions() -> Iterator[Finding]:
     here = Path(nnunetv2_dycon.__file__).parent
     installed = _version("nnunetv2-dycon")
     note = "" if installed else "; runs from its folder but is not installed: pip install ."
-    yield Check("nnunetv2_dycon", installed is not None, f"{nnunetv2_dycon.__version__} in {here}{note}")
+    yield Finding("nnunetv2_dycon", installed is not None, f"{nnunetv2_dycon.__version__} in {here}{note}")
     version = _version("nnunetv2")
     numbers = tuple(int(part) for part in re.findall(r"\d+", version or "")[:3])
     good = NNUNET_FROM <= numbers < NNUNET_BELOW
-    yield Check(
+    yield Finding(
         "nnunetv2",
         good,
         (version or "missing") + ("" if good else "; type: pip install 'nnunetv2>=2.8.1,<2.9'"),
     )
     for name in ("torch", "torchvision"):
         version = _version(name)
-        yield Check(name, version is not None, version or f"missing; {REINSTALL}")
+        yield Finding(name, version is not None, version or f"missing; {REINSTALL}")
 
 
 def _version(distribution: str) -> str | None:
@@ -76,35 +68,35 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _folder(name: str) -> Check:
+def _folder(name: str) -> Finding:
     path = os.environ.get(name)
     if not path:
-        return Check(name, False, f"not set; type: export {name}=/path/to/{name}")
+        return Finding(name, False, f"not set; type: export {name}=/path/to/{name}")
     if not os.path.isdir(path):
-        return Check(name, False, f"{path} does not exist; type: mkdir -p '{path}'")
+        return Finding(name, False, f"{path} does not exist; type: mkdir -p '{path}'")
     try:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         # Raw data are often shared and read-only, and training does not write there.
-        return Check(name, name == "nnUNet_raw", f"{path} is not writable ({error.strerror})")
-    return Check(name, True, path)
+        return Finding(name, name == "nnUNet_raw", f"{path} is not writable ({error.strerror})")
+    return Finding(name, True, path)
 
 
-def _registration() -> Iterator[Check]:
+def _registration() -> Iterator[Finding]:
     variable, folder = _register.VARIABLE, _register.FOLDER
     listed = [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
     active = folder in listed
     shown = [entry if os.path.isdir(entry) else f"{entry} (does not exist)" for entry in listed]
-    yield Check(variable, active, f"{os.pathsep.join(shown) or 'empty'}{'' if active else '; ours is not in it'}")
+    yield Finding(variable, active, f"{os.pathsep.join(shown) or 'empty'}{'' if active else '; ours is not in it'}")
     found = [str(Path(root, START_UP_FILE)) for root in _site_folders() if Path(root, START_UP_FILE).is_file()]
     where = found[0] if found else f"no {START_UP_FILE} in {', '.join(_site_folders())}"
     if os.environ.get(_register.SWITCH_OFF) == "1":
         where += f"; switched off by {_register.SWITCH_OFF}=1"
     elif found and not active:
         where += "; there but did not run (python -S?)"
-    yield Check("start-up file", active, where if active else f"{where}; type the next line")
-    yield Check("the same by hand", True, export_line())
+    yield Finding("start-up file", active, where if active else f"{where}; type the next line")
+    yield Finding("the same by hand", True, export_line())
 
 
 def _site_folders() -> list[str]:
@@ -112,31 +104,31 @@ def _site_folders() -> list[str]:
     return [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
 
 
-def _torchvision() -> Check:
+def _torchvision() -> Finding:
     """Import what nnU-Net's search imports on its way to any trainer that is not its default one."""
     try:
         importlib.import_module("timm")
     except Exception as error:  # a torchvision of another torch fails in many ways, RuntimeError among them
         why = f"cannot be imported ({_one_line(error)}), so only nnU-Net's default trainer is found"
-        return Check("timm and torchvision", False, f"{why}; {REINSTALL}")
-    return Check("timm and torchvision", True, "can be imported")
+        return Finding("timm and torchvision", False, f"{why}; {REINSTALL}")
+    return Finding("timm and torchvision", True, "can be imported")
 
 
-def _trainers() -> Iterator[Check]:
+def _trainers() -> Iterator[Finding]:
     """Ask nnU-Net's own search for every trainer of ours."""
     try:
         from nnunetv2_dycon.trainers.names import TRAINERS
     except Exception as error:  # whatever is broken, the other findings are wanted too
-        yield Check("trainers", False, f"cannot be imported: {_one_line(error)}")
+        yield Finding("trainers", False, f"cannot be imported: {_one_line(error)}")
         return
     for name in TRAINERS:
         try:
             yield _found_by_nnunet(name)
         except Exception as error:
-            yield Check(name, False, f"nnU-Net's search fails: {_one_line(error)}")
+            yield Finding(name, False, f"nnU-Net's search fails: {_one_line(error)}")
 
 
-def _found_by_nnunet(name: str) -> Check:
+def _found_by_nnunet(name: str) -> Finding:
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     from nnunetv2_dycon.trainers.names import trainer_class
@@ -147,26 +139,26 @@ def _found_by_nnunet(name: str) -> Check:
     folder = re.search(r"^Using trainer .* from: (.*)$", chatter.getvalue(), re.MULTILINE)
     origin = folder[1] if folder else getattr(sys.modules.get(found.__module__), "__file__", found.__module__)
     if found is trainer_class(name):
-        return Check(name, True, f"found by nnU-Net in {origin}")
-    return Check(name, False, f"shadowed: nnU-Net takes the class of that name in {origin}; rename or remove it")
+        return Finding(name, True, f"found by nnU-Net in {origin}")
+    return Finding(name, False, f"shadowed: nnU-Net takes the class of that name in {origin}; rename or remove it")
 
 
-def _machine() -> Iterator[Check]:
+def _machine() -> Iterator[Finding]:
     try:
         import torch
 
         from nnunetv2_dycon.precision import cpu_has_bf16
     except Exception as error:
-        yield Check("devices", False, f"torch cannot be imported: {_one_line(error)}; {REINSTALL}")
+        yield Finding("devices", False, f"torch cannot be imported: {_one_line(error)}; {REINSTALL}")
         return
     cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    yield Check(
+    yield Finding(
         "devices",
         True,
         ", ".join(cards) if cards else f"no CUDA device; CPU, {torch.get_num_threads()} threads",
     )
     text = "fast: option bf16 pays" if cpu_has_bf16() else "not in hardware: leave option bf16 out"
-    yield Check("bf16 on this CPU", True, text)
+    yield Finding("bf16 on this CPU", True, text)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Errors that a user can mend; each message is one line: what is wrong, where, and what to type."""
+"""Errors that a user can mend; each message is one line: the problem, its place, and the command to type."""
 
 
 class UserError(ValueError):

@@ -27,7 +27,7 @@ def export_model(
     output: str | Path = "",
     checkpoint: str = "checkpoint_final.pth",
 ) -> Path:
-    """Write plans, dataset.json and one checkpoint a fold for `nnUNetv2_predict_from_modelfolder -m OUTPUT`.
+    """Write plans, dataset.json and one checkpoint per fold for `nnUNetv2_predict_from_modelfolder -m OUTPUT`.
 
     The network is the planned one, so the checkpoints name nnU-Net's own trainer. They hold what prediction needs and
     nothing else: training cannot be continued from them.

@@ -20,7 +20,9 @@ def environment_folder(variable: str) -> Path:
     if not value:
         raise DataError(f"{variable} is not set; type: export {variable}=/path/to/{variable}")
     if not Path(value).is_dir():
-        raise DataError(f"{variable} is {value}, which is no folder; type: mkdir -p '{value}', or correct the variable")
+        raise DataError(
+            f"{variable} is {value}, which is not a folder; type: mkdir -p '{value}', or correct the variable"
+        )
     return Path(value)
 
 

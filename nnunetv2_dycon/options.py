@@ -45,7 +45,7 @@ def option(
     neutral: Any = ...,
     help: str = "",
 ) -> Any:
-    """Declare one option: a dataclass field with its default and what the parser has to know.
+    """Declare one option: a dataclass field with its default and all that the parser needs.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def option(
     schedule : bool
         The option takes `A` or `AtoB` and its value is a `Schedule`.
     none_text : str, optional
-        What the default None means, for the printed table.
+        Meaning of the default None, for the printed table.
     neutral : object, optional
         The value with which training is as it was before there was the option; the default if not given. It is that of
         a checkpoint that does not know the option.
@@ -84,7 +84,7 @@ class Row(NamedTuple):
 
 
 class _Option(NamedTuple):
-    """What is known of one field of a settings class."""
+    """One field of a settings class."""
 
     name: str
     kind: str  # flag, schedule, choice, int or float
@@ -279,8 +279,8 @@ def stored_values(settings_type: type[Settings], stored: Mapping[str, Any]) -> d
     settings_type : type of Settings
         The class of the trainer that reads the checkpoint.
     stored : mapping
-        What the checkpoint holds. A renamed option is translated, a missing one has its neutral value; what is unknown
-        stays as it is.
+        The settings in the checkpoint. A renamed option is translated, a missing one has its neutral value; unknown
+        ones stay as they are.
     """
     neutral = {item.name: _plain(item.neutral) for item in _options(settings_type).values()}
     return neutral | settings_type.translated(dict(stored))

@@ -452,7 +452,7 @@ def _acquire(
     bias: float,
     gain: float,
 ) -> np.ndarray:
-    """What the scanner stores of a clean signal: blur, contrast curve, bias field, noise, gain; int16."""
+    """The scanner's image of a clean signal: blur, contrast curve, bias field, noise, gain; int16."""
     seen = gaussian_filter(np.where(brain, np.maximum(signal, 0), 0), psf) ** gamma
     seen *= np.exp(bias * _smooth_noise(rng, brain.shape, (14, 14, 10)))
     sigma = noise * rng.uniform(0.7, 1.3)

@@ -1,4 +1,4 @@
-"""What the processes of a distributed training agree on; with one process each returns what it was given."""
+"""Exchange between the processes of a distributed training; with one process each function returns its input."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -52,7 +52,7 @@ def exponential(t: float, start: float, end: float) -> float:
     Raises
     ------
     ConfigError
-        If t is outside [0, 1], or a value is negative, not finite, or 0 beside one that is not.
+        If t is outside [0, 1], or a value is negative, not finite, or only one of them is 0.
 
     Examples
     --------

@@ -39,7 +39,7 @@ class Term(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one student pass costs: the terms to add up, and numbers that are only logged."""
+    """Cost of one student pass: the terms to add up, and numbers that are only logged."""
 
     terms: Mapping[str, Term]
     logged: Mapping[str, Tensor] = {}
@@ -47,7 +47,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a method may know of the data set."""
+    """Facts of the data set that a method may know."""
 
     classes: int  # outputs of the network, background included
     ignore_label: int | None = None  # value of voxels that count for nothing
@@ -92,10 +92,10 @@ class Pair(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a teacher says of its input x (B, C, *S), and what the student is to learn of it.
+    """A teacher's answer to its input x (B, C, *S), and the target that the student learns.
 
-    `logits` (B, K, *S) are the teacher's, `target` is what they become in the frame of the student's input, `extra` is
-    what else a method asks for.
+    `logits` (B, K, *S) are the teacher's, `target` are the same in the frame of the student's input, `extra` is for
+    further questions of a method.
     """
 
     teacher: TargetNetwork

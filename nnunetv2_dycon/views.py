@@ -1,4 +1,4 @@
-"""What the student and the teacher see of a step's patches, made on the tensors' device.
+"""Views: the inputs of student and teacher, made from a step's patches on the tensors' device.
 
 Shapes: `(B, C, *S)` is batch, input channel, space (two or three axes); `K` counts the classes. The teacher sees the
 loader's patch, the student a view of it; both keep the loader's geometry, except where a view moves voxels between
@@ -245,7 +245,7 @@ def _cutmix(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
 def _copy_paste(side: tuple[float, float], *, inverted: bool = False) -> ViewMaker:
     """Return a view in which a box of each patch comes from a labelled patch, with its true labels; inverted, all else.
 
-    Voxels without a true label (the ignore label, or below 0) are left out of what is pasted, image and target
+    Voxels without a true label (the ignore label, or below 0) are not pasted, image and target
     alike.
 
     References

@@ -1,4 +1,4 @@
-"""Time and memory of `nnUNetv2_dycon evaluate` beside MedPy, MONAI and nnU-Net's own evaluation, on generated shapes.
+"""Time and memory of `nnUNetv2_dycon evaluate` next to MedPy, MONAI and nnU-Net's own evaluation, on generated shapes.
 
 Cost: about five minutes on one core, nearly all of it MedPy, and 2 GB of memory; nothing is left behind. Other
 programs' rows need them: pip install medpy monai. Times are seconds of one core's work, medians after a warm-up (MedPy
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunetv2_dycon.evaluation.label_files import read_label_map, read_labels
-from nnunetv2_dycon.evaluation.metrics import Protocol, Structure, score_case
+from nnunetv2_dycon.evaluation.metrics import ScoreSettings, Structure, score_case
 
 CT, CT_SPACING = (128, 512, 512), (2.5, 0.8, 0.8)
 LA, LA_SPACING = (112, 112, 80), (0.625, 0.625, 0.625)
@@ -81,7 +81,7 @@ def ours(
 ) -> Callable[[], object]:
     """All values of the given classes."""
     structures = [Structure(str(value), "", (value,)) for value in classes]
-    return lambda: score_case(truth, prediction, spacing, structures, protocol=Protocol())
+    return lambda: score_case(truth, prediction, spacing, structures, settings=ScoreSettings())
 
 
 def medpys(truth: NDArray, prediction: NDArray, spacing: tuple[float, ...]) -> Callable[[], object]:
@@ -162,7 +162,7 @@ def peak_now() -> int:
 
 
 class Report:
-    """Prints figures beside their bars and remembers whether all were met."""
+    """Prints measured numbers next to their bars and remembers whether all were met."""
 
     met = True
 
@@ -236,7 +236,7 @@ def main() -> int:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak = pool.apply(peak_bytes, (root / "ct",))
         note = f"({peak / 2**20:.0f} MB)"
-        what = "CT with a stray blob, peak memory: label volumes of a byte a voxel"
+        what = "CT with a stray blob, peak memory: label volumes of a byte per voxel"
         report.add(what, peak / np.prod(CT), 4, least=False, note=note)
     return 0 if report.met else 1
 

@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-d", required=True, help="id or name of the data set")
     parser.add_argument("-c", required=True, help="configuration")
     parser.add_argument("-p", default="nnUNetPlans", help="plans")
-    parser.add_argument("-tr", nargs="+", help="trainers beside stock, with options (default: all)")
+    parser.add_argument("-tr", nargs="+", help="trainers in addition to stock, with options (default: all)")
     parser.add_argument("--steps", type=int, default=5, help="steps that the median is of")
     return parser.parse_args()
 

@@ -171,7 +171,9 @@ def task04_files(path: Path) -> Iterator[dict[str, tuple[Path, Path]]]:
                 with tarfile.open(path) as archive:
                     archive.extractall(scratch, filter="data")
             except tarfile.TarError:
-                raise DataError(f"--task04 {path} is no archive: give Task04_Hippocampus.tar or its folder.") from None
+                raise DataError(
+                    f"--task04 {path} is not an archive: give Task04_Hippocampus.tar or its folder."
+                ) from None
         root = Path(scratch) if path.is_file() else path
         labels = {p.name: p for p in root.rglob("labelsTr/hippocampus_*.nii.gz")}
         images = {p.name: p for p in root.rglob("imagesTr/hippocampus_*.nii.gz")}
@@ -228,7 +230,7 @@ def _lay_out(files: dict[str, tuple[Path, Path]], part: Path, labeled: int) -> N
         "labels": {"background": 0, "anterior": 1, "posterior": 2},
         "numTraining": len(training),
         "file_ending": ".nii.gz",
-        "license": "CC-BY-SA 4.0",
+        "licence": "CC-BY-SA 4.0",
         "reference": "Medical Segmentation Decathlon, Task04_Hippocampus",
     }
     write_json(part / "dataset.json", dataset)
@@ -307,7 +309,7 @@ class Arm:
         self.stage = "done"
 
     def progress(self) -> str:
-        """One short phrase: what is being done, how far it is."""
+        """One short phrase: the current stage and its progress."""
         if self.stage != "training":
             return f"{self.title}: {self.stage}"
         logs = sorted(self.fold.glob("training_log_*.txt"))

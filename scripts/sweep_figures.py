@@ -3,7 +3,7 @@
 They are like Figs. 5, 6 and 7 of the paper's supplement, with the spread over runs. Cost: seconds. It reads every
 scores.json below the given folders, where `evaluate`, `compare` and the workflow leave it, in a folder named after the
 run: TRAINER_student, or 03_TRAINER_teacher. It writes sweep_gamma.png, sweep_topk.png and frameworks.png, each where
-there are at least two values to show, and a .csv beside each with the numbers in it.
+there are at least two values to show, and a .csv next to each with the numbers in it.
 
     python scripts/sweep_figures.py experiments/hippocampus/scores -o figures
 """
@@ -32,7 +32,7 @@ FRAMEWORKS = {
     "mean teacher": ("nnUNetTrainerMeanTeacher", "nnUNetTrainerDyCON"),
     "co-training": ("nnUNetTrainerCPS", "nnUNetTrainerDyCONCPS"),
 }
-METRICS = ("Dice (%) ↑", "HD95 (mm) ↓")
+PANELS = ("Dice (%) ↑", "HD95 (mm) ↓")
 HATCHES = ("", "///")
 
 
@@ -151,7 +151,7 @@ def framework_rows(scores: Sequence[Score]) -> Rows:
 
 
 def draw_sweep(rows: Rows, title: str) -> Figure:
-    """Return two panels, Dice and HD95: a line through the means, bars of one standard deviation, a dot a run."""
+    """Return two panels, Dice and HD95: a line through the means, bars of one standard deviation, a dot per run."""
     figure, axes = _panels()
     everywhere = sorted({row[2] for row in rows})
     groups = list(dict.fromkeys(row[0] for row in rows))
@@ -195,7 +195,7 @@ def _panels(width: float = 11.0) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(width, 4.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
-    for axis, metric in zip(axes, METRICS, strict=True):
+    for axis, metric in zip(axes, PANELS, strict=True):
         axis.set_ylabel(metric)
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
@@ -231,7 +231,7 @@ def defaults_of(option: str) -> dict[str, float]:
 
 
 def write(rows: Rows, figure: Figure, path: Path, x: str) -> None:
-    """Write the picture, and beside it what it shows."""
+    """Write the picture, and next to it the numbers that it shows."""
     figure.savefig(path)
     with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         shown = [(group, name, dice, hd95) for group, name, _, dice, hd95 in rows]

@@ -60,7 +60,7 @@ def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, codes: tuple[
 
 
 def junk(folder: Path) -> None:
-    """Write what operating systems leave, beside and under names that look like a case's."""
+    """Write the files that operating systems leave, next to cases and under names that look like a case's."""
     (folder / "__MACOSX").mkdir(parents=True, exist_ok=True)
     for victim in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".gz", ".nii", ".nrrd", ".h5"))[
         :2
@@ -99,13 +99,13 @@ def isles(root: Path, layout: str = "archive", numbers: Iterable[str] | None = N
             "kit": f"rawdata/{session}",
             "hosted": f"dataset/rawdata/{session}",
         }
-        beside = {"archive": f"ISLES-2022/{session}/anat"}.get(layout, image[layout])
+        place = {"archive": f"ISLES-2022/{session}/anat"}.get(layout, image[layout])
         derived = {"archive": "ISLES-2022/", "kit": "", "hosted": "dataset/"}[layout] + f"derivatives/{session}"
         stem = f"{case}_ses-0001"
         write_nifti(root / image[layout] / f"{stem}_dwi.nii.gz", dwi, affine)
         write_nifti(root / image[layout] / f"{stem}_adc.nii.gz", adc, affine)
         name = "FLAIR" if layout == "archive" else "flair"
-        write_nifti(root / beside / f"{stem}_{name}.nii.gz", flair.astype(np.int16), flair_affine)
+        write_nifti(root / place / f"{stem}_{name}.nii.gz", flair.astype(np.int16), flair_affine)
         if int(number) % 3 == 0:
             (root / image[layout] / f"{stem}_dwi.json").write_text("{}")
         if number not in ("0151", "0170"):
@@ -183,7 +183,7 @@ LA = {
 
 
 def la_nrrd(root: Path, cases: Iterable[str] | None = None, stranger: bool = True) -> dict[str, Truth]:
-    """Folders of the challenge: uint8, mask 0/255, spacing and direction that show any mistake, other files beside."""
+    """Folders of the challenge: uint8, mask 0/255, spacing and direction that show any mistake, and other files."""
     truth = {}
     names = list(cases or [c for group in LA.values() for c in group])
     for case in [*names, *(["ZZZZTESTSETZZZZTESTS"] if stranger else [])]:
@@ -269,7 +269,7 @@ def pancreas_dicom(
 ) -> dict[str, Truth]:
     """TCIA's tree and its labels, which run the other way along y and fit by position; `wrong_header` ones do not.
 
-    Every second case has slices without ending; the second one has a scout beside its series.
+    Every second case has slices without ending; the second one has a scout next to its series.
     """
     truth = {}
     wanted = numbers or [*(n for group in PANCREAS.values() for n in group), *WITHDRAWN]
@@ -382,7 +382,7 @@ BTCV = {
 
 
 def btcv(root: Path, layout: str = "raw", numbers: Iterable[str] | None = None) -> dict[str, Truth]:
-    """Synapse's tree ('raw', with RegData and Testing beside) or imagesTr and labelsTr; 0034 has no gallbladder."""
+    """Synapse's tree ('raw', with RegData and Testing) or imagesTr and labelsTr; 0034 has no gallbladder."""
     truth = {}
     top = root / "Abdomen" / "RawData"
     images = top / "Training" / "img" if layout == "raw" else root / "imagesTr"

@@ -23,13 +23,13 @@ def map_values(array: np.ndarray, maps: Sequence[Mapping[int, int]], name: str, 
     Raises
     ------
     DataError
-        If a value is no whole number or unknown; nothing is rounded.
+        If a value is not a whole number, or is unknown; nothing is rounded.
     """
     if array.dtype.kind == "f":
         broken = array[~(np.isfinite(array) & (array == np.rint(array)))]
         if broken.size:
             raise DataError(
-                f"{name} has {broken.size} voxels that are no whole numbers, such as {broken.flat[0]:g}; "
+                f"{name} has {broken.size} voxels that are not whole numbers, such as {broken.flat[0]:g}; "
                 "a label map must hold integers: get the original file, not a resampled one"
             )
     values = present(array)
@@ -129,14 +129,14 @@ def by_position(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, li
     """Label of a soft organ on the grid of its CT, by position in mm, and checked by the CT's own values.
 
     Where the position does not fit the anatomy, turned axes are tried, since such files are known to have a
-    header that does not fit their voxels. What is found is said.
+    header that does not fit their voxels. Findings are reported.
 
     Parameters
     ----------
     image : Volume
         CT in Hounsfield units.
     label : Volume
-        Foreground is what is not 0.
+        Foreground are all values but 0.
 
     Raises
     ------

@@ -39,7 +39,7 @@ class Assignment:
     folds : tuple of dict
         Content of splits_final.json.
     notes : tuple of str
-        What the user should know.
+        Notes for the user.
     """
 
     protocol: Protocol
@@ -57,7 +57,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for.
+    """The user's request.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a collection's cases without opening a label.
+    """Facts of a collection's cases that need no label.
 
     Attributes
     ----------
@@ -111,7 +111,7 @@ def parse_labeled(text: str | float | Path, option: str = "--labeled") -> Labele
         if Path(str(text)).is_file():
             return Path(str(text))
         raise ConfigError(
-            f"{option} {text}: no such file; give a fraction (0.1), a number (8), all, or a file with one id a line"
+            f"{option} {text}: no such file; give a fraction (0.1), a number (8), all, or a file with one id per line"
         ) from None
     if 0 < number < 1:
         return number
@@ -215,7 +215,7 @@ def _from_file(
         outside = [name for name in names if name not in protocol.train]
         if outside:
             raise SplitError(
-                f"{path}: {outside[0]!r} is no training case of {protocol.name}; remove it, or give a JSON file "
+                f"{path}: {outside[0]!r} is not a training case of {protocol.name}; remove it, or give a JSON file "
                 'with "labeled", "unlabeled", "val" and "test"'
             )
         return protocol, names, []
@@ -235,7 +235,7 @@ def draw(
     Parameters
     ----------
     cases : iterable of str
-        What is permuted; its order has no influence.
+        Names to permute; their order has no influence.
     seed : int
         Seed.
     groups : mapping of str to str

@@ -82,12 +82,12 @@ class Resampled:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a worker process needs to write one case; picklable.
+    """Input of the worker process that writes one case; picklable.
 
     Attributes
     ----------
     name, role : str
-        The case and what it is for; one of `assign.ROLES`.
+        The case and its role; one of `assign.ROLES`.
     ending : str
         File ending of the data set.
     work : Path

@@ -20,14 +20,7 @@ from nnunetv2_dycon.data.roles import Roles, channel_names, read_roles, training
 from nnunetv2_dycon.data.splits import fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.files import first_few
-
-
-class Check(NamedTuple):
-    """One finding: its subject, whether all is well, and what was found or what to do."""
-
-    name: str
-    ok: bool
-    text: str
+from nnunetv2_dycon.findings import Finding
 
 
 @dataclass(frozen=True)
@@ -43,13 +36,13 @@ class _Task:
 
 
 class _Seen(NamedTuple):
-    """What was found in a case: problems by check, and hashes of its channels' voxels."""
+    """Findings in one case: problems by check, and hashes of its channels' voxels."""
 
     problems: tuple[tuple[str, str], ...]
     hashes: tuple[str, ...]
 
 
-def check(dataset_id: int | str, *, processes: int | None = None) -> list[Check]:
+def check(dataset_id: int | str, *, processes: int | None = None) -> list[Finding]:
     """Look at every image, and at every label that has a role; the last line is what to type next.
 
     Parameters
@@ -68,14 +61,14 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Check]
     try:
         roles = read_roles(raw, content)
     except UserError as error:
-        return [Check("roles", False, str(error))]
+        return [Finding("roles", False, str(error))]
     labels = _labels(raw, content, roles)
     tasks = _tasks(raw, content, roles, labels)
     run = parallel.run(_look, tasks, parallel.default_processes() if processes is None else processes)
     seen = {task.case: result for task, result in tqdm(run, total=len(tasks), desc="Checking", disable=None)}
     role_of = _role_of(roles)
     checks = [
-        Check(
+        Finding(
             "roles", True, ", ".join(f"{len(getattr(roles, role))} {role}" for role in ("labeled", "unlabeled", "test"))
         ),
         _unlabeled(raw, content, roles),
@@ -88,15 +81,15 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Check]
     number = int(raw.name[len("Dataset") :][:3])
     if all(one.ok for one in checks):
         checks.append(
-            Check("next", True, f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres --verify_dataset_integrity")
+            Finding("next", True, f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres --verify_dataset_integrity")
         )
     else:
-        checks.append(Check("next", False, f"mend what is wrong, then type again: nnUNetv2_dycon check -d {number}"))
+        checks.append(Finding("next", False, f"mend what is wrong, then type again: nnUNetv2_dycon check -d {number}"))
     return checks
 
 
 _LOOKED_AT = {
-    "images": "all can be read, with the right number of channels, on one grid a case, without NaN or Inf",
+    "images": "all can be read, with the right number of channels, on one grid per case, without NaN or Inf",
     "geometry": "every label is on the grid of its image",
     "label values": "every label holds values of dataset.json alone",
 }
@@ -164,7 +157,7 @@ def _read(files: Sequence[Path], reader: Any) -> tuple[np.ndarray, dict[str, Any
 
 
 def _refuse_broken(path: Path) -> None:
-    # SimpleITK reads NaN in NIfTI, and what is missing of a truncated file, as 0
+    # SimpleITK reads NaN in NIfTI, and the missing part of a truncated file, as 0
     if path.name.endswith((".nii", ".nii.gz")):
         with reading(path):
             values = np.asanyarray(nib.load(path).dataobj)
@@ -219,12 +212,12 @@ def _hash(channel: np.ndarray) -> str:
 # ---- all cases together ------------------------------------------------------------------------------------
 
 
-def _gathered(name: str, good: str, seen: Mapping[str, _Seen]) -> Check:
+def _gathered(name: str, good: str, seen: Mapping[str, _Seen]) -> Finding:
     problems = sorted(text for result in seen.values() for of, text in result.problems if of == name)
-    return Check(name, not problems, first_few(problems, separator=" | ") if problems else good)
+    return Finding(name, not problems, first_few(problems, separator=" | ") if problems else good)
 
 
-def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Check:
+def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Finding:
     """The same voxels under two names, in one role or in two."""
     cases: dict[str, list[str]] = defaultdict(list)
     for case, result in sorted(seen.items()):
@@ -234,72 +227,74 @@ def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Check:
     across = [group for group in twice if len({role_of[case] for case in group}) > 1]
     if across:
         texts = [" = ".join(f"{case} ({role_of[case]})" for case in group) for group in across]
-        return Check("duplicates", False, f"the same image in two roles: {_joined(texts)}; keep one of each")
+        return Finding("duplicates", False, f"the same image in two roles: {_joined(texts)}; keep one of each")
     if twice:
         texts = [f"{' = '.join(group)} ({role_of[group[0]]})" for group in twice]
-        return Check(
+        return Finding(
             "duplicates",
             True,
             f"none across roles; the same image twice in one role: {_joined(texts)}",
         )
-    return Check("duplicates", True, "no image occurs twice")
+    return Finding("duplicates", True, "no image occurs twice")
 
 
-def _unlabeled(raw: Path, content: Mapping[str, Any], roles: Roles) -> Check:
+def _unlabeled(raw: Path, content: Mapping[str, Any], roles: Roles) -> Finding:
     problems = unlabeled_name_problems(raw, roles, content)
     if problems:
-        return Check("unlabelled", False, first_few(problems, separator=" | "))
+        return Finding("unlabelled", False, first_few(problems, separator=" | "))
     hidden = set(roles.unlabeled)
     ending = content["file_ending"]
     for folder in (path for path in sorted(raw.iterdir()) if path.is_dir() and path.name.startswith("labels")):
         found = sorted(path for path in folder.iterdir() if path.name.removesuffix(ending) in hidden)
         if found:
-            return Check("unlabelled", False, f"{found[0]} is a label of an unlabelled case; move it out of {raw}")
+            return Finding("unlabelled", False, f"{found[0]} is a label of an unlabelled case; move it out of {raw}")
     if not hidden:
-        return Check("unlabelled", True, "there are none: only trainers without unlabelled images can be used")
-    return Check("unlabelled", True, f"{len(hidden)} cases without a label")
+        return Finding("unlabelled", True, "there are none: only trainers without unlabelled images can be used")
+    return Finding("unlabelled", True, f"{len(hidden)} cases without a label")
 
 
-def _missing_labels(roles: Roles, labels: Mapping[str, Path]) -> Check:
+def _missing_labels(roles: Roles, labels: Mapping[str, Path]) -> Finding:
     missing = [str(labels[case]) for case in roles.labeled if not labels[case].is_file()]
     if missing:
-        return Check("labels", False, f"missing: {_joined(missing)}; add them, or move the images to imagesUn")
+        return Finding("labels", False, f"missing: {_joined(missing)}; add them, or move the images to imagesUn")
     without = sum(not labels[case].is_file() for case in roles.test)
     tests = f"; {without} of {len(roles.test)} test cases have none and cannot be scored" if without else ""
-    return Check("labels", True, f"every labelled case has one{tests}")
+    return Finding("labels", True, f"every labelled case has one{tests}")
 
 
-def _splits(raw: Path, roles: Roles) -> Check:
+def _splits(raw: Path, roles: Roles) -> Finding:
     name = "splits_final.json"
     try:
         folds = read_splits(raw)
         for index in range(len(folds)):
             fold_unlabeled(folds, index, roles.labeled)
     except UserError as error:
-        return Check(name, False, str(error))
+        return Finding(name, False, str(error))
     for index, fold in enumerate(folds):
         named = [*fold.get("train", []), *fold.get("val", [])]
         unknown = sorted(set(named) - set(roles.labeled))
         if unknown:
-            return Check(name, False, f"fold {index} names {unknown[0]!r}, which is no labelled case; correct the list")
-    return Check(name, True, f"{len(folds)} folds" if folds else "none: nnU-Net will make five folds")
+            return Finding(
+                name, False, f"fold {index} names {unknown[0]!r}, which is not a labelled case; correct the list"
+            )
+    return Finding(name, True, f"{len(folds)} folds" if folds else "none: nnU-Net will make five folds")
 
 
-def _provenance(raw: Path, role_of: Mapping[str, str]) -> Check:
+def _provenance(raw: Path, role_of: Mapping[str, str]) -> Finding:
     """Roles as conversion.json recorded them; a data set without one is not judged."""
     cases = conversion_of(raw).get("cases")
     if not cases:
-        return Check("conversion.json", True, "none: nothing is recorded about where the cases come from")
+        return Finding("conversion.json", True, "none: nothing is recorded about where the cases come from")
     recorded = {case: {"validation": "labeled"}.get(entry["role"], entry["role"]) for case, entry in cases.items()}
     for case in sorted(recorded.keys() | role_of.keys()):
         if recorded.get(case) != role_of.get(case):
-            return Check(
+            return Finding(
                 "conversion.json",
                 False,
                 f"{case!r} was written as {recorded.get(case, 'nothing')} and is now {role_of.get(case, 'gone')}; "
                 "convert again, or delete conversion.json if you changed it on purpose",
             )
-    return Check("conversion.json", True, f"{len(recorded)} cases in the roles that were written")
+    return Finding("conversion.json", True, f"{len(recorded)} cases in the roles that were written")
 
 
 def _joined(problems: Sequence[str]) -> str:

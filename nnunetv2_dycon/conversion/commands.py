@@ -22,7 +22,7 @@ def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> ar
     parser.add_argument(
         "--labeled",
         required=True,
-        help="labelled cases: a fraction (0.1), a number (8), all, or a file with one id a line",
+        help="labelled cases: a fraction (0.1), a number (8), all, or a file with one id per line",
     )
     parser.add_argument("--labeled_seed", type=int, help="draw them with this seed, in place of the published ones")
     parser.add_argument(

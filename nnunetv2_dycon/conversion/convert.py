@@ -15,7 +15,7 @@ from nnunetv2_dycon import __version__
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.assign import ROLES, Assignment, Known, Request, as_json, assign, parse_labeled
 from nnunetv2_dycon.conversion.cases import CaseTask, LabelRule, SourceCase, Task
-from nnunetv2_dycon.conversion.job import Job, Report, carry_out
+from nnunetv2_dycon.conversion.job import Conversion, Job, carry_out
 from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.source import inside, list_files, looks_like
 from nnunetv2_dycon.conversion.volumes import NiftiFile
@@ -28,14 +28,14 @@ _SHOWN = 8  # case names in one line of the summary; conversion.json has all
 
 @dataclass(frozen=True)
 class Found:
-    """What a collection's finder saw.
+    """Result of a collection's finder.
 
     Attributes
     ----------
     cases : mapping of str to SourceCase
         By case name.
     notes : tuple of str
-        What the user should know.
+        Notes for the user.
     form : str
         Which of the public forms it is, and what follows from it; goes to dataset.json.
     rule : LabelRule, optional
@@ -66,10 +66,10 @@ class Collection:
         Labels of the data set.
     rule : LabelRule
         From the collection's label maps to these.
-    licence, reference : str
+    license, reference : str
         For dataset.json.
     prefix : str
-        What stands before the four digits of a case name; empty where names are no numbers.
+        What stands before the four digits of a case name; empty where names are not numbers.
     inner : frozenset of str
         Folders inside the collection, lower case: given one of these, the collection is its parent.
     empty : frozenset of str
@@ -86,7 +86,7 @@ class Collection:
     channels: tuple[str, ...]
     labels: Mapping[str, int]
     rule: LabelRule
-    licence: str
+    license: str
     reference: str
     prefix: str = ""
     inner: frozenset[str] = frozenset()
@@ -118,13 +118,13 @@ def convert(
     strict: bool = False,
     overwrite: bool = False,
     settings: Mapping[str, Any] | None = None,
-) -> Report:
+) -> Conversion:
     """Write a collection as raw data set ``nnUNet_raw/DatasetXXX_NAME``; labels of unlabelled cases are not opened.
 
     Parameters
     ----------
     collection : Collection
-        What it is.
+        The collection.
     source : path
         Folder of the download, or one a little further up or down.
     dataset_id : int
@@ -267,7 +267,7 @@ def _dataset_json(collection: Collection, found: Found, roles: Assignment, tasks
         "file_ending": tasks[0].ending,
         "num_training_cases": training_cases(tasks),
         "dataset_name": collection.name,
-        "license": collection.licence,
+        "license": collection.license,
         "reference": collection.reference,
         "description": " ".join(filter(None, parts)),
         "converted_by": f"nnunetv2_dycon {__version__}",
@@ -285,7 +285,7 @@ def training_cases(tasks: Sequence[Task]) -> int:
 
 
 def role_rows(roles: Assignment) -> tuple[tuple[str, int, int], ...]:
-    """Return, for each role, its name for people, the cases in the protocol and the cases that are there."""
+    """Return, for each role, its name in prose, the cases in the protocol and the cases that are there."""
     here = {role: len(roles.cases[role]) for role in ROLES}
     return tuple((WORDS[role], here[role] + len(roles.missing[role]), here[role]) for role in ROLES)
 

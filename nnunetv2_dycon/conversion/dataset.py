@@ -1,11 +1,11 @@
 """A new raw data set of nnU-Net, built out of sight and put in place when it is whole.
 
-While it is built, everything is in the hidden folder `.DatasetXXX_Name.converting` beside the target, which
+While it is built, everything is in the hidden folder `.DatasetXXX_Name.converting` next to the target, which
 nnU-Net does not see:
 
 - `data/`: what will be the data set; a file there is whole, since it is renamed into place;
 - `reports/CASE.json`: written last, it says that the case is whole;
-- `stamp`: what is being built; with another stamp a killed run is not continued but started again;
+- `stamp`: identifies the data set that is built; with another stamp a killed run is not continued but started again;
 - `old/`: for a moment, the data set that is replaced.
 
 A killed run leaves this folder, and the next run of the same command continues with it. An error removes it.
@@ -46,7 +46,7 @@ class Workspace:
 
     @property
     def reports(self) -> Path:
-        """What was noted about each whole case."""
+        """The note about each whole case."""
         return self.work / "reports"
 
 

@@ -47,7 +47,7 @@ class CtSeries:
         Raises
         ------
         DataError
-            If there is no CT series, or two of similar size, a slice is missing, doubled or unreadable.
+            If a CT series is missing, two have a similar size, or a slice is missing, doubled or unreadable.
         """
         import SimpleITK as sitk
 

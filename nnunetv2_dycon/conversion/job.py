@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a conversion did, or would do.
+class Conversion:
+    """Result of a conversion, or of a dry run.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Report:
     rows : tuple
         Role, cases that the protocol names, cases that are there.
     notes : tuple of str
-        What the user should know.
+        Notes for the user.
     """
 
     folder: Path
@@ -104,16 +104,16 @@ class Job:
         ]
         return _hash(f"{self.fingerprint} {times}")
 
-    def report(self, state: str, notes: Sequence[str] = ()) -> Report:
+    def report(self, state: str, notes: Sequence[str] = ()) -> Conversion:
         """Return what to tell the user."""
-        return Report(self.target, state, self.title, self.rows, (*self.notes, *notes))
+        return Conversion(self.target, state, self.title, self.rows, (*self.notes, *notes))
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, overwrite: bool = False) -> Report:
+def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, overwrite: bool = False) -> Conversion:
     """Write the data set of a job, or go on with it; the result does not depend on interruptions.
 
     Raises

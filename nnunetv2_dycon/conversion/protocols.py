@@ -25,7 +25,7 @@ class Protocol:
     Attributes
     ----------
     name, source, note : str
-        What it is called, where it was published, what to know about it.
+        Its name, its source, and a note about it.
     train, val, test : tuple of str
         Disjoint; in the published order, since "the first n" depends on it.
     labeled : mapping of int to tuple of str
@@ -63,7 +63,7 @@ def find_protocol(name: str | Path, published: Sequence[str], canonical: Callabl
     ConfigError
         If there is no such protocol.
     SplitError
-        If the file is no protocol, or a case is in two roles.
+        If the file is not a protocol, or a case is in two roles.
     """
     fitting = [known for known in published if known == str(name) or known.endswith(f"_{name}")]
     if str(name) in fitting or len(fitting) == 1:
@@ -102,7 +102,7 @@ def read_protocol(path: Path, canonical: Callable[[str], str]) -> Protocol:
 
 
 def read_names(path: Path, canonical: Callable[[str], str]) -> tuple[str, ...]:
-    """Case names of a text file, one a line; blank lines and lines that start with # do not count.
+    """Case names of a text file, one per line; blank lines and lines that start with # do not count.
 
     Raises
     ------
@@ -112,10 +112,10 @@ def read_names(path: Path, canonical: Callable[[str], str]) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SplitError(f"{path} cannot be read as a list of cases ({error}); write one id a line") from error
+        raise SplitError(f"{path} cannot be read as a list of cases ({error}); write one id per line") from error
     names = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not names:
-        raise SplitError(f"{path} names no case; write one id a line")
+        raise SplitError(f"{path} names no case; write one id per line")
     return _names(path, "labeled", names, canonical)
 
 

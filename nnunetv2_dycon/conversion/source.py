@@ -39,7 +39,7 @@ def list_files(source: str | Path, inner: Collection[str] = ()) -> tuple[Path, l
     Raises
     ------
     DataError
-        If it is no folder, or a link in it leads out of it.
+        If it is not a folder, or a link in it leads out of it.
     """
     root = Path(source).expanduser()
     if not root.is_dir():

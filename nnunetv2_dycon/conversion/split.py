@@ -13,7 +13,7 @@ from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.assign import Known, Request, assign, draw, labeled_number, parse_labeled
 from nnunetv2_dycon.conversion.cases import LinkTask
 from nnunetv2_dycon.conversion.convert import plan_of, role_notes, role_rows, training_cases
-from nnunetv2_dycon.conversion.job import Job, Report, carry_out
+from nnunetv2_dycon.conversion.job import Conversion, Job, carry_out
 from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.roles import Roles, read_roles, training_labels
@@ -49,7 +49,7 @@ def split(
     processes: int | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
-) -> Report:
+) -> Conversion:
     """Write a raw data set with the files of another one, by links, in new roles.
 
     Labels of cases that become unlabelled are not linked, and no image or label is opened. Cases in imagesUn stay
@@ -205,10 +205,10 @@ def _task(data: _Data, case: str, role: str, target: Path) -> LinkTask:
     labels = []
     if role in dataset.LABELS:
         label = data.labels.get(case, data.folder / "labelsTs" / f"{case}{ending}")
-        beside = label.with_name(label.name.removesuffix(ending) + ".json")
+        sidecar = label.with_name(label.name.removesuffix(ending) + ".json")
         labels = [
             (path, f"{dataset.LABELS[role]}/{case}{end}")
-            for path, end in ((label, ending), (beside, ".json"))
+            for path, end in ((label, ending), (sidecar, ".json"))
             if path.is_file()
         ]
     return LinkTask(case, role, ending, dataset.workspace(target).work, (*images, *labels))

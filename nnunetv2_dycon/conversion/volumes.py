@@ -147,11 +147,11 @@ def _unpacked_size(path: Path) -> int:
 
 def _check_header(path: Path, image: nib.Nifti1Image) -> None:
     if not isinstance(image, nib.Nifti1Image | nib.Nifti2Image):
-        raise DataError(f"{path} is no single NIfTI file ({type(image).__name__}); fetch it again")
+        raise DataError(f"{path} is not a single NIfTI file ({type(image).__name__}); fetch it again")
     if len(image.shape) != 3:
         raise DataError(f"{path} is {len(image.shape)}-D {image.shape}; give one 3-D file for each channel")
     if image.get_data_dtype().kind not in "iuf":
-        raise DataError(f"{path} holds {image.get_data_dtype()} voxels; give one number a voxel")
+        raise DataError(f"{path} holds {image.get_data_dtype()} voxels; give one number per voxel")
     affine = image.affine
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise DataError(f"{path} has no usable geometry (affine {affine[:3].tolist()}); fetch it again")
@@ -243,8 +243,8 @@ class NrrdFile:
             image = sitk.ReadImage(str(self.path), imageIO="NrrdImageIO")
         if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
             raise DataError(
-                f"{self.path} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()} values a voxel; "
-                "give a 3-D image with one"
+                f"{self.path} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()} values per "
+                "voxel; give a 3-D image with one"
             )
         return from_sitk(image, str(self.path))
 
@@ -286,7 +286,7 @@ class H5Array:
                 )
             data = file[self.key]
             if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
-                raise DataError(f"{self.path}: {self.key!r} is no array stored in this file; fetch it again")
+                raise DataError(f"{self.path}: {self.key!r} is not an array stored in this file; fetch it again")
             if data.ndim != 3 or data.dtype.kind not in "iuf":
                 raise DataError(f"{self.path}: {self.key!r} is {data.dtype} {data.shape}; a 3-D array is needed")
             array = data[()]

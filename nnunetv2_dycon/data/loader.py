@@ -1,4 +1,4 @@
-"""One loader, one pool of workers: labelled patches as stock draws them, unlabelled ones beside them.
+"""One loader, one pool of workers: labelled patches as stock draws them, unlabelled ones next to them.
 
 nnU-Net's loader and transforms draw from the global random states of Python, numpy and torch. A second source that
 did the same would shift the labelled patches; each further source therefore has random states of its own.

@@ -62,7 +62,7 @@ class UnlabeledStatus:
     state : 'ok', 'missing' or 'stale'
         'missing': cases are not prepared yet; 'stale': plans or images changed, or images were removed.
     reason : str
-        What is missing or changed, for people; empty for 'ok'.
+        What is missing or changed, in words; empty for 'ok'.
     folder : Path
         Where the prepared cases are; nnU-Net's dataset class reads it.
     unlabeled, benchmark : tuple of str
@@ -124,14 +124,14 @@ class Configuration:
 
     @property
     def work(self) -> Path:
-        """Folder of what is not whole yet."""
+        """Folder of incomplete files."""
         # hidden, and outside the data folder, so that nnU-Net never takes a half-written file for data
         return self.folder.with_name(f".{self.folder.name}.tmp")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What separates the folder from what it should hold."""
+    """Difference between the prepared cases and the expected ones."""
 
     plans: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
@@ -158,7 +158,7 @@ class Difference:
 
 
 def unlabeled_folder(preprocessed_dataset_folder: str | Path, data_identifier: str) -> tuple[Path, Path]:
-    """Folder of the prepared unlabelled images of a data identifier, and their manifest beside it."""
+    """Folder of the prepared unlabelled images of a data identifier, and their manifest next to it."""
     folder = Path(preprocessed_dataset_folder, f"{data_identifier}_unlabeled")
     return folder, folder.with_name(folder.name + ".json")
 
@@ -175,13 +175,13 @@ def unlabeled_status(
     ConfigError, DataError, SplitError
         As `preprocess_unlabeled`, except for images, which are not opened.
     """
-    target = find_configuration(dataset, configuration, plans, need_raw=False)
-    manifest = read_manifest(target)
-    if target.raw is None:
-        expected, notes = _recorded(target, manifest), [UNCHECKED_NOTE]
+    config = find_configuration(dataset, configuration, plans, need_raw=False)
+    manifest = read_manifest(config)
+    if config.raw is None:
+        expected, notes = _recorded(config, manifest), [UNCHECKED_NOTE]
     else:
-        expected, notes = expected_cases(target), []
-    difference = compare_manifest(target, manifest, expected)
+        expected, notes = expected_cases(config), []
+    difference = compare_manifest(config, manifest, expected)
     by_source: dict[str, list[str]] = {"imagesUn": [], "imagesTr": []}
     for case in sorted(expected):
         by_source[expected[case]["from"]].append(case)
@@ -190,11 +190,11 @@ def unlabeled_status(
     return UnlabeledStatus(
         state=difference.state,
         reason=str(difference),
-        folder=target.folder,
+        folder=config.folder,
         unlabeled=tuple(by_source["imagesUn"]),
         benchmark=tuple(by_source["imagesTr"]),
         notes=tuple(notes),
-        command=target.command,
+        command=config.command,
     )
 
 
@@ -276,13 +276,13 @@ def _entries_that_matter(
     return json.loads(json.dumps(entries))
 
 
-def expected_cases(target: Configuration) -> dict[str, dict[str, Any]]:
+def expected_cases(config: Configuration) -> dict[str, dict[str, Any]]:
     """Manifest records of all cases that should be prepared, from the raw data set."""
-    raw, ending = target.raw, target.dataset_json["file_ending"]
+    raw, ending = config.raw, config.dataset_json["file_ending"]
     images = raw / "imagesUn"
-    roles = read_roles(raw, target.dataset_json)
-    listed = benchmark_cases(read_splits(target.preprocessed, raw), roles.labeled)
-    problems = unlabeled_name_problems(raw, roles, target.dataset_json)
+    roles = read_roles(raw, config.dataset_json)
+    listed = benchmark_cases(read_splits(config.preprocessed, raw), roles.labeled)
+    problems = unlabeled_name_problems(raw, roles, config.dataset_json)
     if problems:
         raise DataError(bad_files(problems))
     if not roles.unlabeled and not listed:
@@ -309,42 +309,42 @@ def _record(source: str, files: Sequence[Path], raw: Path, ending: str) -> dict[
     return {"from": source, "files": described}
 
 
-def _recorded(target: Configuration, manifest: Manifest) -> dict[str, dict[str, Any]]:
+def _recorded(config: Configuration, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """The same from the manifest alone, for machines that have no raw data."""
-    listed = benchmark_cases(read_splits(target.preprocessed))
+    listed = benchmark_cases(read_splits(config.preprocessed))
     cases = {case: {"from": record["from"], "files": record["files"]} for case, record in manifest["cases"].items()}
     if not cases and not listed:
         raise DataError(
-            f"{target.folder} holds no prepared case and there is no raw data set {target.dataset}; "
+            f"{config.folder} holds no prepared case and there is no raw data set {config.dataset}; "
             "set nnUNet_raw, or copy the prepared folder and its .json here"
         )
     return {**{case: {"from": "imagesTr", "files": None} for case in listed}, **cases}
 
 
-def read_manifest(target: Configuration) -> Manifest:
+def read_manifest(config: Configuration) -> Manifest:
     """The manifest; an empty one, which makes all cases new, where there is none that can be used."""
-    empty = {"format": FORMAT, "dataset": target.dataset, "plans": None, "cases": {}}
+    empty = {"format": FORMAT, "dataset": config.dataset, "plans": None, "cases": {}}
     try:
-        manifest = read_json(target.manifest)
+        manifest = read_json(config.manifest)
     except DataError:
         return empty
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else empty
 
 
-def write_manifest(target: Configuration, manifest: Manifest) -> None:
+def write_manifest(config: Configuration, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all."""
-    write_json(target.manifest, manifest, sort_keys=True)
+    write_json(config.manifest, manifest, sort_keys=True)
 
 
 def compare_manifest(
-    target: Configuration, manifest: Manifest, expected: Mapping[str, Mapping[str, Any]]
+    config: Configuration, manifest: Manifest, expected: Mapping[str, Mapping[str, Any]]
 ) -> Difference:
     """Return what separates the prepared cases from those that are expected, both by their records in a manifest."""
     recorded = manifest["cases"]
-    present = set(os.listdir(target.folder)) if target.folder.is_dir() else set()
-    plans = manifest["plans"] or target.entries
+    present = set(os.listdir(config.folder)) if config.folder.is_dir() else set()
+    plans = manifest["plans"] or config.entries
     # compared as text, where NaN equals NaN
-    entries = tuple(sorted(key for key, value in target.entries.items() if _text(plans.get(key)) != _text(value)))
+    entries = tuple(sorted(key for key, value in config.entries.items() if _text(plans.get(key)) != _text(value)))
     new, changed = [], []
     for case, record in sorted(expected.items()):
         if entries or case not in recorded or not {case + suffix for suffix in SUFFIXES} <= present:

@@ -21,7 +21,7 @@ from nnunetv2_dycon.files import sync, writing
 
 @dataclass(frozen=True)
 class CaseToPrepare:
-    """What a worker process needs to make one case; picklable."""
+    """Input of the worker process that prepares one case; picklable."""
 
     case: str
     files: tuple[str, ...]
@@ -67,7 +67,7 @@ def _read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tup
         reason = (str(error).strip().splitlines() or ["channels differ in shape or spacing"])[-1].strip()
         raise DataError(f"{names} cannot be read ({reason[-200:]}); replace or remove it") from error
     if len(image) > max(channels, len(files)):
-        raise DataError(f"{names} is 4-D ({len(image)} volumes); write one 3-D file a channel: CASE_0000, CASE_0001")
+        raise DataError(f"{names} is 4-D ({len(image)} volumes); write one 3-D file per channel: CASE_0000, CASE_0001")
     if len(image) != channels:
         raise DataError(
             f"{names}: {len(image)} channel{'s' * (len(image) != 1)}, dataset.json names {channels}; "

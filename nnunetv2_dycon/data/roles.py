@@ -114,7 +114,7 @@ def channel_names(dataset_json: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def unlabeled_name_problems(raw_folder: str | Path, roles: Roles, dataset_json: Mapping[str, Any]) -> list[str]:
-    """What is wrong with names of files in imagesUn, a line each: file ending, channel numbers, names in _seg."""
+    """Return the problems with file names in imagesUn, one line each: ending, channel numbers, names in _seg."""
     folder, ending = Path(raw_folder, "imagesUn"), dataset_json["file_ending"]
     channels = len(channel_names(dataset_json))
     problems = []

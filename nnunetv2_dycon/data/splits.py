@@ -25,7 +25,7 @@ def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None =
     Raises
     ------
     SplitError
-        If a file is no list of folds, or if both files are there and their "unlabeled" lists differ: training
+        If a file is not a list of folds, or if both files are there and their "unlabeled" lists differ: training
         would read the one in the preprocessed folder and pass over the other. A fold that only the raw folder's
         file has must have no such list.
     """
@@ -54,7 +54,7 @@ def adopt_splits(preprocessed_folder: Path, raw_folder: Path | None) -> bool:
 
 
 def write_small_splits(preprocessed_folder: Path, cases: Sequence[str]) -> None:
-    """Write one fold a case that validates on it and trains on the others; one case alone does both."""
+    """Write one fold per case that validates on it and trains on the others; one case alone does both."""
     ordered = sorted(cases)
     folds = [{"train": [c for c in ordered if c != case] or [case], "val": [case]} for case in ordered]
     write_text(preprocessed_folder / SPLITS_FILE, json.dumps(folds, indent=4))
@@ -134,7 +134,7 @@ def fold_unlabeled(splits: Splits, fold: int | str, known: Collection[str] | Non
     ConfigError
         As `check_fold`.
     SplitError
-        If the list is no list of names, names a case twice, a case that is not known, or one that is also a
+        If the list is not a list of names, names a case twice, a case that is not known, or one that is also a
         training or validation case of the same fold.
     """
     check_fold(splits, fold)

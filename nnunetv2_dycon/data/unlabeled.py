@@ -53,7 +53,7 @@ def preprocess_unlabeled(
     processes: int | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Prepare all images that serve without labels; returns one folder a data identifier.
+    """Prepare all images that serve without labels; returns one folder per data identifier.
 
     Taken are the images of imagesUn and, in benchmark mode, those cases of imagesTr that a fold of
     splits_final.json lists as "unlabeled". No label file is opened. Only what is missing or out of date is
@@ -86,59 +86,59 @@ def preprocess_unlabeled(
     if processes < 1:
         raise ConfigError(f"-np {processes}: the number of processes must be at least 1")
     names = (configurations,) if isinstance(configurations, str) else tuple(configurations)
-    targets = [find_configuration(dataset, name, plans, need_raw=True) for name in names]
-    unique = {target.folder: target for target in targets}  # configurations may share their data
-    for target in unique.values():
-        with writing(target.folder, ELSEWHERE):
-            lock = target.folder.with_name(f".{target.folder.name}.lock")
+    configs = [find_configuration(dataset, name, plans, need_raw=True) for name in names]
+    unique = {config.folder: config for config in configs}  # configurations may share their data
+    for config in unique.values():
+        with writing(config.folder, ELSEWHERE):
+            lock = config.folder.with_name(f".{config.folder.name}.lock")
             lock.touch()
-        busy = f"{target.folder}: another process is preparing these images; waiting for it"
+        busy = f"{config.folder}: another process is preparing these images; waiting for it"
         with locked(lock, busy, wait=True):  # folds started together wait for the first one to prepare the data
-            _prepare(target, processes, overwrite)
+            _prepare(config, processes, overwrite)
     return list(unique)
 
 
-def _prepare(target: Configuration, processes: int, overwrite: bool) -> None:
+def _prepare(config: Configuration, processes: int, overwrite: bool) -> None:
     """Bring the folder of one data identifier up to date; the caller holds the lock."""
-    shutil.rmtree(target.work, ignore_errors=True)  # what a killed run left
-    remove_leftovers(target.manifest.parent, target.manifest.name)
-    expected, manifest = expected_cases(target), read_manifest(target)
-    difference = compare_manifest(target, manifest, expected)
+    shutil.rmtree(config.work, ignore_errors=True)  # what a killed run left
+    remove_leftovers(config.manifest.parent, config.manifest.name)
+    expected, manifest = expected_cases(config), read_manifest(config)
+    difference = compare_manifest(config, manifest, expected)
     if any(record["from"] == "imagesTr" for record in expected.values()):
-        logger.warning("%s: %s", target.dataset, BENCHMARK_NOTE)
+        logger.warning("%s: %s", config.dataset, BENCHMARK_NOTE)
     if difference.state == "ok" and not overwrite:
-        logger.info("%s: %d cases are up to date", target.folder, len(expected))
+        logger.info("%s: %d cases are up to date", config.folder, len(expected))
         return
-    logger.info("%s: %s", target.folder, "all cases anew" if overwrite else difference)
+    logger.info("%s: %s", config.folder, "all cases anew" if overwrite else difference)
     todo = sorted(expected) if overwrite else sorted((*difference.new, *difference.changed))
     kept = expected.keys() - set(todo)
     manifest = {
         "format": FORMAT,
-        "dataset": target.dataset,
-        "plans": target.entries,
+        "dataset": config.dataset,
+        "plans": config.entries,
         "cases": {case: manifest["cases"][case] for case in sorted(kept)},
     }
-    with writing(target.folder, ELSEWHERE):
-        for folder in (target.folder, target.work):
+    with writing(config.folder, ELSEWHERE):
+        for folder in (config.folder, config.work):
             folder.mkdir(exist_ok=True)
-        write_manifest(target, manifest)  # names nothing that is about to change
+        write_manifest(config, manifest)  # names nothing that is about to change
         for case in difference.removed:
-            remove_case(target.folder, case)
+            remove_case(config.folder, case)
     try:
-        problems = _make_all(target, manifest, {case: expected[case] for case in todo}, processes)
+        problems = _make_all(config, manifest, {case: expected[case] for case in todo}, processes)
     finally:
-        write_manifest(target, manifest)
-        shutil.rmtree(target.work, ignore_errors=True)
+        write_manifest(config, manifest)
+        shutil.rmtree(config.work, ignore_errors=True)
     if problems:
         raise DataError(bad_files(problems))
 
 
 def _make_all(
-    target: Configuration, manifest: Manifest, records: Mapping[str, dict[str, Any]], processes: int
+    config: Configuration, manifest: Manifest, records: Mapping[str, dict[str, Any]], processes: int
 ) -> list[str]:
     """Make the cases of `records` and enter them into `manifest`; returns what is wrong with the others."""
     made_with = f"nnunetv2_dycon {__version__}, nnunetv2 {version('nnunetv2')}"
-    tasks = [_case_to_prepare(target, case, record) for case, record in records.items()]
+    tasks = [_case_to_prepare(config, case, record) for case, record in records.items()]
     problems, saved = [], -_SAVE_INTERVAL
     with closing(parallel.run(prepare_case, tasks, processes)) as results:
         for task, problem in tqdm(results, total=len(tasks), desc="Preparing unlabelled cases", disable=not tasks):
@@ -147,19 +147,19 @@ def _make_all(
                 continue
             manifest["cases"][task.case] = {**records[task.case], "made_with": made_with}
             if time.monotonic() - saved >= _SAVE_INTERVAL:
-                write_manifest(target, manifest)
+                write_manifest(config, manifest)
                 saved = time.monotonic()
     return problems
 
 
-def _case_to_prepare(target: Configuration, case: str, record: Mapping[str, Any]) -> CaseToPrepare:
-    paths = (target.raw / file["name"] for file in record["files"])
+def _case_to_prepare(config: Configuration, case: str, record: Mapping[str, Any]) -> CaseToPrepare:
+    paths = (config.raw / file["name"] for file in record["files"])
     return CaseToPrepare(
         case=case,
-        files=tuple(str(path) for path in paths if path.name.endswith(target.dataset_json["file_ending"])),
-        plans=target.plans,
-        configuration=target.configuration,
-        dataset_json=target.dataset_json,
-        folder=str(target.folder),
-        work=str(target.work),
+        files=tuple(str(path) for path in paths if path.name.endswith(config.dataset_json["file_ending"])),
+        plans=config.plans,
+        configuration=config.configuration,
+        dataset_json=config.dataset_json,
+        folder=str(config.folder),
+        work=str(config.work),
     )

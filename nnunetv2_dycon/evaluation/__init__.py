@@ -1,1 +1,1 @@
-"""Scores of predictions against truth, in numbers that other tools and papers can be laid beside."""
+"""Scores of predictions against truth, in numbers that can be compared with other tools and papers."""

@@ -174,6 +174,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / REPORT_FILE).is_file():
-        raise DataError(f"{output} exists and is no report; give -o another folder")
+        raise DataError(f"{output} exists and is not a report; give -o another folder")
     if not overwrite:
         raise DataError(f"{output} holds a report; type --overwrite to replace it, or give -o another folder")

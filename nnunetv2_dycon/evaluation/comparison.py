@@ -44,7 +44,7 @@ class Method:
 
 
 class Result(NamedTuple):
-    """One number of a table and what it is worth.
+    """One number of a table, and whether it holds.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Result(NamedTuple):
     p : float or None
         Corrected by Holm's method over all comparisons of the same kind.
     holds : bool
-        Whether the difference to the baseline may be called one.
+        Whether the difference to the baseline is established.
     best : bool
         Whether this method is ahead of every other but upper bounds, and each of these differences holds; those to the
         baseline hold as in `holds`.
@@ -120,7 +120,7 @@ class Comparison:
         return sum(score.status == status for scores in method.scores for score in scores.values())
 
     def per_case(self, method: Method, metric: str) -> dict[str, float]:
-        """Return one value a case: the mean over runs and classes where the metric is defined."""
+        """Return one value per case: the mean over runs and classes where the metric is defined."""
         return _case_means(
             {
                 unit: [scores[unit].penalized(metric) for scores in method.scores if unit in scores]
@@ -181,7 +181,7 @@ class Comparison:
     def _leader(self, label: str, metric: str, held: Mapping[tuple[str, str, str], bool]) -> Method | None:
         """Return the method that is better than every other one, None where that does not hold.
 
-        `held` are the differences to the baseline that hold, by what they were corrected for.
+        `held` are the differences to the baseline that hold, by label and metric.
         """
         ahead = 1.0 if metric in OVERLAPS else -1.0
         rivals = [method for method in self.methods if not method.upper]

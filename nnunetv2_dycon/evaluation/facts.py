@@ -1,6 +1,6 @@
-"""What is known of a run, from its own files.
+"""Facts of a run, from its own files.
 
-What they do not say is None and is shown as "not recorded"; it is never guessed.
+A fact that they do not hold is None and is shown as "not recorded"; nothing is guessed.
 """
 
 import csv
@@ -27,7 +27,7 @@ _SERIES = {"train_losses": "training loss", "val_losses": "validation loss", "me
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a run; None where its files do not say.
+    """Facts of a run; None where its files do not hold them.
 
     Attributes
     ----------
@@ -190,7 +190,7 @@ def _length(settings: Mapping[str, Any], debug: Mapping[str, Any], folder: Path)
     try:
         return int(debug["num_epochs"]), int(debug["num_iterations_per_epoch"])
     except (KeyError, ValueError) as error:
-        raise DataError(f"{folder / 'debug.json'} says not how long the training is; restore the file") from error
+        raise DataError(f"{folder / 'debug.json'} does not record the training length; restore the file") from error
 
 
 def _cases(
@@ -278,7 +278,7 @@ def plans_digest(plans: Mapping[str, Any], configuration: str) -> str:
 
 
 def write_run_file(folder: Path, facts: Facts) -> None:
-    """Write the facts beside predictions, so that the folder can go to another machine alone."""
+    """Write the facts next to predictions, so that the folder can go to another machine alone."""
     write_json(folder / RUN_FILE, asdict(facts))
 
 

@@ -101,7 +101,7 @@ def box_plots(comparison: Comparison) -> Picture:
 
 
 def paired_lines(comparison: Comparison) -> Picture:
-    """Return one line a case through all methods, and the line of the means."""
+    """Return one line per case through all methods, and the line of the means."""
     methods, cases = comparison.methods, comparison.cases
     figure, axes = _figure(1, len(METRICS), 3.5 + 0.12 * len(methods))
     for axis, metric in zip(axes, METRICS, strict=True):
@@ -306,7 +306,7 @@ def overlays(comparison: Comparison, images: Images) -> Picture:
         f"predictions of {', '.join(m.short for m in methods)}: true positive green, false negative blue, false "
         "positive red.",
         f"Cases by mean Dice over all methods; shown is {which}, in the slice with the largest structure. The Dice "
-        "beside a method is its mean over runs and classes of the whole case. A false negative lies inside the solid "
+        "next to a method is its mean over runs and classes of the whole case. A false negative lies inside the solid "
         "outline, a false positive inside the dashed one."
         + (f" Only the first {MOST_OVERLAYS} methods are shown." if len(comparison.methods) > MOST_OVERLAYS else ""),
     )
@@ -359,7 +359,7 @@ def _image(images: Images, case: str, shape: tuple[int, ...]) -> NDArray:
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """Return the part of a slice around the structures, with some of what is about them."""
+    """Return the part of a slice around the structures, with some of their surroundings."""
     box = []
     for axis in range(2):
         at = np.flatnonzero(mask.any(axis=1 - axis))

@@ -43,7 +43,7 @@ class LabelMap(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What a dataset.json says about label maps.
+    """The entries of a dataset.json about label maps.
 
     Attributes
     ----------
@@ -142,7 +142,7 @@ def read_label_map(path: Path, labels: Labels, *, truth: bool) -> LabelMap:
         raise DataError(f"{path} cannot be read ({reason[-200:]}); restore or replace it") from error
     if values.ndim not in (2, 3) or not values.size or values.dtype.kind not in "biuf":
         kind = f"shape {values.shape} and type {values.dtype}"
-        raise DataError(f"{path} has {kind}, which is no label map (probabilities, colours?); give label maps")
+        raise DataError(f"{path} has {kind}, which is not a label map (probabilities, colours?); give label maps")
     if not all(0 < step < np.inf for step in spacing):
         raise DataError(f"{path} has spacing {_numbers(spacing)}; correct its header")
     known = labels.values if truth else labels.values - {labels.ignore}
@@ -177,7 +177,7 @@ def _read_other(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...],
 
 
 def _as_labels(values: NDArray, path: Path, known: Collection[int]) -> NDArray:
-    """Return the values in the smallest unsigned type, refused if they are no known labels."""
+    """Return the values in the smallest unsigned type, refused if they are not known labels."""
     top = max(known)
     small = np.min_scalar_type(top)
     out = None if values.dtype == small else np.empty(values.shape, small)
@@ -234,7 +234,7 @@ def case_files(folder: Path, ending: str) -> dict[str, Path]:
         If there is no such folder, or no such file in it.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give the folder with the label maps")
+        raise DataError(f"{folder} is not a folder; give the folder with the label maps")
     files = sorted(path for path in folder.iterdir() if path.name.endswith(ending) and path.is_file())
     if files:
         return {path.name.removesuffix(ending): path for path in files}

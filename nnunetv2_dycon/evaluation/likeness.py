@@ -11,7 +11,7 @@ from nnunetv2_dycon.files import first_few
 
 
 def check_alike(runs: Sequence[Run], cases: Collection[str], predicted: Mapping[str, Collection[str]]) -> None:
-    """Refuse what cannot be laid side by side.
+    """Refuse runs that cannot be compared.
 
     Parameters
     ----------

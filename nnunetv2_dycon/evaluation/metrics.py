@@ -1,4 +1,4 @@
-"""What one prediction is worth: overlap, surface distances, volumes and lesions of every structure of a case.
+"""Scores of one prediction: overlap, surface distances, volumes and lesions of every structure of a case.
 
 Numbers in, numbers out: no file is read. Label maps have shape (X, Y, Z) or (X, Y), spacing in mm along the same axes.
 
@@ -41,7 +41,7 @@ _SLAB = 1 << 16  # voxels that are counted at a time; what a count needs is eigh
 
 
 @dataclass(frozen=True)
-class Protocol:
+class ScoreSettings:
     """How to score.
 
     Attributes
@@ -59,7 +59,7 @@ class Protocol:
     Raises
     ------
     ConfigError
-        If the convention is not known or the tolerance is no number from 0 up.
+        If the convention is not known or the tolerance is not a number from 0 up.
     """
 
     convention: Convention = "mm"
@@ -159,7 +159,7 @@ def score_case(
     *,
     case: str = "",
     ignore: int | None = None,
-    protocol: Protocol | None = None,
+    settings: ScoreSettings | None = None,
 ) -> list[tuple[Score, Counts]]:
     """Score and voxel counts of every structure.
 
@@ -175,7 +175,7 @@ def score_case(
         Name for the table.
     ignore : int, optional
         Value in the truth of voxels that no number takes account of: they are in neither mask.
-    protocol : Protocol, optional
+    settings : ScoreSettings, optional
         How to score.
 
     Raises
@@ -185,7 +185,7 @@ def score_case(
     """
     if truth.shape != prediction.shape or len(spacing) != truth.ndim:
         raise ValueError(f"shapes {truth.shape} and {prediction.shape}, spacing {tuple(spacing)}: one must fit all")
-    protocol = protocol or Protocol()
+    settings = settings or ScoreSettings()
     frames = [_frame(labels) for labels in (truth, prediction)]
     boxes = [_boxes(labels, frame) for labels, frame in zip((truth, prediction), frames, strict=True)]
     top = max([ignore or 0, *(value for structure in structures for value in structure.values)])
@@ -197,7 +197,7 @@ def score_case(
         counts = _count(table, structure.values)
         own_boxes = [_around([of.get(value) for value in structure.values]) for of in boxes]
         pair = _Pair(truth, prediction, own_boxes, structure.values, ignore)
-        scored.append((_score(structure, counts, pair, spacing, case, protocol), counts))
+        scored.append((_score(structure, counts, pair, spacing, case, settings), counts))
     return scored
 
 
@@ -213,12 +213,12 @@ def count_lesions(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> Le
 
 
 def precision(tp: int, fp: int) -> float | None:
-    """Share of what is predicted that is right, None where nothing is predicted."""
+    """Share of the predicted voxels that are right, None where nothing is predicted."""
     return tp / (tp + fp) if tp + fp else None
 
 
 def recall(tp: int, fn: int) -> float | None:
-    """Share of what is there that is found, None where nothing is there."""
+    """Share of the true voxels that are found, None where there are none."""
     return tp / (tp + fn) if tp + fn else None
 
 
@@ -248,28 +248,28 @@ class _Pair(NamedTuple):
 
 
 def _score(
-    structure: Structure, counts: Counts, pair: _Pair, spacing: Sequence[float], case: str, protocol: Protocol
+    structure: Structure, counts: Counts, pair: _Pair, spacing: Sequence[float], case: str, settings: ScoreSettings
 ) -> Score:
     tp, fp, fn, _ = counts
     status = _status(tp + fn, tp + fp)
-    unit = tuple(spacing) if protocol.convention == "mm" else (1.0,) * len(spacing)
+    unit = tuple(spacing) if settings.convention == "mm" else (1.0,) * len(spacing)
     ml = math.prod(spacing) / 1000 if len(spacing) == 3 else None
     volumes = (None,) * 3 if ml is None else ((tp + fn) * ml, (tp + fp) * ml, (fp - fn) * ml)
-    lesions = _lesions(pair, status) if protocol.lesions else None
+    lesions = _lesions(pair, status) if settings.lesions else None
     return Score(
         case=case,
         label=structure.label,
         name=structure.name,
         dice=f1(tp, fp, fn),
         iou=tp / (tp + fp + fn) if tp + fp + fn else None,
-        **cast(Any, _measure(pair, status, unit, protocol)),
-        nsd_tolerance_mm=float(protocol.tolerance),
+        **cast(Any, _measure(pair, status, unit, settings)),
+        nsd_tolerance_mm=float(settings.tolerance),
         **cast(Any, dict(zip(("volume_truth_ml", "volume_pred_ml", "volume_error_ml"), volumes, strict=True))),
         status=status,
         **cast(Any, {} if lesions is None else {f"lesion_{k}": v for k, v in lesions._asdict().items()}),
         lesion_f1=None if lesions is None else f1(*lesions),
         diagonal_mm=math.hypot(*(n * step for n, step in zip(pair.truth.shape, unit, strict=True))),
-        convention=protocol.convention,
+        convention=settings.convention,
     )
 
 
@@ -279,9 +279,9 @@ def _status(truth_voxels: int, predicted_voxels: int) -> Status:
     return "false_alarm" if predicted_voxels else "both_empty"
 
 
-def _measure(pair: _Pair, status: Status, unit: Sequence[float], protocol: Protocol) -> dict[str, float | None]:
+def _measure(pair: _Pair, status: Status, unit: Sequence[float], settings: ScoreSettings) -> dict[str, float | None]:
     none = dict.fromkeys((*DISTANCES, "nsd"))
-    if not protocol.distances or status == "both_empty":
+    if not settings.distances or status == "both_empty":
         return none
     if status != "ok":
         return {**none, "nsd": 0.0}
@@ -292,12 +292,12 @@ def _measure(pair: _Pair, status: Status, unit: Sequence[float], protocol: Proto
     to_truth = _directed(of_prediction, of_truth, shape, unit)
     to_prediction = _directed(of_truth, of_prediction, shape, unit)
     both = np.concatenate((to_truth, to_prediction))
-    if protocol.convention == "mm":
+    if settings.convention == "mm":
         hd95 = max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95))
     else:
         hd95 = np.percentile(both, 95)
     # a surface exactly as far as the tolerance is within it, whatever the rounding of a spacing in a header
-    nsd = int(np.count_nonzero(both <= protocol.tolerance + 1e-6)) / len(both)
+    nsd = int(np.count_nonzero(both <= settings.tolerance + 1e-6)) / len(both)
     return {"hd95_mm": float(hd95), "asd_mm": float(to_truth.mean()), "assd_mm": float(both.mean()), "nsd": nsd}
 
 

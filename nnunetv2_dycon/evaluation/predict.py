@@ -23,7 +23,7 @@ _EXPORT = "import sys; from nnunetv2_dycon.commands import main; sys.exit(main()
 def predict(
     run: Run, images: Path, *, mirroring: bool, device: str | None = None, save_probabilities: bool = False
 ) -> None:
-    """Write the run's predictions of all images, whole or not at all, with the facts beside them.
+    """Write the run's predictions of all images, whole or not at all, with the facts next to them.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ from nnunetv2_dycon.folders import environment_folder
 
 @dataclass(frozen=True)
 class Run:
-    """One row of facts: as the user named it, what is known, where its predictions are or shall be written.
+    """One row of facts: the user's name of the run, its facts, and the folder of its predictions.
 
     `training` is the fold's folder with the checkpoint, None for a folder of predictions; `upper` marks an upper bound,
     which was trained on more labels than the others.
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """What runs that differ by seed or labelled draw alone have in common."""
+        """Name that runs share if they differ by seed or labelled draw alone."""
         base = self.facts.trainer or self.predictions.name
         base += "" if self.facts.self_training is None else f"_self{self.facts.self_training}"
         base += "_upper-bound" if self.upper else ""
@@ -123,7 +123,7 @@ def _trainings(name: str, place: Place) -> list[Path] | None:
             return [folder / f"fold_{fold}" for fold in place.folds]
         return None
     if os.sep in name:
-        raise DataError(f"{name} is no folder; give a trainer name, a results folder or a folder of predictions")
+        raise DataError(f"{name} is not a folder; give a trainer name, a results folder or a folder of predictions")
     results = environment_folder("nnUNet_results") / place.dataset
     ending = f"__{place.plans}__{place.configuration}"
     found = sorted(results.glob(f"{name}{ending}"))

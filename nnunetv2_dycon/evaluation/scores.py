@@ -33,8 +33,8 @@ from nnunetv2_dycon.evaluation.metrics import (
     OVERLAPS,
     Convention,
     Counts,
-    Protocol,
     Score,
+    ScoreSettings,
     Status,
     f1,
     precision,
@@ -45,7 +45,7 @@ from nnunetv2_dycon.files import write_text
 
 logger = logging.getLogger(__name__)
 
-METRICS = (*OVERLAPS, *DISTANCES, "volume_error_ml", "lesion_f1")
+SUMMARIZED = (*OVERLAPS, *DISTANCES, "volume_error_ml", "lesion_f1")
 
 Scored = list[tuple[Score, Counts]]
 
@@ -55,7 +55,7 @@ class _Task(NamedTuple):
     truth: Path
     prediction: Path
     labels: Labels
-    protocol: Protocol
+    settings: ScoreSettings
 
 
 def evaluate(
@@ -82,13 +82,13 @@ def evaluate(
         Folders of label maps with the same file names.
     dataset_json : path, optional
         Names labels, regions, the ignore label and the file ending. By default dataset.json in the folder of the
-        predictions, where nnU-Net leaves a copy, else beside the folder of the truth.
+        predictions, where nnU-Net leaves a copy, else next to the folder of the truth.
     output : path, optional
         Folder for the three files; by default that of the predictions.
     processes : int, optional
         Worker processes; one per processor, at most 8, by default.
     convention, tolerance, lesions, distances
-        See `Protocol`.
+        See `ScoreSettings`.
     chill : bool
         Score the predictions that are there, where the truth has more cases.
 
@@ -104,7 +104,7 @@ def evaluate(
     ConfigError
         If an option has no possible value.
     """
-    protocol = Protocol(convention, tolerance, distances, lesions)
+    settings = ScoreSettings(convention, tolerance, distances, lesions)
     truth_folder, prediction_folder = Path(truth_folder), Path(prediction_folder)
     output = prediction_folder if output is None else Path(output)
     path = _dataset_file(truth_folder, prediction_folder) if dataset_json is None else Path(dataset_json)
@@ -112,7 +112,7 @@ def evaluate(
     truths, predictions = (case_files(folder, labels.ending) for folder in (truth_folder, prediction_folder))
     _check_names(truths, predictions, truth_folder, prediction_folder, chill)
     check_writable(output)
-    tasks = [_Task(case, truths[case], file, labels, protocol) for case, file in predictions.items()]
+    tasks = [_Task(case, truths[case], file, labels, settings) for case, file in predictions.items()]
     done: dict[str, Scored] = {}
     workers = parallel.default_processes() if processes is None else processes
     with closing(parallel.run(_score_files, tasks, workers)) as results:
@@ -148,7 +148,7 @@ def _score_files(task: _Task) -> Scored:
         task.labels.structures,
         case=task.case,
         ignore=task.labels.ignore,
-        protocol=task.protocol,
+        settings=task.settings,
     )
 
 
@@ -232,7 +232,7 @@ def summarize(rows: Collection[Score]) -> dict[str, Any]:
                 key: _mean([c[column(metric, convention)][key] for c in classes.values()])
                 for key in (("mean", "penalized_mean") if metric in DISTANCES else ("mean",))
             }
-            for metric in METRICS
+            for metric in SUMMARIZED
         },
         "classes": classes,
     }
@@ -244,7 +244,7 @@ def _summarize_class(rows: Sequence[Score]) -> dict[str, Any]:
         "n": len(rows),
         "status": {status: sum(row.status == status for row in rows) for status in get_args(Status)},
     }
-    for metric in METRICS:
+    for metric in SUMMARIZED:
         entry = _statistics([getattr(row, metric) for row in rows])
         if metric in DISTANCES:
             measured = any(row.nsd is not None for row in rows)
@@ -309,7 +309,7 @@ def _nnunet_metrics(counts: Counts) -> dict[str, float]:
 
 
 def column(field: str, convention: Convention) -> str:
-    """Return the name of a field in files: what is in voxels is not called mm."""
+    """Return the name of a field in files: a field in voxels is not called mm."""
     return field if convention == "mm" or not field.endswith("_mm") else field.removesuffix("mm") + "voxels"
 
 
@@ -331,7 +331,7 @@ def read_scores(path: str | Path) -> list[Score]:
     Raises
     ------
     DataError
-        If the file cannot be read or is no such table.
+        If the file cannot be read or is not such a table.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -339,7 +339,7 @@ def read_scores(path: str | Path) -> list[Score]:
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path} cannot be read ({error}); type: nnUNetv2_dycon evaluate") from error
     if header not in [_columns(convention) for convention in get_args(Convention)]:
-        raise DataError(f"{path} has not the columns of a table of scores; type: nnUNetv2_dycon evaluate")
+        raise DataError(f"{path} lacks the columns of a table of scores; type: nnUNetv2_dycon evaluate")
     kinds = [_kind(hint) for hint in get_type_hints(Score).values()]
     names = [field.name for field in fields(Score)]
     rows = []

@@ -1,4 +1,4 @@
-"""What differences between methods are worth: intervals, tests and the rule by which a number may be called better.
+"""Differences between methods: intervals, tests, and the rule by which a difference is established.
 
 Numbers in, numbers out. The unit is the test case: folds are too few to test on (with five, no two-sided p is below
 0.0625), and seeds are a second factor, which is shown apart.
@@ -79,14 +79,14 @@ def paired(differences: Sequence[float], rng: np.random.Generator) -> Paired | N
     Parameters
     ----------
     differences : sequence of float
-        This method minus the other, one number a case, all finite.
+        This method minus the other, one number per case, all finite.
     rng : Generator
         Draws the resamples.
 
     Raises
     ------
     ValueError
-        If a difference is not finite: what is not defined has to be left out, and counted, before.
+        If a difference is not finite: undefined ones have to be left out, and counted, before.
     """
     d = np.asarray(differences, dtype=np.float64)
     if not np.isfinite(d).all():
@@ -157,7 +157,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def holds(difference: Paired | None, adjusted_p: float | None, of_runs: Iterable[float] = ()) -> bool:
-    """Whether a difference may be called one.
+    """Return whether a difference is established.
 
     The interval leaves 0 out, the corrected p is below 1 - `LEVEL`, and no pair of runs (seeds, labelled draws)
     points the other way: a test over cases knows nothing of other seeds.

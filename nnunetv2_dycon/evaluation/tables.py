@@ -167,8 +167,8 @@ def facts_table(comparison: Comparison) -> Table:
     )
     header += ("Mirroring", "Seed", "Seconds per step", "Hardware", "Fold", "Plans", "Versions")
     notes = (
-        "Seconds per step: median over epochs, the epoch's validation included. Plans: digest of what the plans build "
-        f"and prepare. {UNKNOWN.capitalize()}: the run's files do not say.",
+        "Seconds per step: median over epochs, the epoch's validation included. Plans: digest of the planned "
+        f"network and preprocessing. {UNKNOWN.capitalize()}: the run's files do not say.",
     )
     return Table("Runs", header, rows, notes)
 
@@ -338,7 +338,7 @@ def _escape(text: str) -> str:
 
 
 def results_csv(comparison: Comparison) -> str:
-    """Return every result, one a line, numbers with all their digits; overlaps are fractions."""
+    """Return every result, one per line, numbers with all their digits; overlaps are fractions."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)

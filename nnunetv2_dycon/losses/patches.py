@@ -35,8 +35,8 @@ class Anchors(NamedTuple):
 
 
 @torch.no_grad()
-def labels_from_target(
-    target: Tensor,
+def labels_from_truth(
+    truth: Tensor,
     grid: Sequence[int],
     *,
     num_classes: int,
@@ -52,7 +52,7 @@ def labels_from_target(
 
     Parameters
     ----------
-    target : Tensor, shape (B, 1, *S)
+    truth : Tensor, shape (B, 1, *S)
         Class numbers, of any integer or floating dtype.
     grid : sequence of int
         Spatial size of the feature map, as many axes as S.
@@ -70,22 +70,22 @@ def labels_from_target(
     Raises
     ------
     ValueError
-        If target is not (B, 1, *S), the grid does not fit it, or the rule is unknown.
+        If truth is not (B, 1, *S), the grid does not fit it, or the rule is unknown.
 
     Examples
     --------
-    >>> target = torch.tensor([[[[1, 1, 0, 0], [1, 0, 0, -1]]]])     # two patches: 3/4 class 1; one unknown voxel
-    >>> labels_from_target(target, (1, 2), num_classes=2)
+    >>> truth = torch.tensor([[[[1, 1, 0, 0], [1, 0, 0, -1]]]])     # two patches: 3/4 class 1; one unknown voxel
+    >>> labels_from_truth(truth, (1, 2), num_classes=2)
     tensor([[ 1, -1]])
     """
-    if target.ndim < 3 or target.shape[1] != 1:
-        raise ValueError(f"target {tuple(target.shape)}: expected (B, 1, *S).")
-    _check_grid(target, grid, rule)
-    unknown = target < 0
+    if truth.ndim < 3 or truth.shape[1] != 1:
+        raise ValueError(f"truth {tuple(truth.shape)}: expected (B, 1, *S).")
+    _check_grid(truth, grid, rule)
+    unknown = truth < 0
     if ignore_label is not None:
-        unknown |= target == ignore_label
+        unknown |= truth == ignore_label
     # One class after the other: a one-hot tensor of all would be the largest tensor of the step.
-    shares = torch.cat([_pool(target == c, grid) for c in range(num_classes)], 1)
+    shares = torch.cat([_pool(truth == c, grid) for c in range(num_classes)], 1)
     return _classes(shares, rule).masked_fill_(_pool(unknown, grid)[:, 0] > 0, -1)
 
 
@@ -95,7 +95,7 @@ def labels_from_probabilities(
 ) -> Tensor:
     """Class of each patch by a teacher's probabilities, -1 where it has none or the teacher is not sure.
 
-    The rules are those of `labels_from_target`. With `majority` the shares are mean probabilities. With
+    The rules are those of `labels_from_truth`. With `majority` the shares are mean probabilities. With
     `any_foreground` they are shares of the voxels' most probable class, since a mean probability is never exactly 0
     and no patch would be background.
 

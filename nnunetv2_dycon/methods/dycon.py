@@ -16,7 +16,7 @@ from nnunetv2_dycon.losses.patches import (
     Rule,
     fecl,
     labels_from_probabilities,
-    labels_from_target,
+    labels_from_truth,
     patch_weight,
     sample_anchors,
 )
@@ -56,7 +56,7 @@ class DyCONTermSettings(Settings):
     lambdah: float = option(0.0, low=0.0, high=10.0, help="weight of the entropy term of guarded UnCL")
     on: str = option("unlabeled", choices=("unlabeled", "all"), help="patches that UnCL is taken on")
     wuncl: float = option(1.0, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
-    wpasted: float = option(1.0, low=0.0, high=1000.0, help="weight of the true labels of what a view pastes")
+    wpasted: float = option(1.0, low=0.0, high=1000.0, help="weight of the true labels of pasted voxels")
     wfecl: float = option(0.3, low=0.0, high=1000.0, help="weight of FeCL after the ramp; 0 builds no head")
     feclon: str = option("all", choices=("all", "labeled"), help="patches that FeCL is taken on")
     tau: float = option(0.6, low=0.01, high=10.0, help="temperature of FeCL")
@@ -150,7 +150,7 @@ D = TypeVar("D", bound=DyCONTermSettings)
 
 
 class LabeledAnswer(NamedTuple):
-    """What the teacher says of the labelled patches, where asked: features (B, F, *G) and logits (B, C, *S)."""
+    """The teacher's answer for the labelled patches, where asked: features (B, F, *G) and logits (B, C, *S)."""
 
     features: Tensor | None
     logits: Tensor | None
@@ -160,7 +160,7 @@ class DyCONTerms(Method[D]):
     """UnCL and FeCL for every pair of a framework; the framework follows this class in the list of bases."""
 
     def build(self, student: nn.Module) -> None:
-        """Add a projection head, and a tap on each student's encoder, to what the framework makes.
+        """Make the framework's modules, a projection head, and a tap on each student's encoder.
 
         The teacher's embeddings are those of the head's average where the teacher is an average too; in co-training
         one head serves both networks, so that their embeddings can be compared.
@@ -198,7 +198,7 @@ class DyCONTerms(Method[D]):
     # ------------------------------------------------------------------------------------------ unlabelled patches
     @torch.no_grad()
     def ask_unlabeled(self, p: Pass, batch: Batch, before: Answer | None) -> Answer:
-        """Add the teacher's features of what the student sees, where FeCL has teacher negatives."""
+        """Add the teacher's features of the student's input, where FeCL has teacher negatives."""
         wanted = self._wants_features and self.settings.feclon == "all"
         if wanted and not p.view.mixes:
             features, logits = self._features_and_logits(p, p.view.teacher)
@@ -207,7 +207,7 @@ class DyCONTerms(Method[D]):
         return answer._replace(extra=self._features(p, p.view.student)) if wanted else answer
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
-        """Return UnCL, the loss of what the view pasted, the framework's own terms, and FeCL."""
+        """Return UnCL, the loss of pasted voxels, the framework's own terms, and FeCL."""
         logits, view, share = full_resolution(outputs), p.view, self._unlabeled_share(batch)
         of_framework = super().unlabeled_terms(p, outputs, answer, batch)
         terms = self._uncl(logits, answer.target, batch, share if self.settings.on == "all" else 1.0, view.pasted)
@@ -249,7 +249,7 @@ class DyCONTerms(Method[D]):
             terms.update({f"{name}_labeled": term for name, term in of_uncl.items()})
         features = self._taken(p)
         if features is not None:
-            labels = labels_from_target(
+            labels = labels_from_truth(
                 batch.y_l,
                 features.shape[2:],
                 num_classes=self.data.classes,
@@ -266,7 +266,7 @@ class DyCONTerms(Method[D]):
     ) -> dict[str, Term]:
         """Return UnCL for student and teacher logits (B, C, *S), its parts apart.
 
-        On cross-entropy and Dice it is the mean outside of what was `pasted` (B, 1, *S): true labels have a term of
+        On cross-entropy and Dice it is the mean outside of the `pasted` voxels (B, 1, *S): true labels have a term of
         their own. The forms on squares take all voxels, as in Eq. 1.
         """
         s = self.settings

@@ -1,4 +1,4 @@
-"""What all trainings have in common: the first data set, its plans and split, the settings; checked before any work."""
+"""Shared by all trainings: the first data set, its plans and split, the settings; checked before any work."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all trainings have in common.
+    """Shared by all trainings.
 
     Attributes
     ----------
@@ -89,8 +89,8 @@ class Experiment:
         unknown = sorted({*train, *val} - set(self.roles.labeled))
         if unknown:
             raise DataError(
-                f"{SPLITS_FILE} of {self.data.name}, fold {self.fold}, names {unknown[0]!r}, which is no labelled case "
-                f"of {self.data.raw}; correct the list"
+                f"{SPLITS_FILE} of {self.data.name}, fold {self.fold}, names {unknown[0]!r}, which is not a labelled "
+                f"case of {self.data.raw}; correct the list"
             )
         return train, val
 

@@ -17,7 +17,7 @@ _FINGERPRINT = "dataset_fingerprint.json"
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is between the raw data set of a round and its training."""
+    """The steps between the raw data set of a round and its training."""
 
     experiment: Experiment
     data: DataSet
@@ -39,14 +39,14 @@ class Preparation:
         return all(source.read_bytes() == target.read_bytes() for source, target in copies.items())
 
     def _copies(self) -> dict[Path, Path]:
-        """Return what is copied beside the plans, and to where."""
+        """Return the files that are copied with the plans, and their targets."""
         fingerprint = self.experiment.data.preprocessed / _FINGERPRINT
         sources = [self.data.raw / "dataset.json", self.data.raw / SPLITS_FILE]
         sources += [fingerprint] if fingerprint.is_file() else []
         return {source: self.data.preprocessed / source.name for source in sources}
 
     def copy_words(self) -> list[str]:
-        """Return the command that copies what is beside the plans."""
+        """Return the command that copies the files that go with the plans."""
         return ["cp", *map(str, self._copies()), f"{self.data.preprocessed}/"]
 
     def plan_words(self) -> list[str]:
@@ -55,7 +55,7 @@ class Preparation:
         return ["nnUNetv2_move_plans_between_datasets", *ids, "-sp", self.experiment.plans_name]
 
     def plan(self, lock: int | None) -> None:
-        """Take over the plans and what is beside them."""
+        """Take over the plans and the files that go with them."""
         self.data.preprocessed.mkdir(exist_ok=True)
         for source, target in self._copies().items():
             shutil.copyfile(source, target)

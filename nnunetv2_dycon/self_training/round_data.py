@@ -124,7 +124,7 @@ class RoundData:
         links = [(path, f"{folders[0]}/{case}_{channel:04d}{ending}") for channel, path in enumerate(files)]
         image = files[0].with_name(files[0].name.removesuffix(ending).removesuffix("_0000") + ending)
         optional = [
-            # nnU-Net's TIFF reader takes the spacing from a file beside the image
+            # nnU-Net's TIFF reader takes the spacing from a file next to the image
             (path.with_name(path.name.removesuffix(ending) + ".json"), f"{folder}/{case}.json")
             for path, folder in zip((image, label), folders, strict=True)
         ]

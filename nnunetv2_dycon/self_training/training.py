@@ -118,7 +118,7 @@ class Training:
         if noted["checkpoint"] != self.checkpoint_digest():
             raise DataError(
                 f"{self.pseudo_labels} was predicted by another state of {self.folder / FINAL}; delete "
-                f"{self._report} and the folder, and what was made from it"
+                f"{self._report} and the folder, and everything made from it"
             )
         voxels = noted["voxels"]
         return voxels if voxels and set(voxels) == set(self.experiment.roles.unlabeled) else None
@@ -162,9 +162,9 @@ def list_trainings(
     Raises
     ------
     ConfigError
-        If an id is given twice or cannot be used, or there is no trainer of a training's length.
+        If an id is given twice or cannot be used, or no trainer has a training's length.
     DataError
-        If an id belongs to another data set, or to what is left of one.
+        If an id belongs to another data set, or to the remains of one.
     """
     data = experiment.data
     if len({*new_ids, data.id}) <= len(new_ids):

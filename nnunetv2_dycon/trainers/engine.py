@@ -240,7 +240,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         return {**outputs, **{f"teacher_{name}": teacher[name] for name in ("tp_hard", "fp_hard", "fn_hard")}}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
-        """As stock; adds the teacher's pseudo Dice per class beside the student's."""
+        """As stock; adds the teacher's pseudo Dice per class next to the student's."""
         super().on_validation_epoch_end(val_outputs)
         collated = collate_outputs(val_outputs)
         counts = np.stack([np.sum(collated[f"teacher_{name}"], 0) for name in ("tp_hard", "fp_hard", "fn_hard")])

@@ -36,7 +36,7 @@ TRAINERS: dict[str, tuple[type[Method], options.Settings]] = {
 
 
 class TrainerInfo(NamedTuple):
-    """What the list of trainers says of one: name, summary, options with defaults and ranges.
+    """One entry of the list of trainers: name, summary, options with defaults and ranges.
 
     `preset_of` is the trainer of the same method from which only defaults differ.
     """

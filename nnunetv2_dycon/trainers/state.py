@@ -1,4 +1,4 @@
-"""What a checkpoint holds in addition to stock's: everything that an exact continuation needs, under one key."""
+"""Our key in a checkpoint: everything that an exact continuation needs in addition to stock's entries."""
 
 from dataclasses import asdict
 from importlib.metadata import version

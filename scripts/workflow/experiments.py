@@ -391,7 +391,7 @@ def _filled(text: str, known: Mapping[str, Any], where: str) -> str:
 
 def _reports(found: Experiments, baseline: Any, methods: Mapping[str, Any]) -> dict[str, Report]:
     if baseline is not None and baseline not in methods:
-        raise ConfigurationError(f"baseline is {baseline!r}, which is no method; give one of {', '.join(methods)}")
+        raise ConfigurationError(f"baseline is {baseline!r}, which is not a method; give one of {', '.join(methods)}")
     groups: dict[str, list[Run]] = {}
     for run in found.runs.values():
         if not methods[run.method].get("report", True):

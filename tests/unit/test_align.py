@@ -39,7 +39,7 @@ def test_the_first_map_that_knows_all_values_is_used_and_mixtures_are_refused() 
 def test_a_value_that_is_no_whole_number_is_named(value) -> None:
     array = np.zeros((3, 3, 3), np.float64)
     array[1, 1, 1], array[0, 0, 0] = value, 1
-    with pytest.raises(DataError, match=f"^file has 1 voxels that are no whole numbers, such as {value:g}; "):
+    with pytest.raises(DataError, match=f"^file has 1 voxels that are not whole numbers, such as {value:g}; "):
         map_values(array, MAPS, "file")
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "nnunetv2_dycon"
 
 # "" is the package itself, for its version
-BASE = {"", "errors", "schedules", "options", "folders", "locks", "parallel", "files"}
+BASE = {"", "errors", "schedules", "options", "folders", "locks", "parallel", "files", "findings"}
 TENSORS = {"losses", "networks", "views", "ranks", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "locks": {"errors"},
     "parallel": {"errors"},
     "files": {"errors"},
+    "findings": set(),
     **dict.fromkeys(TENSORS, BASE),
     "step": BASE | TENSORS,
     "methods": BASE | TENSORS | {"step"},

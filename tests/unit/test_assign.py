@@ -240,7 +240,7 @@ def test_a_list_of_ids_names_labeled_cases_of_the_protocol(tmp_path: Path) -> No
     path.write_text("t7\nt3\n", encoding="utf-8")
     assert roles(protocol(), path).cases["labeled"] == ("t7", "t3")
     path.write_text("t7\nx0\n", encoding="utf-8")
-    with pytest.raises(SplitError, match=r"'x0' is no training case of made"):
+    with pytest.raises(SplitError, match=r"'x0' is not a training case of made"):
         roles(protocol(), path)
 
 

@@ -171,7 +171,7 @@ def test_a_4d_image(raw: Path) -> None:
         rewrite(raw / f"imagesUn/u_01_000{channel}.nii.gz", lambda a: np.stack([a] * 3, -1))
     text = message()
     assert "u_01_0000.nii.gz" in text
-    assert "is 4-D (6 volumes); write one 3-D file a channel" in text
+    assert "is 4-D (6 volumes); write one 3-D file per channel" in text
 
 
 def test_a_4d_image_for_nibabel(raw: Path) -> None:
@@ -235,7 +235,7 @@ def test_unset_folders(raw: Path, monkeypatch: pytest.MonkeyPatch, variable: str
     monkeypatch.delenv(variable)
     assert message() == f"{variable} is not set; type: export {variable}=/path/to/{variable}"
     monkeypatch.setenv(variable, "/nowhere/at/all")
-    assert f"{variable} is /nowhere/at/all, which is no folder" in message()
+    assert f"{variable} is /nowhere/at/all, which is not a folder" in message()
 
 
 def test_a_process_count_below_one(raw: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_dycon.commands import main
-from nnunetv2_dycon.conversion.check import Check, check
+from nnunetv2_dycon.conversion.check import Finding, check
 from nnunetv2_dycon.conversion.split import split
 from nnunetv2_dycon.errors import DataError
 from tests.datasets import environment, make_dataset
@@ -46,7 +46,7 @@ def rewrite(path: Path, change) -> None:
 def test_a_good_data_set_passes_and_the_next_command_is_said(raw, capsys):
     checks = check(4, processes=1)
     assert all(one.ok for one in checks)
-    assert checks[-1] == Check(
+    assert checks[-1] == Finding(
         "next", True, "nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres --verify_dataset_integrity"
     )
     assert main(["check", "-d", "4", "-np", "1"]) == 0
@@ -163,7 +163,7 @@ def test_a_missing_channel_is_found(root):
 
 def test_folds_that_name_other_cases_are_found(raw):
     (raw / "splits_final.json").write_text(json.dumps([{"train": ["l_00", "t_00"], "val": ["l_01"]}]))
-    assert "'t_00', which is no labelled case" in failed()["splits_final.json"]
+    assert "'t_00', which is not a labelled case" in failed()["splits_final.json"]
 
 
 def test_a_case_that_was_moved_after_the_conversion_is_found(raw):

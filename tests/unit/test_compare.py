@@ -181,7 +181,7 @@ def test_refusals_come_before_any_work(root, monkeypatch):
         report(root, good, STOCK.format(0))
     (root / "report").mkdir()
     (root / "report" / "mine").write_text("")
-    with pytest.raises(DataError, match="is no report"):
+    with pytest.raises(DataError, match="is not a report"):
         report(root, good, few, overwrite=True)
     assert (root / "report" / "mine").exists()
 

@@ -131,7 +131,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def find(source: Path, pattern: str) -> Path:
-    """Return the file of a collection that fits, not what lies beside."""
+    """Return the file of a collection that fits, not the files next to it."""
     (path,) = (p for p in source.glob(pattern) if not {"__MACOSX", "RegData"} & set(p.parts))
     return path
 

@@ -183,7 +183,7 @@ def test_the_configurations_that_are_there_can_be_used(name):
         ("seeds", 0, "seeds is 0; give a list of whole numbers"),
         ("device", "gpu", "device is 'gpu'; give cuda, cpu or mps"),
         ("threads", 0, "threads is 0; give a whole number of 1 or more"),
-        ("baseline", "nobody", "baseline is 'nobody', which is no method; give one of control, DyCON"),
+        ("baseline", "nobody", "baseline is 'nobody', which is not a method; give one of control, DyCON"),
         ("reduce", {"stages": 2, "features": 4}, "give 3 or more"),
         ("reduce", {"patch": "32"}, "reduce: patch is '32'; give a whole number"),
         ("datasets/Blobs/labeled", [4, 10], "for example {4: 610, 10: 620}"),
@@ -242,7 +242,9 @@ def test_every_part_of_the_schema_says_what_to_write():
         described = experiments._schema_of([key])
         assert described.get("description"), key
         if "default" in schema:
-            experiments.Draft202012Validator({**described, "$defs": experiments.SCHEMA["$defs"]}).validate(schema["default"])
+            experiments.Draft202012Validator({**described, "$defs": experiments.SCHEMA["$defs"]}).validate(
+                schema["default"]
+            )
 
 
 def test_notes_of_what_is_no_longer_on_disk_are_removed(tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.evaluation.metrics import (
     Counts,
     Lesions,
-    Protocol,
     Score,
+    ScoreSettings,
     Structure,
     count_lesions,
     f1,
@@ -30,9 +30,9 @@ COARSE = (2.5, 1.0, 0.5)
 DISTANCES = ("hd95_mm", "asd_mm", "assd_mm")
 
 
-def score(truth, prediction, spacing=COARSE, **protocol) -> Score:
+def score(truth, prediction, spacing=COARSE, **settings) -> Score:
     (one,) = score_case(
-        truth.astype(np.uint8), prediction.astype(np.uint8), spacing, [ONE], protocol=Protocol(**protocol)
+        truth.astype(np.uint8), prediction.astype(np.uint8), spacing, [ONE], settings=ScoreSettings(**settings)
     )
     return one[0]
 
@@ -181,13 +181,13 @@ def test_many_structures_at_once_equal_each_on_its_own(seed, ignore):
         Structure("(1, 3)", "b", (1, 3)),
         Structure("(0, 2)", "c", (0, 2)),
     ]
-    protocol = Protocol(lesions=True)
-    together = score_case(truth, prediction, COARSE, structures, ignore=ignore, protocol=protocol)
+    settings = ScoreSettings(lesions=True)
+    together = score_case(truth, prediction, COARSE, structures, ignore=ignore, settings=settings)
     use = truth != ignore
     for structure, (got, counts) in zip(structures, together, strict=True):
         alone = [(np.isin(labels, structure.values) & use).astype(np.uint8) for labels in (truth, prediction)]
         ((expected, of_one),) = score_case(
-            *alone, COARSE, [Structure(structure.label, structure.name, (1,))], protocol=protocol
+            *alone, COARSE, [Structure(structure.label, structure.name, (1,))], settings=settings
         )
         assert got == expected
         assert counts == of_one._replace(tn=of_one.tn - int((~use).sum()))
@@ -346,7 +346,7 @@ def test_ignored_voxels_are_in_no_mask_and_no_count():
     prediction[1:3, 1:3, 1:3] = 1
     prediction[5] = 1  # where nobody has looked
     truth[5] = 2
-    ((got, counts),) = score_case(truth, prediction, (1, 1, 1), [ONE], ignore=2, protocol=Protocol(lesions=True))
+    ((got, counts),) = score_case(truth, prediction, (1, 1, 1), [ONE], ignore=2, settings=ScoreSettings(lesions=True))
     assert counts == Counts(8, 0, 0, 6 * 36 - 36 - 8)
     assert (got.dice, got.hd95_mm, got.lesion_fp, got.volume_error_ml) == (1, 0, 0, 0)
 
@@ -434,7 +434,7 @@ def test_constructed_cases_equal_medpy_in_both_units(inputs):
 )
 def test_an_impossible_protocol_is_refused(wrong):
     with pytest.raises(ConfigError, match=f"--{next(iter(wrong))}"):
-        Protocol(**wrong)
+        ScoreSettings(**wrong)
 
 
 def test_arrays_that_do_not_fit_are_refused():

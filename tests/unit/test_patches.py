@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nnunetv2_dycon.losses.patches import (
     fecl,
     labels_from_probabilities,
-    labels_from_target,
+    labels_from_truth,
     patch_weight,
     sample_anchors,
 )
@@ -44,7 +44,7 @@ def blobs(space, classes, seed, low=0):
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int64, torch.float32])
 def test_target_labels_are_those_of_the_voxels_of_each_cell(space, grid, rule, classes, dtype):
     target = blobs(space, classes, seed=classes)
-    labels = labels_from_target(torch.tensor(target, dtype=dtype), grid, num_classes=classes, rule=rule)
+    labels = labels_from_truth(torch.tensor(target, dtype=dtype), grid, num_classes=classes, rule=rule)
     assert labels.dtype == torch.int64
     assert labels.tolist() == oracles.target_labels(target, grid, classes, None, rule)
 
@@ -56,23 +56,23 @@ def test_one_unknown_voxel_drops_its_patch(space, grid, rule, ignore):
     target = blobs(space, 3, seed=1)
     target[0].flat[5] = -1
     target[1].flat[2] = 3 if ignore else 0
-    labels = labels_from_target(torch.tensor(target), grid, num_classes=3, ignore_label=ignore, rule=rule)
+    labels = labels_from_truth(torch.tensor(target), grid, num_classes=3, ignore_label=ignore, rule=rule)
     assert labels.tolist() == oracles.target_labels(target, grid, 3, ignore, rule)
     assert (labels == -1).any()
 
 
 def test_exactly_half_is_a_majority_and_a_tie_goes_to_the_smaller_class():
     target = torch.tensor([[[[2, 1, 2, 0, 1, 2]]]])
-    assert labels_from_target(target, (1, 3), num_classes=3).tolist() == [[1, 0, 1]]
+    assert labels_from_truth(target, (1, 3), num_classes=3).tolist() == [[1, 0, 1]]
     third = torch.tensor([[[[0, 1, 2]]]])
-    assert labels_from_target(third, (1, 1), num_classes=3).tolist() == [[-1]]
+    assert labels_from_truth(third, (1, 1), num_classes=3).tolist() == [[-1]]
 
 
 def test_a_lesion_of_more_than_a_tenth_makes_a_lesion_patch_and_a_smaller_one_no_background():
     target = torch.zeros(1, 1, 1, 48, dtype=torch.int64)
     target[..., :2], target[..., 16] = 1, 1  # of 16 voxels: two, one, none
-    assert labels_from_target(target, (1, 3), num_classes=2, rule="any_foreground").tolist() == [[1, -1, 0]]
-    assert labels_from_target(target, (1, 3), num_classes=2).tolist() == [[0, 0, 0]]
+    assert labels_from_truth(target, (1, 3), num_classes=2, rule="any_foreground").tolist() == [[1, -1, 0]]
+    assert labels_from_truth(target, (1, 3), num_classes=2).tolist() == [[0, 0, 0]]
 
 
 def probabilities(space, classes, seed, scale=4.0):
@@ -139,7 +139,7 @@ def test_patch_weights_go_from_one_to_e_for_any_finite_logits():
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
-        (lambda x, grid: labels_from_target(x, grid, num_classes=2), (1, 1, 4, 4)),
+        (lambda x, grid: labels_from_truth(x, grid, num_classes=2), (1, 1, 4, 4)),
         (labels_from_probabilities, (1, 2, 4, 4)),
         (patch_weight, (1, 2, 4, 4)),
     ],
@@ -151,10 +151,10 @@ def test_a_grid_that_does_not_fit_is_named(function, shape, grid):
 
 
 def test_other_bad_arguments_are_named():
-    with pytest.raises(ValueError, match=r"target \(1, 4, 4\)"):
-        labels_from_target(torch.zeros(1, 4, 4), (2, 2), num_classes=2)
+    with pytest.raises(ValueError, match=r"truth \(1, 4, 4\)"):
+        labels_from_truth(torch.zeros(1, 4, 4), (2, 2), num_classes=2)
     with pytest.raises(ValueError, match="rule 'mode'"):
-        labels_from_target(torch.zeros(1, 1, 4, 4), (2, 2), num_classes=2, rule="mode")
+        labels_from_truth(torch.zeros(1, 1, 4, 4), (2, 2), num_classes=2, rule="mode")
     with pytest.raises(ValueError, match="max_anchors -1"):
         sample_anchors(torch.zeros(1, 4, dtype=torch.int64), -1)
 

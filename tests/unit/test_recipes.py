@@ -265,16 +265,16 @@ def test_cps_crosses_the_hard_labels_of_two_networks() -> None:
     answers = [network(data.x_u).detach() for network in (student, second)]
     groups = costs_of(method, student, data)
     assert len(groups) == 4
-    for group, name, learner, target in (
+    for group, name, network, target in (
         (groups[0], "cps", student, answers[1]),
         (groups[1], "cps_second", second, answers[0]),
     ):
         recipe = lambda net, target=target: oracles.pseudo_label(net(data.x_u.double()), target, 0.0)[0]  # noqa: E731
-        assert check(group, name, learner, recipe).terms[name].weight == 2.0
-    for group, name, learner in ((groups[2], "supervised_second", second), (groups[3], "supervised", student)):
+        assert check(group, name, network, recipe).terms[name].weight == 2.0
+    for group, name, network in ((groups[2], "supervised_second", second), (groups[3], "supervised", student)):
         (found,) = group().terms.items()
         assert found[0] == name
-        assert found[1].value == data.supervised(learner(data.x_l))
+        assert found[1].value == data.supervised(network(data.x_l))
 
 
 class Encoder(nn.Module):
@@ -314,11 +314,11 @@ class UNet(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def contrast(method: DyCONCPS | DyCON, learner: UNet, guide: UNet, x: Tensor, labels: Tensor) -> Tensor:
+def contrast(method: DyCONCPS | DyCON, network: UNet, teacher: UNet, x: Tensor, labels: Tensor) -> Tensor:
     """FeCL of a pair by the slow loops, with the method's own head."""
-    z, taught = (method.head(network.encoder(x)[0]) for network in (learner, guide))
-    weight = oracles.patch_weights(learner(x).detach(), SPACE)
-    return oracles.fecl(z, labels, taught, weight, tau=0.6, gamma=0.8, topk=5)
+    z, of_teacher = (method.head(one.encoder(x)[0]) for one in (network, teacher))
+    weight = oracles.patch_weights(network(x).detach(), SPACE)
+    return oracles.fecl(z, labels, of_teacher, weight, tau=0.6, gamma=0.8, topk=5)
 
 
 def test_dycon_in_co_training_takes_each_network_as_the_others_teacher() -> None:
@@ -341,32 +341,32 @@ def test_dycon_in_co_training_takes_each_network_as_the_others_teacher() -> None
     second.load_state_dict(UNet(1).state_dict())
     data, share = batch(), 0.5
     groups = costs_of(method, student, data)
-    for (at, at_labeled), ending, learner, guide in (
+    for (at, at_labeled), ending, network, teacher in (
         ((0, 3), "", student, second),
         ((1, 2), "_second", second, student),
     ):
         terms = groups[at]().terms
-        target = guide(data.x_u).detach()
-        consistency, entropy = oracles.uncl(learner(data.x_u), target, beta=0.7, entropy="dual", guarded=False)
+        target = teacher(data.x_u).detach()
+        consistency, entropy = oracles.uncl(network(data.x_u), target, beta=0.7, entropy="dual", guarded=False)
         rows = torch.tensor(oracles.probability_labels(target.softmax(1).numpy(), SPACE, 0.0, "majority"))
         truth = data.y_l.flatten(1)
         wanted = {
             "uncl": (2.0, consistency),
             "uncl_entropy": (2.0, entropy),
-            "cps": (3.0, oracles.pseudo_label(learner(data.x_u), target, 0.0)[0]),
-            "fecl_unlabeled": (0.5 * share, contrast(method, learner, guide, data.x_u, rows)),
+            "cps": (3.0, oracles.pseudo_label(network(data.x_u), target, 0.0)[0]),
+            "fecl_unlabeled": (0.5 * share, contrast(method, network, teacher, data.x_u, rows)),
         }
         assert set(terms) == {f"{name}{ending}" for name in wanted}
         found = {**terms, **groups[at_labeled]().terms}
-        wanted["fecl_labeled"] = (0.5 * share, contrast(method, learner, guide, data.x_l, truth))
-        wanted["supervised"] = (1.0, data.supervised(learner(data.x_l)))
+        wanted["fecl_labeled"] = (0.5 * share, contrast(method, network, teacher, data.x_l, truth))
+        wanted["supervised"] = (1.0, data.supervised(network(data.x_l)))
         assert set(found) == {f"{name}{ending}" for name in wanted}
         for name, (weight, value) in wanted.items():
             term = found[f"{name}{ending}"]
             assert term.weight == weight
             assert relative_error(term.value, value) <= 1e-5, name
-            assert torch.autograd.grad(term.value, learner.encoder.stages[0].weight, retain_graph=True)[0].any()
-            unused = torch.autograd.grad(term.value, list(guide.parameters()), retain_graph=True, allow_unused=True)
+            assert torch.autograd.grad(term.value, network.encoder.stages[0].weight, retain_graph=True)[0].any()
+            unused = torch.autograd.grad(term.value, list(teacher.parameters()), retain_graph=True, allow_unused=True)
             assert all(gradient is None for gradient in unused)
 
 
@@ -443,11 +443,11 @@ def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str | None) -> None:
         for k in range(CLASSES):
             target[:, k][pasted & (truth == k)] = 40.0
         logits = student(x)
-        taught_only = oracles.entropy_weights(logits, target, beta=0.7, entropy=entropy) * ~pasted
+        unpasted_only = oracles.entropy_weights(logits, target, beta=0.7, entropy=entropy) * ~pasted
         q = (target == target.amax(1, keepdim=True)).double() if kind != "soft" else target.softmax(1)
-        consistency = oracles.soft_ce_dice(logits, q, taught_only / (~pasted).double().mean())
+        consistency = oracles.soft_ce_dice(logits, q, unpasted_only / (~pasted).double().mean())
         rows = torch.tensor(oracles.probability_labels(target.softmax(1).numpy(), SPACE, 0.0, "majority"))
-        z, taught = (
+        z, of_teacher = (
             method.head(student.encoder(x)[0]),
             method.teacher_head.network(method.teacher.network.encoder(x)[0]),
         )
@@ -455,7 +455,7 @@ def test_dycon_on_both_mixes_of_bcp(entropy: str, kind: str | None) -> None:
         wanted = {
             "uncl": (0.25, consistency),
             "pasted": (0.5, oracles.region_loss(logits, truth, pasted)),
-            "fecl_unlabeled": (0.125, oracles.fecl(z, rows, taught, weight, tau=0.6, gamma=0.8, topk=5)),
+            "fecl_unlabeled": (0.125, oracles.fecl(z, rows, of_teacher, weight, tau=0.6, gamma=0.8, topk=5)),
         }
         assert set(found.terms) == {f"{way}_{name}" for name in wanted}
         for name, (share, value) in wanted.items():

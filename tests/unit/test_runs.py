@@ -147,7 +147,7 @@ def test_a_wrong_name_is_refused_with_the_nearest(root):
     make_training(root, DYCON)
     with pytest.raises(DataError, match=f"the nearest there is {DYCON}"):
         find("nnUNetTrainerDyCON_epoch4")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         find("no/such")
 
 
@@ -237,7 +237,7 @@ def test_a_checkpoint_with_foreign_objects_is_read_with_a_warning(root, caplog):
 def test_a_missing_plans_file_and_a_missing_length_are_refused(root):
     folder = make_training(root, "nnUNetTrainer", ours=False)
     (folder / "debug.json").unlink()
-    with pytest.raises(DataError, match="says not how long"):
+    with pytest.raises(DataError, match="does not record the training length"):
         read_training(folder)
     (folder.parent / "plans.json").write_text("{")
     with pytest.raises(DataError, match=r"plans\.json cannot be read"):

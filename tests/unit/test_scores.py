@@ -19,7 +19,7 @@ import SimpleITK as sitk
 
 from nnunetv2_dycon import commands
 from nnunetv2_dycon.errors import ConfigError, DataError
-from nnunetv2_dycon.evaluation.metrics import DISTANCES, Protocol, Structure, score_case
+from nnunetv2_dycon.evaluation.metrics import DISTANCES, ScoreSettings, Structure, score_case
 from nnunetv2_dycon.evaluation.scores import evaluate, read_scores, summarize
 
 LABELS = {"background": 0, "first": 1, "second": 2}
@@ -48,7 +48,7 @@ def write_dataset(folder: Path, labels: dict = LABELS, ending: str = ".nii.gz", 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Truth and prediction of three cases, and the dataset.json beside the truth."""
+    """Truth and prediction of three cases, and the dataset.json next to the truth."""
     write_dataset(tmp_path)
     truth, prediction = tmp_path / "labelsTs", tmp_path / "predicted"
     for number, case in enumerate("abc"):
@@ -129,7 +129,7 @@ def test_rows_are_the_scores_of_each_case_and_come_back_from_the_table(folders: 
             (0.5, 1, 2.5),
             structures,
             case=case,
-            protocol=Protocol(lesions=True),
+            settings=ScoreSettings(lesions=True),
         )
         expected += [row for row, _ in one]
     assert [(row.case, row.label) for row in rows] == [(row.case, row.label) for row in expected]
@@ -424,7 +424,7 @@ BAD = {
     "negative value": (broken(lambda a: (-label_map(10).astype(np.int16), a)), "holds the value -2"),
     "probabilities": (broken(lambda a: (label_map(10) * 0.45, a)), r"a.nii.gz holds 0.\d+, so probabilities"),
     "nan": (broken(lambda a: (np.full(SHAPE, np.nan), a)), "a.nii.gz holds nan, so probabilities"),
-    "probabilities of all classes": (broken(lambda a: (np.ones((*SHAPE, 3)), a)), "which is no label map"),
+    "probabilities of all classes": (broken(lambda a: (np.ones((*SHAPE, 3)), a)), "which is not a label map"),
     "npz alone": (only_npz, r"holds probabilities \(.npz\)"),
     "truncated": (truncated, "a.nii.gz cannot be read"),
     "not an image": (lambda folder: (folder / "a.nii.gz").write_text("hello"), "a.nii.gz cannot be read"),
@@ -502,7 +502,7 @@ def test_a_dataset_json_that_cannot_be_used_is_named(folders: tuple[Path, Path],
 
 def test_missing_folders_and_dataset_json_are_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
     truth, prediction = folders
-    with pytest.raises(DataError, match=r"nowhere is no folder"):
+    with pytest.raises(DataError, match=r"nowhere is not a folder"):
         evaluate(truth, tmp_path / "nowhere", processes=1)
     with pytest.raises(DataError, match=r"nowhere.json cannot be read .*-djfile"):
         evaluate(truth, prediction, tmp_path / "nowhere.json", processes=1)
@@ -526,7 +526,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(folders: tupl
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "has not the columns"), ("case,dice\na,1\n", "has not the columns"), (None, "line 3"), ("\0", "")],
+    [("", "lacks the columns"), ("case,dice\na,1\n", "lacks the columns"), (None, "line 3"), ("\0", "")],
 )
 def test_a_table_that_is_none_of_ours_is_refused(folders: tuple[Path, Path], text: str | None, message: str) -> None:
     truth, prediction = folders

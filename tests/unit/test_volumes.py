@@ -146,7 +146,7 @@ def test_images_that_are_not_3d_of_one_number_a_voxel_are_refused(tmp_path, arra
     refused(NiftiFile(path), "complex64")
     rgb = np.zeros((3, 3, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])
     nib.save(nib.Nifti1Image(rgb, AFFINE), path)
-    refused(NiftiFile(path), "one number a voxel")
+    refused(NiftiFile(path), "one number per voxel")
     nib.save(nib.Nifti1Pair(array, AFFINE), tmp_path / "p.img")
     refused(NiftiFile(tmp_path / "p.hdr"))
 
@@ -313,7 +313,7 @@ def test_a_damaged_nrrd_is_refused(tmp_path, array) -> None:
     path.write_bytes(b"<html>")
     refused(NrrdFile(path))
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 3, 3, 2), np.uint8), isVector=True), str(path))
-    refused(NrrdFile(path), "2 values a voxel")
+    refused(NrrdFile(path), "2 values per voxel")
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 3), np.uint8)), str(path))
     refused(NrrdFile(path), "2-D")
     write_nrrd(path, array.astype(np.int64) + 2**40, AFFINE)
@@ -352,7 +352,7 @@ def test_h5_files_that_lack_the_array_or_hold_another_kind_are_refused(tmp_path,
         refused(H5Array(path, "image", 1), words)
     with h5py.File(path, "w") as file:
         file.create_group("image")
-    refused(H5Array(path, "image", 1), "no array stored in this file")
+    refused(H5Array(path, "image", 1), "not an array stored in this file")
     with h5py.File(path, "w") as file:
         file["image"] = array.astype(np.int64) + 2**40
     refused(H5Array(path, "image", 1), "beyond 32 bits")
