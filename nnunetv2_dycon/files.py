@@ -104,7 +104,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
-    """Write JSON that a person can read, whole or not at all."""
+    """Write JSON that a person can read, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    content : object
+        Anything that JSON can hold.
+    sort_keys : bool
+        Write keys in alphabetical order.
+    """
     write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
 
 
@@ -159,6 +169,15 @@ def json_digest(content: Any) -> str:
 
 def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") -> str:
     """Return the first items for a message, and how many more there are.
+
+    Parameters
+    ----------
+    items : sequence
+        What to list.
+    limit : int
+        Largest number of items to show.
+    separator : str
+        Text between two items.
 
     Examples
     --------

@@ -45,7 +45,17 @@ def derived_seed(*parts: int) -> int:
 
 
 def process_seed(seed: int, rank: int, step: int) -> int:
-    """Return the seed of one process of a training that starts, or goes on, at `step`: `seed` for the very first."""
+    """Return the seed of one process of a training that starts, or goes on, at `step`: `seed` for the very first.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the training.
+    rank : int
+        Number of the process.
+    step : int
+        Step at which it starts or goes on.
+    """
     return seed if rank == step == 0 else derived_seed(seed, rank, step)
 
 

@@ -20,6 +20,17 @@ Fit = Callable[[Volume, Volume, str], tuple[np.ndarray, list[str]]]
 def map_values(array: np.ndarray, maps: Sequence[Mapping[int, int]], name: str, hint: str = "") -> np.ndarray:
     """Return `array` with new values, uint8; the first of `maps` that knows all its values is used.
 
+    Parameters
+    ----------
+    array : array, shape (X, Y, Z)
+        Label values of the source.
+    maps : sequence of mapping
+        Candidates from source values to labels; the first that knows every value is taken.
+    name : str
+        File name, for messages.
+    hint : str
+        What to do; ends the error message.
+
     Raises
     ------
     DataError
@@ -75,6 +86,15 @@ def _corners(volume: Volume) -> np.ndarray:
 
 def on_grid(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, list[str]]:
     """Label as it is, if it is on the grid of its image.
+
+    Parameters
+    ----------
+    image : Volume
+        The image whose grid counts.
+    label : Volume
+        The label map.
+    name : str
+        File name, for messages.
 
     Raises
     ------

@@ -126,6 +126,17 @@ def parse_labeled(text: str | float | Path, option: str = "--labeled") -> Labele
 def assign(protocol: Protocol, request: Request, known: Known, canonical: Callable[[str], str]) -> Assignment:
     """Give every case that is there its role; the same for the same arguments.
 
+    Parameters
+    ----------
+    protocol : Protocol
+        The published or given lists.
+    request : Request
+        The user's request.
+    known : Known
+        The cases that are there.
+    canonical : callable
+        Case name of an id as lists write it.
+
     Raises
     ------
     ConfigError
@@ -200,7 +211,17 @@ def _labeled_cases(
 
 
 def labeled_number(labeled: float | int, cases: int, option: str = "--labeled") -> int:
-    """Return how many of `cases` a fraction or number means; halves are rounded to even."""
+    """Return how many of `cases` a fraction or number means; halves are rounded to even.
+
+    Parameters
+    ----------
+    labeled : str, float or Path
+        The user's number, fraction or 'all'.
+    cases : int
+        Cases to choose from.
+    option : str
+        Name of the option, for messages.
+    """
     number = round(labeled * cases) if isinstance(labeled, float) else labeled
     if not 1 <= number <= cases:
         raise ConfigError(f"{option} {labeled} means {number} of {cases} training cases; give 1 to {cases}")

@@ -10,7 +10,17 @@ from nnunetv2_dycon.errors import UserError
 
 
 def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> argparse.ArgumentParser:
-    """Arguments that all converters have; a converter adds its own."""
+    """Arguments that all converters have; a converter adds its own.
+
+    Parameters
+    ----------
+    name : str
+        Name of the collection.
+    dataset_id : int
+        Default id.
+    protocols : sequence of str
+        Published protocols, the default first.
+    """
     parser = argparse.ArgumentParser(
         f"nnUNetv2_dycon convert {name}",
         description=f"Write {name} as an nnU-Net raw data set with labelled, unlabelled and test cases.",
@@ -40,7 +50,17 @@ def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> ar
 
 
 def run_script(function: Callable[..., Any], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
-    """Parse, convert, print; returns the exit code."""
+    """Parse, convert, print; returns the exit code.
+
+    Parameters
+    ----------
+    function : callable
+        The converter.
+    parser : argparse.ArgumentParser
+        Its arguments.
+    argv : sequence of str, optional
+        Command line; that of the process by default.
+    """
     arguments = vars(parser.parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -237,7 +237,17 @@ def file_ending(images: Sequence[Any]) -> str:
 
 
 def plan_of(tasks: Sequence[Task], roles: Assignment, root: Path) -> dict[str, Any]:
-    """Return what conversion.json says about the roles and where every case came from."""
+    """Return what conversion.json says about the roles and where every case came from.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+        The cases.
+    roles : Assignment
+        Their roles.
+    root : Path
+        Folder of the sources.
+    """
     return {
         "version": __version__,
         "source": root.name,

@@ -89,6 +89,15 @@ def conversion_of(target: Path) -> dict[str, Any]:
 def check_free(target: Path, *, made_by: str, overwrite: bool) -> None:
     """Refuse to replace what must not be replaced.
 
+    Parameters
+    ----------
+    target : Path
+        The data set's folder.
+    made_by : str
+        Name of the converter.
+    overwrite : bool
+        Whether a data set of the same converter may be replaced.
+
     Raises
     ------
     DataError

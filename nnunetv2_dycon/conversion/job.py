@@ -116,6 +116,17 @@ def _hash(text: str) -> str:
 def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, overwrite: bool = False) -> Conversion:
     """Write the data set of a job, or go on with it; the result does not depend on interruptions.
 
+    Parameters
+    ----------
+    job : Job
+        The planned conversion.
+    processes : int, optional
+        Worker processes; one per processor, at most 8, by default.
+    dry_run : bool
+        Only report; write nothing.
+    overwrite : bool
+        Replace a data set that this converter made.
+
     Raises
     ------
     DataError

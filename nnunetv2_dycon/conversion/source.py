@@ -122,7 +122,17 @@ def only(kind: str, found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def looks_like(root: Path, files: Sequence[Path], asked: str = "") -> str:
-    """Say, for an error, which collection a tree holds; never to type `asked`, which has been tried."""
+    """Say, for an error, which collection a tree holds; never to type `asked`, which has been tried.
+
+    Parameters
+    ----------
+    root : Path
+        Folder that the user named.
+    files : sequence of Path
+        All files below it.
+    asked : str
+        Collection that the user asked for.
+    """
     if not files:
         return "the folder is empty"
     names = ["/".join(path.relative_to(root).parts).lower() for path in files]

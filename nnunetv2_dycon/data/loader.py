@@ -75,7 +75,21 @@ def unlabeled_loader(
     seed: int,
     label_manager: LabelManager,
 ) -> IsolatedLoader:
-    """Return a loader of `batch_size` unlabelled patches at uniform positions, with the labelled half's transforms."""
+    """Return a loader of `batch_size` unlabelled patches at uniform positions, with the labelled half's transforms.
+
+    Parameters
+    ----------
+    labeled : nnUNetDataLoader
+        Loader of the labelled half, whose sizes and transforms are taken.
+    dataset : nnUNetBaseDataset
+        The prepared unlabelled cases.
+    batch_size : int
+        Unlabelled patches per batch.
+    seed : int
+        Start of its random states.
+    label_manager : LabelManager
+        nnU-Net's.
+    """
     leading = int(labeled.patch_size_was_2d)  # a 2d loader holds its sizes with a leading 1
     inner = nnUNetDataLoader(
         dataset,
@@ -98,6 +112,12 @@ def inner_loader(augmenter: Augmenter) -> DataLoader:
 def replace_loader(augmenter: Augmenter, loader: DataLoader, seed: int | None) -> Augmenter:
     """Return an augmenter like `augmenter` (which is shut down) that runs `loader`.
 
+    Parameters
+    ----------
+    augmenter : SingleThreadedAugmenter or NonDetMultiThreadedAugmenter
+        nnU-Net's.
+    loader : DataLoader
+        The loader to run.
     seed : int or None
         Start of the workers' random states; None as stock. Without workers the caller's global states serve.
     """

@@ -170,6 +170,15 @@ def unlabeled_status(
 
     Without the raw data set only the prepared files themselves can be judged; a note says so.
 
+    Parameters
+    ----------
+    dataset : int or str
+        Dataset ID or full name.
+    configuration : str
+        Configuration of the plans.
+    plans : str or mapping
+        Name of the plans file, or the plans themselves.
+
     Raises
     ------
     ConfigError, DataError, SplitError
@@ -339,7 +348,17 @@ def write_manifest(config: Configuration, manifest: Manifest) -> None:
 def compare_manifest(
     config: Configuration, manifest: Manifest, expected: Mapping[str, Mapping[str, Any]]
 ) -> Difference:
-    """Return what separates the prepared cases from those that are expected, both by their records in a manifest."""
+    """Return what separates the prepared cases from those that are expected, both by their records in a manifest.
+
+    Parameters
+    ----------
+    config : Configuration
+        The configuration.
+    manifest : dict
+        Content of its manifest.
+    expected : mapping
+        Records of the expected cases by name.
+    """
     recorded = manifest["cases"]
     present = set(os.listdir(config.folder)) if config.folder.is_dir() else set()
     plans = manifest["plans"] or config.entries

@@ -77,7 +77,17 @@ def _training_cases(raw: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[st
 
 
 def training_labels(raw_folder: str | Path, dataset_json: Mapping[str, Any], cases: Iterable[str]) -> dict[str, Path]:
-    """Where the label map of each training case should be; nothing is opened."""
+    """Where the label map of each training case should be; nothing is opened.
+
+    Parameters
+    ----------
+    raw_folder : path
+        The raw data set.
+    dataset_json : mapping
+        Content of its dataset.json.
+    cases : iterable of str
+        Names of training cases.
+    """
     _, listed = _training_cases(Path(raw_folder), dataset_json)
     folder, ending = Path(raw_folder, "labelsTr"), dataset_json["file_ending"]
     return {case: listed.get(case, folder / f"{case}{ending}") for case in cases}
@@ -114,7 +124,17 @@ def channel_names(dataset_json: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def unlabeled_name_problems(raw_folder: str | Path, roles: Roles, dataset_json: Mapping[str, Any]) -> list[str]:
-    """Return the problems with file names in imagesUn, one line each: ending, channel numbers, names in _seg."""
+    """Return the problems with file names in imagesUn, one line each: ending, channel numbers, names in _seg.
+
+    Parameters
+    ----------
+    raw_folder : path
+        The raw data set.
+    roles : Roles
+        Its cases.
+    dataset_json : mapping
+        Content of its dataset.json.
+    """
     folder, ending = Path(raw_folder, "imagesUn"), dataset_json["file_ending"]
     channels = len(channel_names(dataset_json))
     problems = []

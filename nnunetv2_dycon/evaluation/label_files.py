@@ -128,6 +128,15 @@ def _nnunet_reader(content: Mapping[str, Any], folder: Path) -> type[BaseReaderW
 def read_label_map(path: Path, labels: Labels, *, truth: bool) -> LabelMap:
     """Read one label map.
 
+    Parameters
+    ----------
+    path : Path
+        The file.
+    labels : Labels
+        The labels of dataset.json.
+    truth : bool
+        Whether the ignore label is allowed.
+
     Raises
     ------
     DataError

@@ -223,7 +223,13 @@ def recall(tp: int, fn: int) -> float | None:
 
 
 def f1(tp: int, fp: int, fn: int) -> float | None:
-    """Harmonic mean of precision and recall, 0 if nothing is right, None where there is nothing at all."""
+    """Harmonic mean of precision and recall, 0 if nothing is right, None where there is nothing at all.
+
+    Parameters
+    ----------
+    tp, fp, fn : int
+        True positives, false positives and false negatives.
+    """
     return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None
 
 

@@ -70,7 +70,19 @@ def write_report(
 
 
 def html(title: str, introduction: Sequence[str], tables: Sequence[Table], pictures: Sequence[Picture]) -> str:
-    """Return the report as one HTML file, pictures inside, readable without scripts."""
+    """Return the report as one HTML file, pictures inside, readable without scripts.
+
+    Parameters
+    ----------
+    title : str
+        Heading.
+    introduction : sequence of str
+        Paragraphs.
+    tables : sequence of Table
+        Tables in order.
+    pictures : sequence of Picture
+        Pictures in order.
+    """
     template = files("nnunetv2_dycon.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     return environment.from_string(template).render(
@@ -83,7 +95,19 @@ def html(title: str, introduction: Sequence[str], tables: Sequence[Table], pictu
 
 
 def as_markdown(title: str, introduction: Sequence[str], tables: Sequence[Table], pictures: Sequence[Picture]) -> str:
-    """Return the report as Markdown with its pictures in figures/."""
+    """Return the report as Markdown with its pictures in figures/.
+
+    Parameters
+    ----------
+    title : str
+        Heading.
+    introduction : sequence of str
+        Paragraphs.
+    tables : sequence of Table
+        Tables in order.
+    pictures : sequence of Picture
+        Pictures in order.
+    """
     parts = [f"# {title}", *introduction, *(markdown(table).rstrip() for table in tables)]
     for p in pictures:
         parts.append(f"## {p.title}\n\n![{p.alt}](figures/{p.name}.png)\n\n{p.caption}")

@@ -117,6 +117,13 @@ def ratio(parts: Sequence[float], wholes: Sequence[float], rng: np.random.Genera
     """Ratio of two means over the same cases with its percentile bootstrap interval, cases drawn jointly.
 
     Not BCa: its jackknife has no meaning where a resample's denominator comes near 0.
+
+    Parameters
+    ----------
+    parts, wholes : array, shape (n,)
+        Paired numbers of the same cases.
+    rng : numpy.random.Generator
+        Source of the bootstrap.
     """
     a, b = (np.asarray(values, dtype=np.float64) for values in (parts, wholes))
     drawn = rng.integers(a.size, size=(RESAMPLES, a.size))

@@ -107,6 +107,11 @@ def read_experiment(
 ) -> Experiment:
     """Return the experiment of `self_train`'s arguments.
 
+    Parameters
+    ----------
+    dataset_id, configuration, fold, plans_name, repeat, keep_empty, device, processes
+        As the parameters of `self_train`; `plans_name` is its `plans`.
+
     Raises
     ------
     ConfigError

@@ -25,6 +25,15 @@ command.load()()
 def call(words: Sequence[str], lock: int | None, *, training: bool = False) -> None:
     """Run a command of nnU-Net to its end; `lock` is the handle of a lock that it inherits, or None.
 
+    Parameters
+    ----------
+    words : sequence of str
+        The command.
+    lock : int or None
+        Handle of the lock, which the command inherits.
+    training : bool
+        Whether it is a training, which gets the threads of one.
+
     Raises
     ------
     DataError

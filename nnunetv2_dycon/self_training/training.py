@@ -159,6 +159,17 @@ def list_trainings(
 ) -> list[Training]:
     """Return the training of the given data set and one for each new id, in their order.
 
+    Parameters
+    ----------
+    experiment : Experiment
+        What all trainings share.
+    new_ids : sequence of int
+        Free ids, one per round.
+    trainer : str
+        Trainer name, without its length.
+    epochs : sequence of int
+        Epochs of each training.
+
     Raises
     ------
     ConfigError

@@ -65,7 +65,15 @@ def write_missing_splits(trainer: "nnUNetTrainerSSL") -> None:
 
 
 def check_cases(trainer: "nnUNetTrainerSSL", train: Sequence[str], val: Sequence[str]) -> None:
-    """Raise SplitError where a case of training or validation is unlabelled, or a test case, by now."""
+    """Raise SplitError where a case of training or validation is unlabelled, or a test case, by now.
+
+    Parameters
+    ----------
+    trainer : nnUNetTrainerSSL
+        The training.
+    train, val : sequence of str
+        Cases of its fold.
+    """
     raw = raw_folder(trainer.plans_manager.dataset_name)
     unlabeled, test = (() if trainer.unlabeled is None else trainer.unlabeled.names), ()
     if raw is not None:

@@ -94,6 +94,15 @@ def unseen_classes(history: History, classes: Sequence[str], *, seen: float = 0.
     This is the alarm of semi-supervised training: such a teacher tells the student that the class is absent. A class
     counts whose teacher pseudo Dice is below `unseen`, if it has passed `seen` before, or if the unlabelled terms have
     more than half of their weight, so that it should have been learnt by now.
+
+    Parameters
+    ----------
+    history : History
+        The series of the training.
+    classes : sequence of str
+        Names of all foreground classes.
+    seen, unseen : float
+        Pseudo Dice from which a class has been learnt, and below which it is lost.
     """
     last = history.rows[-1]
     return [
