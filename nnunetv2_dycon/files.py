@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_dycon.errors import DataError, WriteError
+from nnunetv2_dycon.errors import DataError, UserError, WriteError
 
 PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our own listings pass over them
 
@@ -42,9 +42,7 @@ def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator
     try:
         with writing(path, elsewhere):
             yield part
-            sync(part)
-            os.replace(part, path)
-            sync(path.parent)
+            place(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -79,6 +77,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.rename(old, path)
         for folder in (part, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def place(part: Path, path: Path) -> None:
+    """Give a complete file its name; its content and its new name are on the disk afterwards."""
+    sync(part)
+    os.replace(part, path)
+    sync(path.parent)
 
 
 def temporary_name(path: Path) -> Path:
@@ -118,7 +123,7 @@ def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, mend: str = "restore it") -> Any:
+def read_json(path: Path, mend: str = "restore it", error: type[UserError] = DataError) -> Any:
     """Return the content of a JSON file.
 
     Parameters
@@ -127,18 +132,20 @@ def read_json(path: Path, mend: str = "restore it") -> Any:
         A UTF-8 file, with or without a byte order mark.
     mend : str
         What the user can do; ends the error message.
+    error : type
+        Class of the error.
 
     Raises
     ------
     DataError
-        If the file is missing or is not JSON.
+        Or `error`: if the file is missing or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); {mend}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{path} cannot be read (not JSON: {error}); {mend}") from error
+    except OSError as reason:
+        raise error(f"{path} cannot be read ({reason.strerror}); {mend}") from reason
+    except ValueError as reason:  # not JSON, or not UTF-8
+        raise error(f"{path} cannot be read (not JSON: {reason}); {mend}") from reason
 
 
 def sync(path: Path) -> None:
@@ -162,9 +169,14 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def json_digest(content: Any) -> str:
     """Return the SHA-256 of a JSON value in hexadecimal, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return text_digest(json.dumps(content, sort_keys=True))
 
 
 def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") -> str:

@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 def run(
-    work: Callable[[Item], Result], tasks: Sequence[Item], processes: int
+    work: Callable[[Item], Result], tasks: Sequence[Item], processes: int | None
 ) -> Generator[tuple[Item, Result], None, None]:
     """Yield each task and its result, in the order of finishing.
 
@@ -25,8 +25,9 @@ def run(
         A function of a module, so that it can be sent to another process; like the tasks and results.
     tasks : sequence
         One argument each.
-    processes : int
-        Worker processes; 1 works in this process. Close the iterator to end them early.
+    processes : int, optional
+        Worker processes; one per processor, at most 8, by default; 1 works in this process. Close the iterator to end
+        them early.
 
     Raises
     ------
@@ -35,8 +36,7 @@ def run(
     DataError
         If a worker process was killed.
     """
-    if processes < 1:
-        raise ConfigError(f"-np {processes}: the number of processes must be at least 1")
+    processes = worker_processes(processes)
     workers = min(processes, len(tasks))
     if workers <= 1:  # a process costs a second or more of imports
         for task in tasks:
@@ -56,6 +56,21 @@ def run(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def worker_processes(processes: int | None) -> int:
+    """Return the number of worker processes: one per processor, at most 8, where the user gave none.
+
+    Raises
+    ------
+    ConfigError
+        If `processes` is below 1.
+    """
+    if processes is None:
+        return default_processes()
+    if processes < 1:
+        raise ConfigError(f"-np {processes}: the number of processes must be at least 1")
+    return processes
 
 
 def default_processes() -> int:

@@ -262,7 +262,7 @@ def write_phantom(
     dataset.check_free(target, made_by=__name__, overwrite=overwrite)
     roles = settings.roles()
     with dataset.building(target, stamp=repr(settings), made_by=__name__, overwrite=overwrite) as space:
-        _write_cases(space.data, settings, roles, parallel.default_processes() if processes is None else processes)
+        _write_cases(space.data, settings, roles, processes)
         _write_descriptions(space.data, settings, roles)
     stale = dataset.stale_preparation(target)
     if stale is not None:
@@ -464,7 +464,7 @@ def _acquire(
 # ---- writing the data set --------------------------------------------------------------------------------
 
 
-def _write_cases(folder: Path, settings: Phantom, roles: list[Role], processes: int) -> None:
+def _write_cases(folder: Path, settings: Phantom, roles: list[Role], processes: int | None) -> None:
     jobs = [partial(_write_case, folder, settings, index, role) for index, role in enumerate(roles)]
     for _ in tqdm(parallel.run(_do, jobs, processes), total=len(jobs), desc="phantom", unit="case"):
         pass

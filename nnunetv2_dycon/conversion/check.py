@@ -64,8 +64,8 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Findin
         return [Finding("roles", False, str(error))]
     labels = _labels(raw, content, roles)
     tasks = _tasks(raw, content, roles, labels)
-    run = parallel.run(_look, tasks, parallel.default_processes() if processes is None else processes)
-    seen = {task.case: result for task, result in tqdm(run, total=len(tasks), desc="Checking", disable=None)}
+    looks = parallel.run(_look, tasks, processes)
+    seen = {task.case: result for task, result in tqdm(looks, total=len(tasks), desc="Checking", disable=None)}
     role_of = _role_of(roles)
     checks = [
         Finding(

@@ -23,13 +23,14 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunetv2_dycon.errors import ConfigError, DataError
-from nnunetv2_dycon.files import read_json
+from nnunetv2_dycon.files import read_json, sync, write_text
 from nnunetv2_dycon.locks import locked
 
 IMAGES = {"labeled": "imagesTr", "validation": "imagesTr", "unlabeled": "imagesUn", "test": "imagesTs"}
 LABELS = {"labeled": "labelsTr", "validation": "labelsTr", "test": "labelsTs"}
 FOLDERS = ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs")
 COMMAND_FILE = "workflow.json"  # where scripts/workflow notes the command that wrote the data set
+_STAMP = "stamp"
 FILES = ("dataset.json", "splits_final.json", "conversion.json")
 
 
@@ -171,15 +172,19 @@ def building(target: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
 
 
 def _prepare(space: Workspace, stamp: str) -> None:
-    note = space.work / "stamp"
-    if not note.is_file() or note.read_text() != stamp:
+    if not _is_stamped(space.work, stamp):
         for folder in (space.data, space.reports):
             shutil.rmtree(folder, ignore_errors=True)
-        note.write_text(stamp)
+        write_text(space.work / _STAMP, stamp)
     for folder in (*(space.data / name for name in FOLDERS), space.reports):
         folder.mkdir(parents=True, exist_ok=True)
     for part in space.data.glob("*/.*"):  # half-written by a killed run
         part.unlink()
+
+
+def _is_stamped(work: Path, stamp: str) -> bool:
+    note = work / _STAMP
+    return note.is_file() and note.read_text() == stamp
 
 
 def settle(target: Path, stamp: str) -> None:
@@ -192,8 +197,7 @@ def settle(target: Path, stamp: str) -> None:
         return
     with locked(work, _busy(work)):
         _settle(target, work)
-        note = work / "stamp"
-        if target.exists() and note.is_file() and note.read_text() == stamp and not (work / "data").exists():
+        if target.exists() and _is_stamped(work, stamp) and not (work / "data").exists():
             shutil.rmtree(work, ignore_errors=True)
 
 
@@ -203,18 +207,23 @@ def _settle(target: Path, work: Path) -> None:
     if target.exists():  # killed after the new one was in place
         shutil.rmtree(work / "old")
     else:
-        os.rename(work / "old", target)
+        _rename(work / "old", target)
 
 
 def _put_in_place(target: Path, space: Workspace) -> None:
     if target.exists():
-        os.rename(target, space.work / "old")
+        _rename(target, space.work / "old")
     try:
-        os.rename(space.data, target)
+        _rename(space.data, target)
     except OSError:
         _settle(target, space.work)
         raise
     shutil.rmtree(space.work, ignore_errors=True)
+
+
+def _rename(folder: Path, name: Path) -> None:
+    os.rename(folder, name)
+    sync(name.parent)
 
 
 def stale_preparation(target: Path) -> Path | None:

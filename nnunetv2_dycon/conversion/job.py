@@ -1,7 +1,5 @@
 """Carrying out a conversion: everything is decided before the first file is written, and a killed run goes on."""
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +14,7 @@ from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.cases import Task
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import first_few, write_json
+from nnunetv2_dycon.files import first_few, json_digest, text_digest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +89,7 @@ class Job:
     @property
     def fingerprint(self) -> str:
         """Changes with anything in the plan."""
-        return _hash(json.dumps([self.plan, self.folds], sort_keys=True))
+        return json_digest([self.plan, self.folds])
 
     @property
     def stamp(self) -> str:
@@ -102,15 +100,11 @@ class Job:
             for path in task.sources
             for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
         ]
-        return _hash(f"{self.fingerprint} {times}")
+        return text_digest(f"{self.fingerprint} {times}")
 
     def report(self, state: str, notes: Sequence[str] = ()) -> Conversion:
         """Return what to tell the user."""
         return Conversion(self.target, state, self.title, self.rows, (*self.notes, *notes))
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, overwrite: bool = False) -> Conversion:
@@ -143,7 +137,7 @@ def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, 
         dataset.check_free(job.target, made_by=made_by, overwrite=overwrite)
         return job.report("planned")
     with dataset.building(job.target, stamp=stamp, made_by=made_by, overwrite=overwrite) as space:
-        _write_cases(job.tasks, parallel.default_processes() if processes is None else processes)
+        _write_cases(job.tasks, processes)
         notes = _describe(job, stamp, space.data)
     stale = dataset.stale_preparation(job.target)
     if stale is not None:
@@ -170,7 +164,7 @@ def _write(task: Task) -> str | None:
     return task.write()
 
 
-def _write_cases(tasks: Sequence[Task], processes: int) -> None:
+def _write_cases(tasks: Sequence[Task], processes: int | None) -> None:
     todo = [task for task in tasks if not task.is_whole()]
     if len(todo) < len(tasks):
         logger.info("going on: %d of %d cases are there", len(tasks) - len(todo), len(tasks))

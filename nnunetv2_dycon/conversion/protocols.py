@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
+from nnunetv2_dycon.errors import ConfigError, SplitError
 from nnunetv2_dycon.files import read_json
 
 PUBLISHED = Path(__file__).with_name("published")
@@ -120,10 +120,7 @@ def read_names(path: Path, canonical: Callable[[str], str]) -> tuple[str, ...]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path, "mend it")
-    except DataError as error:
-        raise SplitError(str(error)) from error
+    content = read_json(path, "mend it", SplitError)
     if not isinstance(content, dict):
         raise SplitError(f'{path} must be {{"labeled": [...], "train": [...], "val": [...], "test": [...]}}; mend it')
     return content

@@ -1,7 +1,6 @@
 """Any raw data set of nnU-Net as another one in which some training cases are labelled and the others are not."""
 
 import csv
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.roles import Roles, read_roles, training_labels
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
-from nnunetv2_dycon.files import write_json
+from nnunetv2_dycon.files import read_json, write_json
 
 TEST_SEED = 12345  # test cases are the same for every draw of labelled ones
 
@@ -164,21 +163,29 @@ def _drawn_tests(data: _Data, test: str | float, subjects: Mapping[str, str]) ->
 
 
 def _read_groups(path: Path, data: _Data) -> dict[str, str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".json":
-            pairs = list(json.loads(text).items())
-        else:
-            dialect = csv.Sniffer().sniff(text, ",;\t ")
-            pairs = [tuple(row[:2]) for row in csv.reader(text.splitlines(), dialect) if len(row) >= 2]
-    except (OSError, ValueError, AttributeError, csv.Error) as error:
-        raise SplitError(f"--groups {path} cannot be read ({error}); give {{case: subject}} or two columns") from error
+    pairs = _read_table(path) if path.suffix.lower() != ".json" else _read_mapping(path)
     groups = {_case_name(data.ending, str(case)): str(subject).strip() for case, subject in pairs}
     known = {*data.roles.labeled, *data.roles.unlabeled, *data.roles.test}
     lacking = sorted(set(data.roles.labeled) - groups.keys())
     if lacking:
         raise SplitError(f"--groups {path} has no subject for {lacking[0]!r} ({len(lacking)} cases in all); add them")
     return {case: subject for case, subject in groups.items() if case in known}
+
+
+def _read_mapping(path: Path) -> list[tuple[Any, Any]]:
+    content = read_json(path, "--groups takes {case: subject} or two columns", SplitError)
+    if not isinstance(content, dict):
+        raise SplitError(f"--groups {path} is not a mapping; give {{case: subject}} or two columns")
+    return list(content.items())
+
+
+def _read_table(path: Path) -> list[tuple[Any, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = csv.reader(text.splitlines(), csv.Sniffer().sniff(text, ",;\t "))
+        return [(row[0], row[1]) for row in rows if len(row) >= 2]
+    except (OSError, ValueError, csv.Error) as error:
+        raise SplitError(f"--groups {path} cannot be read ({error}); give {{case: subject}} or two columns") from error
 
 
 def _check_subjects(role_of: Mapping[str, str], subjects: Mapping[str, str]) -> None:

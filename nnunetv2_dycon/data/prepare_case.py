@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_dycon.data.manifest import ELSEWHERE, SUFFIXES
 from nnunetv2_dycon.data.roles import channel_names
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import sync, writing
+from nnunetv2_dycon.files import place, writing
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,9 @@ def _save(
             chunks_seg=chunks_seg,
             blocks_seg=blocks_seg,
         )
-        for suffix in SUFFIXES:
-            sync(Path(scratch, task.case + suffix))
         remove_case(Path(task.folder), task.case)
         for suffix in SUFFIXES:
-            os.replace(os.path.join(scratch, task.case + suffix), os.path.join(task.folder, task.case + suffix))
-        sync(Path(task.folder))
+            place(Path(scratch, task.case + suffix), Path(task.folder, task.case + suffix))
 
 
 def remove_case(folder: Path, case: str) -> None:

@@ -4,14 +4,13 @@ Splits are nnU-Net's: one dictionary per fold with the lists "train" and "val" a
 cases of imagesTr whose labels are never opened.
 """
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
-from nnunetv2_dycon.files import first_few, read_json, write_text
+from nnunetv2_dycon.errors import ConfigError, SplitError
+from nnunetv2_dycon.files import first_few, read_json, write_json, write_text
 
 UNLABELED = "unlabeled"
 SPLITS_FILE = "splits_final.json"
@@ -57,14 +56,11 @@ def write_small_splits(preprocessed_folder: Path, cases: Sequence[str]) -> None:
     """Write one fold per case that validates on it and trains on the others; one case alone does both."""
     ordered = sorted(cases)
     folds = [{"train": [c for c in ordered if c != case] or [case], "val": [case]} for case in ordered]
-    write_text(preprocessed_folder / SPLITS_FILE, json.dumps(folds, indent=4))
+    write_json(preprocessed_folder / SPLITS_FILE, folds)
 
 
 def _load_splits(path: Path) -> list[dict[str, Any]]:
-    try:
-        splits = read_json(path, "mend or delete it")
-    except DataError as error:
-        raise SplitError(str(error)) from error
+    splits = read_json(path, "mend or delete it", SplitError)
     if not isinstance(splits, list) or not all(isinstance(fold, dict) for fold in splits):
         raise SplitError(f'{path} must be a list with one {{"train": [...], "val": [...]}} per fold; mend it')
     return splits

@@ -37,7 +37,7 @@ from nnunetv2_dycon.data.manifest import (
     write_manifest,
 )
 from nnunetv2_dycon.data.prepare_case import CaseToPrepare, prepare_case, remove_case
-from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import remove_leftovers, writing
 from nnunetv2_dycon.locks import locked
 
@@ -82,9 +82,7 @@ def preprocess_unlabeled(
     SplitError
         If a case has two roles or an "unlabeled" list is wrong.
     """
-    processes = parallel.default_processes() if processes is None else processes
-    if processes < 1:
-        raise ConfigError(f"-np {processes}: the number of processes must be at least 1")
+    processes = parallel.worker_processes(processes)
     names = (configurations,) if isinstance(configurations, str) else tuple(configurations)
     configs = [find_configuration(dataset, name, plans, need_raw=True) for name in names]
     unique = {config.folder: config for config in configs}  # configurations may share their data

@@ -122,9 +122,6 @@ def read_experiment(
     """
     if repeat != "half" and not (isinstance(repeat, int) and repeat >= 1):
         raise ConfigError(f"--repeat {repeat}: give half, or how often each labelled case is listed (1 and more)")
-    processes = parallel.default_processes() if processes is None else processes
-    if processes < 1:
-        raise ConfigError(f"-np {processes}: the number of processes must be at least 1")
     data = DataSet.named(dataset_name(dataset_id))
     content = read_json(data.raw / "dataset.json", "a raw data set of nnU-Net has one: mend it")
     roles = read_roles(data.raw, content)
@@ -158,7 +155,7 @@ def read_experiment(
         repeat=repeat,
         keep_empty=keep_empty,
         device=device if device is not None else "cuda" if torch.cuda.is_available() else "cpu",
-        processes=processes,
+        processes=parallel.worker_processes(processes),
     )
     if read_splits(data.preprocessed):
         experiment.fold_cases()

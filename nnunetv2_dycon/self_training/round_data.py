@@ -13,7 +13,7 @@ from nnunetv2_dycon.conversion.cases import LinkTask
 from nnunetv2_dycon.conversion.job import Job, carry_out
 from nnunetv2_dycon.data.roles import training_labels
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import write_json
+from nnunetv2_dycon.files import first_few, write_json
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
 from nnunetv2_dycon.self_training.training import Training, Voxels
 
@@ -145,8 +145,7 @@ class RoundData:
         )
         for what, cases in facts["empty"].items():
             if cases:
-                names = ", ".join(cases[:8]) + (" ..." if len(cases) > 8 else "")
-                yield f"{len(cases)} pseudo-labels are empty and {what.replace('_', ' ')}: {names}"
+                yield f"{len(cases)} pseudo-labels are empty and {what.replace('_', ' ')}: {first_few(cases, 8)}"
         for structure in self._experiment.labels.structures:
             lacking = sum(not counts[structure.label] for counts in voxels.values())
             if lacking:

@@ -7,7 +7,6 @@ Beside a training's checkpoints are
 """
 
 import logging
-import os
 import zipfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -22,7 +21,7 @@ from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.data.splits import adopt_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
-from nnunetv2_dycon.files import file_digest, read_json, write_json
+from nnunetv2_dycon.files import file_digest, place, read_json, write_json
 from nnunetv2_dycon.self_training import running
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
 from nnunetv2_dycon.self_training.lengths import trainer_of_length
@@ -69,7 +68,7 @@ class Training:
         for path in (self.folder / name for name in _CHECKPOINTS):
             if path.is_file() and not _is_checkpoint(path):  # stock writes in place: a kill cuts it short
                 logger.warning("%s is cut short and is put aside", path)
-                os.replace(path, path.with_name(f"{path.name}.cut"))
+                place(path, path.with_name(f"{path.name}.cut"))
         if self.number == 0 and self.fold != "all":
             adopt_splits(self.data.preprocessed, self.data.raw)  # stock would pass over one that came after planning
         running.call(self.train_words(), lock, training=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_dycon import files
-from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.errors import DataError, SplitError
 
 
 def test_a_write_that_fails_leaves_the_previous_file_and_nothing_else(tmp_path: Path) -> None:
@@ -68,6 +68,13 @@ def test_a_json_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: by
     with pytest.raises(DataError, match=rf"a\.json .*{reason}.*; fetch it again") as caught:
         files.read_json(path, "fetch it again")
     assert "\n" not in str(caught.value)
+
+
+def test_a_json_file_that_cannot_be_read_has_the_error_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    for path in (tmp_path / "a.json", tmp_path / "b.json"):
+        with pytest.raises(SplitError, match="cannot be read"):
+            files.read_json(path, error=SplitError)
 
 
 def test_first_few_counts_what_it_leaves_out() -> None:

@@ -308,6 +308,21 @@ def test_a_wrong_argument_is_one_line_and_writes_nothing(raw, arguments, error, 
     assert tree(raw) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("groups.json", "[1]", "is not a mapping"),
+        ("groups.json", "{", "cannot be read .*--groups takes"),
+        ("groups.csv", "", "cannot be read"),
+    ],
+)
+def test_groups_that_are_not_pairs_are_one_line(raw, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SplitError, match=message) as caught:
+        split(4, 604, 3, groups=tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
 def test_groups_must_name_every_training_case(raw, tmp_path):
     path = tmp_path / "groups.json"
     path.write_text(json.dumps({f"l_{i:02d}": "s" for i in range(9)}))
