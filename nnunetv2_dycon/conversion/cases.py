@@ -19,6 +19,7 @@ from nnunetv2_dycon.conversion.volumes import (
     put_nifti,
     save,
 )
+from nnunetv2_dycon.data.roles import image_sidecar, label_sidecar
 from nnunetv2_dycon.errors import DataError, WriteError
 from nnunetv2_dycon.files import read_json, write_json
 
@@ -254,6 +255,32 @@ class LinkTask(Task):
     def make(self) -> dict[str, Any]:
         """Link all files."""
         return {"how": [put_file(source, self._place(name)) for source, name in self.links], "notes": []}
+
+
+def link_case(name: str, role: str, images: Sequence[Path], label: Path | None, ending: str, work: Path) -> LinkTask:
+    """Return the task that links one case: images, label map, and the files that give a TIFF its spacing.
+
+    Parameters
+    ----------
+    name, role : str
+        The case and its role in the new data set.
+    images : sequence of Path
+        Its files in channel order.
+    label : Path, optional
+        Its label map. Not linked where the role has none; that of a test case may be missing.
+    ending : str
+        File ending of both data sets.
+    work : Path
+        Folder of the `Workspace`.
+    """
+    links = [(path, f"{IMAGES[role]}/{name}_{channel:04d}{ending}") for channel, path in enumerate(images)]
+    links.append((image_sidecar(images[0], ending), f"{IMAGES[role]}/{name}.json"))
+    needed = {*images}
+    if role in LABELS and label is not None:
+        links.append((label, f"{LABELS[role]}/{name}{ending}"))
+        links.append((label_sidecar(label, ending), f"{LABELS[role]}/{name}.json"))
+        needed |= {label} if role != "test" else set()
+    return LinkTask(name, role, ending, work, tuple(link for link in links if link[0] in needed or link[0].is_file()))
 
 
 def _write_image(source: Source, path: Path, whole: bool) -> tuple[Volume, str]:

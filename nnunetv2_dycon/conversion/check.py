@@ -16,7 +16,8 @@ from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.dataset import conversion_of
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.conversion.volumes import reading
-from nnunetv2_dycon.data.roles import Roles, channel_names, read_roles, training_labels, unlabeled_name_problems
+from nnunetv2_dycon.data.datasets import dataset_number
+from nnunetv2_dycon.data.roles import Roles, channel_names, label_paths, read_roles, unlabeled_name_problems
 from nnunetv2_dycon.data.splits import fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.files import first_few
@@ -62,7 +63,7 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Findin
         roles = read_roles(raw, content)
     except UserError as error:
         return [Finding("roles", False, str(error))]
-    labels = _labels(raw, content, roles)
+    labels = label_paths(raw, content, roles)
     tasks = _tasks(raw, content, roles, labels)
     looks = parallel.run(_look, tasks, processes)
     seen = {task.case: result for task, result in tqdm(looks, total=len(tasks), desc="Checking", disable=None)}
@@ -78,7 +79,7 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Findin
         _splits(raw, roles),
         _provenance(raw, role_of),
     ]
-    number = int(raw.name[len("Dataset") :][:3])
+    number = dataset_number(raw.name)
     if all(one.ok for one in checks):
         checks.append(
             Finding("next", True, f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres --verify_dataset_integrity")
@@ -93,11 +94,6 @@ _LOOKED_AT = {
     "geometry": "every label is on the grid of its image",
     "label values": "every label holds values of dataset.json alone",
 }
-
-
-def _labels(raw: Path, content: Mapping[str, Any], roles: Roles) -> dict[str, Path]:
-    tests = {case: raw / "labelsTs" / f"{case}{content['file_ending']}" for case in roles.test}
-    return {**training_labels(raw, content, roles.labeled), **tests}
 
 
 def _role_of(roles: Roles) -> dict[str, str]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.cases import Task
+from nnunetv2_dycon.data.datasets import dataset_number
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import first_few, json_digest, text_digest, write_json
 
@@ -48,8 +49,8 @@ class Conversion:
         lines += [f"{role:<12}{named:>16}{here:>8}" for role, named, here in self.rows]
         lines += [f"- {note}" for note in self.notes]
         where = {"written": "written", "planned": "nothing was written; would be", "up to date": "is up to date"}
-        number = int(self.folder.name[len("Dataset") :][:3])
-        lines += [f"{where[self.state]}: {self.folder}", f"next: nnUNetv2_dycon check -d {number}"]
+        lines.append(f"{where[self.state]}: {self.folder}")
+        lines.append(f"next: nnUNetv2_dycon check -d {dataset_number(self.folder.name)}")
         return "\n".join(lines)
 
 

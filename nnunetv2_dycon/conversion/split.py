@@ -10,12 +10,12 @@ from typing import Any
 from nnunetv2_dycon import __version__
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.assign import Known, Request, assign, draw, labeled_number, parse_labeled
-from nnunetv2_dycon.conversion.cases import LinkTask
+from nnunetv2_dycon.conversion.cases import link_case
 from nnunetv2_dycon.conversion.convert import plan_of, role_notes, role_rows, training_cases
 from nnunetv2_dycon.conversion.job import Conversion, Job, carry_out
 from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.raw import find_raw
-from nnunetv2_dycon.data.roles import Roles, read_roles, training_labels
+from nnunetv2_dycon.data.roles import Roles, label_paths, read_roles
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
 from nnunetv2_dycon.files import read_json, write_json
 
@@ -91,7 +91,11 @@ def split(
         role_of |= dict.fromkeys(data.roles.test, "test")
     _check_subjects(role_of, subjects)
     target = dataset.target_folder(new_id, data.folder.name.split("_", 1)[1])
-    tasks = [_task(data, case, role, target) for case, role in sorted(role_of.items())]
+    work = dataset.workspace(target).work
+    tasks = [
+        link_case(case, role, data.roles.files[case], data.labels.get(case), data.ending, work)
+        for case, role in sorted(role_of.items())
+    ]
     counts = {role: sum(r == role for r in role_of.values()) for role in dataset.IMAGES}
     rows = tuple(
         (word, max(named, counts[role]), counts[role])
@@ -125,7 +129,7 @@ def _read(dataset_id: int | str) -> _Data:
     roles = read_roles(folder, content)
     if not roles.labeled:
         raise DataError(f"{folder} has no training cases; put them into imagesTr and labelsTr")
-    return _Data(folder, content, roles, training_labels(folder, content, roles.labeled))
+    return _Data(folder, content, roles, label_paths(folder, content, roles))
 
 
 def _case_name(ending: str, text: str) -> str:
@@ -201,24 +205,6 @@ def _check_subjects(role_of: Mapping[str, str], subjects: Mapping[str, str]) -> 
                 f"subject {subjects[case]!r} has {other!r} as {role_of[other]} and {case!r} as {role}; name its scans "
                 "in one list (--protocol FILE), or move one of them out of the data set"
             )
-
-
-def _task(data: _Data, case: str, role: str, target: Path) -> LinkTask:
-    files, ending = data.roles.files[case], data.ending
-    images = [(path, f"{dataset.IMAGES[role]}/{case}_{channel:04d}{ending}") for channel, path in enumerate(files)]
-    companion = files[0].with_name(files[0].name.removesuffix(ending).removesuffix("_0000") + ".json")
-    if companion.is_file():  # nnU-Net's TIFF reader takes the spacing from it
-        images.append((companion, f"{dataset.IMAGES[role]}/{case}.json"))
-    labels = []
-    if role in dataset.LABELS:
-        label = data.labels.get(case, data.folder / "labelsTs" / f"{case}{ending}")
-        sidecar = label.with_name(label.name.removesuffix(ending) + ".json")
-        labels = [
-            (path, f"{dataset.LABELS[role]}/{case}{end}")
-            for path, end in ((label, ending), (sidecar, ".json"))
-            if path.is_file()
-        ]
-    return LinkTask(case, role, ending, dataset.workspace(target).work, (*images, *labels))
 
 
 def _write_dataset_json(data: _Data, name: str, number: int, folder: Path) -> None:

@@ -1,8 +1,19 @@
-"""Which data set a user means."""
+"""Names and ids of data sets."""
 
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunetv2_dycon.errors import DataError
+
+
+def dataset_number(name: str) -> int:
+    """Return the id in a full name.
+
+    Examples
+    --------
+    >>> dataset_number("Dataset004_Hippocampus")
+    4
+    """
+    return int(name[len("Dataset") :][:3])
 
 
 def dataset_name(dataset: int | str) -> str:

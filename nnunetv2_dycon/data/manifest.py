@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nnunetv2.paths import nnUNet_raw
-from nnunetv2.utilities.dataset_name_id_conversion import (
-    convert_dataset_name_to_id,
-)
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_dycon.data.datasets import dataset_name
-from nnunetv2_dycon.data.roles import channel_names, read_roles, unlabeled_name_problems
+from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
+from nnunetv2_dycon.data.roles import channel_names, image_sidecar, read_roles, unlabeled_name_problems
 from nnunetv2_dycon.data.splits import Splits, benchmark_cases, fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.files import first_few, read_json, write_json
@@ -119,7 +116,7 @@ class Configuration:
         """What to type to prepare its unlabelled images."""
         plans = self.plans.get("plans_name", "nnUNetPlans")
         option = "" if plans == "nnUNetPlans" else f" -p {plans}"
-        number = convert_dataset_name_to_id(self.dataset)
+        number = dataset_number(self.dataset)
         return f"nnUNetv2_dycon preprocess_unlabeled -d {number} -c {self.configuration}{option}"
 
     @property
@@ -231,11 +228,10 @@ def find_configuration(
     base = environment_folder("nnUNet_preprocessed")
     raw_base = environment_folder("nnUNet_raw") if need_raw or nnUNet_raw.get() else None
     name = dataset_name(dataset)
-    number = convert_dataset_name_to_id(name)
     raw = raw_base / name if raw_base else None
     if need_raw and raw is not None and not raw.is_dir():
         raise DataError(f"{raw} does not exist; put the data set there or correct nnUNet_raw")
-    command = f"nnUNetv2_plan_and_preprocess -d {number} -c {configuration}"
+    command = f"nnUNetv2_plan_and_preprocess -d {dataset_number(name)} -c {configuration}"
     loaded = _load_plans(base / name, plans, command)
     if configuration not in loaded["configurations"]:
         raise ConfigError(
@@ -305,8 +301,7 @@ def expected_cases(config: Configuration) -> dict[str, dict[str, Any]]:
 
 
 def _record(source: str, files: Sequence[Path], raw: Path, ending: str) -> dict[str, Any]:
-    stem = files[0].name.removesuffix(ending)[: -len("_0000")]
-    sidecar = files[0].with_name(f"{stem}.json")  # nnU-Net's TIFF reader takes the spacing from it
+    sidecar = image_sidecar(files[0], ending)
     described = []
     for path in (*files, *([sidecar] if sidecar.is_file() else [])):
         try:

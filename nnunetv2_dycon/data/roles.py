@@ -4,7 +4,7 @@ Folders are listed, no image or label is opened.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import combinations
@@ -76,8 +76,8 @@ def _training_cases(raw: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[st
     return images, {case: Path(entry["label"]) for case, entry in listed.items()}
 
 
-def training_labels(raw_folder: str | Path, dataset_json: Mapping[str, Any], cases: Iterable[str]) -> dict[str, Path]:
-    """Where the label map of each training case should be; nothing is opened.
+def label_paths(raw_folder: str | Path, dataset_json: Mapping[str, Any], roles: Roles) -> dict[str, Path]:
+    """Where the label map of each labelled and test case should be; nothing is opened.
 
     Parameters
     ----------
@@ -85,12 +85,23 @@ def training_labels(raw_folder: str | Path, dataset_json: Mapping[str, Any], cas
         The raw data set.
     dataset_json : mapping
         Content of its dataset.json.
-    cases : iterable of str
-        Names of training cases.
+    roles : Roles
+        Its cases.
     """
-    _, listed = _training_cases(Path(raw_folder), dataset_json)
-    folder, ending = Path(raw_folder, "labelsTr"), dataset_json["file_ending"]
-    return {case: listed.get(case, folder / f"{case}{ending}") for case in cases}
+    raw, ending = Path(raw_folder), dataset_json["file_ending"]
+    _, listed = _training_cases(raw, dataset_json)
+    training = {case: listed.get(case, raw / "labelsTr" / f"{case}{ending}") for case in roles.labeled}
+    return training | {case: raw / "labelsTs" / f"{case}{ending}" for case in roles.test}
+
+
+def image_sidecar(image: Path, ending: str) -> Path:
+    """Return the JSON file next to an image from which nnU-Net's TIFF reader takes the spacing, there or not."""
+    return image.with_name(image.name[: -len(f"_0000{ending}")] + ".json")
+
+
+def label_sidecar(label: Path, ending: str) -> Path:
+    """Return the same file of a label map."""
+    return label.with_name(label.name.removesuffix(ending) + ".json")
 
 
 def _image_files(folder: Path, ending: str) -> dict[str, tuple[Path, ...]]:

@@ -9,7 +9,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_dycon import parallel
-from nnunetv2_dycon.data.datasets import dataset_name
+from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
 from nnunetv2_dycon.data.roles import Roles, read_roles
 from nnunetv2_dycon.data.splits import SPLITS_FILE, STOCK_FOLDS, UNLABELED, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ class DataSet:
     @property
     def id(self) -> int:
         """Number in the name."""
-        return int(self.name[len("Dataset") :][:3])
+        return dataset_number(self.name)
 
 
 @dataclass(frozen=True)

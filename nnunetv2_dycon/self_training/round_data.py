@@ -9,9 +9,9 @@ from typing import Any
 
 from nnunetv2_dycon import __version__
 from nnunetv2_dycon.conversion import dataset
-from nnunetv2_dycon.conversion.cases import LinkTask
+from nnunetv2_dycon.conversion.cases import LinkTask, link_case
 from nnunetv2_dycon.conversion.job import Job, carry_out
-from nnunetv2_dycon.data.roles import training_labels
+from nnunetv2_dycon.data.roles import label_paths
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import first_few, write_json
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
@@ -107,30 +107,18 @@ class RoundData:
 
     def _tasks(self, train: Sequence[str], val: Sequence[str], pseudo: Sequence[str]) -> list[LinkTask]:
         experiment = self._experiment
-        raw, test = experiment.data.raw, experiment.roles.test
         role_of = {
-            **dict.fromkeys(test, "test"),
+            **dict.fromkeys(experiment.roles.test, "test"),
             **dict.fromkeys(val, "validation"),
             **dict.fromkeys([*train, *pseudo], "labeled"),
         }
-        labels = training_labels(raw, experiment.content, {*train, *val})
-        labels |= {case: raw / "labelsTs" / f"{case}{experiment.ending}" for case in test}
+        labels = label_paths(experiment.data.raw, experiment.content, experiment.roles)
         labels |= {case: self.teacher.pseudo_label(case) for case in pseudo}
-        return [self._task(case, role, labels[case]) for case, role in sorted(role_of.items())]
-
-    def _task(self, case: str, role: str, label: Path) -> LinkTask:
-        files, ending = self._experiment.roles.files[case], self._experiment.ending
-        folders = dataset.IMAGES[role], dataset.LABELS[role]
-        links = [(path, f"{folders[0]}/{case}_{channel:04d}{ending}") for channel, path in enumerate(files)]
-        image = files[0].with_name(files[0].name.removesuffix(ending).removesuffix("_0000") + ending)
-        optional = [
-            # nnU-Net's TIFF reader takes the spacing from a file next to the image
-            (path.with_name(path.name.removesuffix(ending) + ".json"), f"{folder}/{case}.json")
-            for path, folder in zip((image, label), folders, strict=True)
+        work = dataset.workspace(self._data.raw).work
+        return [
+            link_case(case, role, experiment.roles.files[case], labels[case], experiment.ending, work)
+            for case, role in sorted(role_of.items())
         ]
-        (optional if role == "test" else links).append((label, f"{folders[1]}/{case}{ending}"))
-        links += [(path, name) for path, name in optional if path.is_file()]
-        return LinkTask(case, role, ending, dataset.workspace(self._data.raw).work, tuple(links))
 
     def _describe(self, number: int, folder: Path) -> None:
         content = {key: value for key, value in self._experiment.content.items() if key != "dataset"}

@@ -8,6 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_dycon import parallel
+from nnunetv2_dycon.conversion.cases import link_case
 from nnunetv2_dycon.conversion.split import split
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
 from tests.datasets import environment, make_dataset
@@ -378,3 +379,22 @@ def test_a_missing_label_leaves_its_case_out_and_says_so(raw):
     report = split(4, 605, "all")
     assert "l_05" not in names(report.folder, "imagesTr")
     assert any("missing" in note and "l_05" in note for note in report.notes)
+
+
+def test_one_function_links_a_case_with_the_files_that_give_a_tiff_its_spacing(tmp_path):
+    images = [tmp_path / f"p_0001_000{channel}.tif" for channel in range(2)]
+    label = tmp_path / "labels" / "p_0001.tif"
+    label.parent.mkdir()
+    for path in (*images, label, tmp_path / "p_0001.json", label.with_suffix(".json")):
+        path.touch()
+
+    def outputs(role, path=label):
+        return link_case("new", role, images, path, ".tif", tmp_path).outputs
+
+    channels = ("imagesTr/new_0000.tif", "imagesTr/new_0001.tif", "imagesTr/new.json")
+    assert outputs("labeled") == (*channels, "labelsTr/new.tif", "labelsTr/new.json")
+    assert outputs("unlabeled") == tuple(name.replace("Tr", "Un") for name in channels)
+    label.unlink()
+    assert outputs("test") == tuple(name.replace("Tr", "Ts") for name in (*channels, "labelsTr/new.json"))
+    assert "labelsTr/new.tif" in outputs("labeled")  # reading it will tell that it is missing
+    assert outputs("labeled", None) == channels
