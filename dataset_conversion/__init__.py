@@ -31,6 +31,6 @@ def converter(collection: str) -> ModuleType:
 
 
 def convert_collection(collection: str, arguments: Sequence[str]) -> Any:
-    """Run the converter of a collection with the arguments of its command line; returns its report."""
+    """Run the converter of a collection with the arguments of its command line; returns its `Conversion`."""
     module = converter(collection)
     return module.convert_collection(**vars(module.parser().parse_args(arguments)))

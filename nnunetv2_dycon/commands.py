@@ -22,13 +22,13 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
 class Verb(NamedTuple):
-    """One verb: `arguments` name parameters of the function `target`; `show` prints its result.
+    """One verb: `arguments` name parameters of `function`; `show` prints its result.
 
     Only typed arguments are passed, so the defaults are those of the function. `show` returns the exit code.
     """
 
     help: str
-    target: str  # "module:function"
+    function: str  # "module:function"
     arguments: Sequence[Argument]
     show: Callable[[Any], int]
 
@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 well, 1 a finding of `doctor`, 2 an error of the user."""
     verb, arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    module, function = verb.target.split(":")
+    module, name = verb.function.split(":")
     try:
-        return verb.show(getattr(importlib.import_module(module), function)(**arguments))
+        return verb.show(getattr(importlib.import_module(module), name)(**arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Verb, dict[str, Any]]:
     parser = argparse.ArgumentParser("nnUNetv2_dycon", description="Semi-supervised training inside nnU-Net.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
-        formatter = partial(_Formatter, target=verb.target)
+        formatter = partial(_Formatter, function=verb.function)
         of_verb = verbs.add_parser(name, help=verb.help, description=verb.help, formatter_class=formatter)
         for flags, keywords in verb.arguments:
             of_verb.add_argument(*flags, **keywords)
@@ -59,14 +59,14 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Verb, dict[str, Any]]:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Adds the defaults of the target function, read from its source text, since importing it takes seconds."""
+    """Adds the defaults of the verb's function, read from its source text, since importing it takes seconds."""
 
-    def __init__(self, prog: str, *, target: str) -> None:
+    def __init__(self, prog: str, *, function: str) -> None:
         super().__init__(prog)
-        self._target = target
+        self._function = function
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        default = defaults_of(self._target).get(action.dest)
+        default = defaults_of(self._function).get(action.dest)
         if action.help is None or default is None or isinstance(default, bool) or "default" in action.help:
             return action.help
         words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
@@ -74,24 +74,24 @@ class _Formatter(argparse.HelpFormatter):
 
 
 @cache
-def defaults_of(target: str) -> dict[str, Any]:
+def defaults_of(function: str) -> dict[str, Any]:
     """Return the defaults of a function's parameters, where they are literals, without importing its module.
 
     Parameters
     ----------
-    target : str
+    function : str
         "module:function".
     """
-    module, function = target.split(":")
+    module, name = function.split(":")
     spec: Any = importlib.util.find_spec(module)
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     constants = {
-        target.id: node.value
+        place.id: node.value
         for node in tree.body
         if isinstance(node, (ast.Assign, ast.AnnAssign))
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if isinstance(target, ast.Name)
+        for place in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(place, ast.Name)
     }
     positional = [*node.args.posonlyargs, *node.args.args]
     values = [
@@ -125,11 +125,11 @@ def _show_paths(paths: Sequence[Any]) -> int:
     return 0
 
 
-def _show_checks(checks: Sequence[Any]) -> int:
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}}  {check.text}")
-    return 0 if all(check.ok for check in checks) else 1
+def _show_findings(findings: Sequence[Any]) -> int:
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name:<{width}}  {finding.text}")
+    return 0 if all(finding.ok for finding in findings) else 1
 
 
 def _show_trainers(trainers: Sequence[Any]) -> int:
@@ -184,7 +184,7 @@ _OVERWRITE = _argument("--overwrite", action="store_true", help="replace what is
 _PROCESSES = "worker processes (default: one per processor, at most 8)"
 
 VERBS: dict[str, Verb] = {
-    "doctor": Verb("Check the installation and say what to mend.", "nnunetv2_dycon.doctor:doctor", (), _show_checks),
+    "doctor": Verb("Check the installation and say what to mend.", "nnunetv2_dycon.doctor:doctor", (), _show_findings),
     "trainers": Verb(
         "List the trainers for -tr, their options, defaults and ranges.",
         "nnunetv2_dycon.trainers.names:list_trainers",
@@ -229,7 +229,7 @@ VERBS: dict[str, Verb] = {
             _dataset("dataset_id"),
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
         ),
-        _show_checks,
+        _show_findings,
     ),
     "preprocess_unlabeled": Verb(
         "Preprocess the images of imagesUn; no label is opened, and a stopped run goes on where it was.",

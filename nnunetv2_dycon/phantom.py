@@ -258,16 +258,16 @@ def write_phantom(
         If nnUNet_raw is not set or cannot be written, or the id is taken.
     """
     settings = Phantom(cases, labeled, labeled_scanner, test, seed, channels, hard, tuple(shape))
-    target = dataset.target_folder(dataset_id, "Phantom")
-    dataset.check_free(target, made_by=__name__, overwrite=overwrite)
+    folder = dataset.new_folder(dataset_id, "Phantom")
+    dataset.check_free(folder, made_by=__name__, overwrite=overwrite)
     roles = settings.roles()
-    with dataset.building(target, stamp=repr(settings), made_by=__name__, overwrite=overwrite) as space:
+    with dataset.building(folder, stamp=repr(settings), made_by=__name__, overwrite=overwrite) as space:
         _write_cases(space.data, settings, roles, processes)
         _write_descriptions(space.data, settings, roles)
-    stale = dataset.stale_preparation(target)
+    stale = dataset.stale_preparation(folder)
     if stale is not None:
         logger.warning("%s is still made from the replaced phantom: delete it and plan again.", stale)
-    return target
+    return folder
 
 
 def case_name(index: int) -> str:
@@ -491,7 +491,7 @@ def _write_descriptions(folder: Path, settings: Phantom, roles: list[Role]) -> N
     description = {
         "name": "Phantom",
         "description": "Generated images, no patient data. Fold 0 validates on its own training cases.",
-        "licence": "CC0-1.0",
+        "licence": "CC0-1.0",  # nnU-Net's spelling
         "converted_by": f"nnunetv2_dycon {__version__}",
         "channel_names": {str(i): name for i, name in enumerate(CHANNELS[: settings.channels])},
         "labels": {"background": 0, "lesion": 1},

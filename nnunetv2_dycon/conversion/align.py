@@ -130,14 +130,14 @@ def resample(volume: Volume, onto: Volume, order: int) -> np.ndarray:
     )
 
 
-def _flips(index: np.ndarray, shape: Sequence[int], target: Sequence[int]) -> tuple[int, ...] | None:
+def _flips(index: np.ndarray, shape: Sequence[int], onto: Sequence[int]) -> tuple[int, ...] | None:
     """Axes to turn round where that is all the matrix does; None where it does more."""
     signs = np.sign(np.diag(index)[:3])
     offset = np.where(signs < 0, np.array(shape) - 1, 0)
     exact = np.eye(4)
     exact[:3, :3], exact[:3, 3] = np.diag(signs), offset
     slack = np.abs(index - exact)
-    if tuple(shape) != tuple(target) or slack[:3, :3].max() * max(shape) > 0.1 or slack[:3, 3].max() > 0.1:
+    if tuple(shape) != tuple(onto) or slack[:3, :3].max() * max(shape) > 0.1 or slack[:3, 3].max() > 0.1:
         return None
     return tuple(int(axis) for axis in np.flatnonzero(signs < 0))
 

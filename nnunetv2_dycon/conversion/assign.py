@@ -15,7 +15,7 @@ from nnunetv2_dycon.conversion.protocols import Protocol, read_names, read_proto
 from nnunetv2_dycon.errors import ConfigError, SplitError
 from nnunetv2_dycon.files import first_few
 
-Labeled = float | int | Literal["all"] | Path
+LabeledChoice = float | int | Literal["all"] | Path
 ROLES = ("labeled", "validation", "unlabeled", "test")
 
 VALIDATION_SEED = 12345  # the seed of nnU-Net's own folds
@@ -67,7 +67,7 @@ class Request:
         Seed of a draw; without it the published cases are taken.
     """
 
-    labeled: Labeled
+    labeled: LabeledChoice
     seed: int | None = None
 
 
@@ -93,7 +93,7 @@ class Known:
     groups: Mapping[str, str] = field(default_factory=dict)
 
 
-def parse_labeled(text: str | float | Path, option: str = "--labeled") -> Labeled:
+def parse_labeled(text: str | float | Path, option: str = "--labeled") -> LabeledChoice:
     """Fraction, number, 'all' or path of what --labeled, or another `option`, was given.
 
     Raises

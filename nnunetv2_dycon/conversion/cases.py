@@ -63,7 +63,7 @@ class LabelRule:
 
 
 @dataclass(frozen=True)
-class Resampled:
+class Resampled(Source):
     """An image that is brought onto the grid of another by position in mm, linearly."""
 
     image: Source
@@ -112,10 +112,10 @@ class Task(ABC):
 
     @abstractmethod
     def make(self) -> dict[str, Any]:
-        """Write the outputs; returns the report ("how" of each image, "notes", ...)."""
+        """Write the outputs; returns the record ("how" of each image, "notes", ...)."""
 
     def write(self) -> str | None:
-        """Write the case and its report; returns what is wrong with it, None if it is done.
+        """Write the case and its record; returns the problem with it, None if it is done.
 
         Raises
         ------
@@ -123,7 +123,7 @@ class Task(ABC):
             If nothing can be written.
         """
         try:
-            write_json(self._report, self.make())
+            write_json(self._record, self.make())
         except WriteError:
             raise
         except DataError as error:
@@ -132,7 +132,7 @@ class Task(ABC):
 
     def is_whole(self) -> bool:
         """Whether an earlier run finished this case; images are looked at as if they were a source."""
-        if not self._report.is_file():
+        if not self._record.is_file():
             return False
         data = Workspace(self.work).data
         try:
@@ -145,13 +145,13 @@ class Task(ABC):
             return False
         return True
 
-    def report(self) -> dict[str, Any]:
-        """Return what `write` noted."""
-        return read_json(self._report)
+    def record(self) -> dict[str, Any]:
+        """Return the record that `write` left."""
+        return read_json(self._record)
 
     @property
-    def _report(self) -> Path:
-        return Workspace(self.work).reports / f"{self.name}.json"
+    def _record(self) -> Path:
+        return Workspace(self.work).records / f"{self.name}.json"
 
     def _place(self, name: str) -> Path:
         return Workspace(self.work).data / name
@@ -210,24 +210,24 @@ class CaseTask(Task):
             elif not same_grid(first, volume):
                 both = names_of(self.case.images[0], source)
                 raise DataError(f"{both} are on different grids; channels must share one")
-        report: dict[str, Any] = {"how": how, "notes": []}
+        record: dict[str, Any] = {"how": how, "notes": []}
         if self.role in LABELS:
-            self._write_label(first, report)
-        return report
+            self._write_label(first, record)
+        return record
 
-    def _write_label(self, image: Volume, report: dict[str, Any]) -> None:
+    def _write_label(self, image: Volume, record: dict[str, Any]) -> None:
         if self.case.label is None:
             if not self.empty:
                 raise DataError(f"{self.name} has no label map; add it or leave the case out")
             array = np.zeros(image.array.shape, np.uint8)
-            report["notes"].append("no label file; it is known to have no lesion, so an empty label was written")
+            record["notes"].append("no label file; it is known to have no lesion, so an empty label was written")
         else:
             name = names_of(self.case.label)
             array, notes = self.rule.fit(image, self.case.label.read(), name)
-            report["notes"] += notes
+            record["notes"] += notes
             array = map_values(array, self.rule.maps, name, self.rule.hint)
         save(Volume(array, image.affine, image.header), self._place(label_name(self)))
-        report["label_voxels"] = {str(v): int(np.count_nonzero(array == v)) for v in sorted(present(array))}
+        record["label_voxels"] = {str(v): int(np.count_nonzero(array == v)) for v in sorted(present(array))}
 
 
 @dataclass(frozen=True)

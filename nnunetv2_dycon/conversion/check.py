@@ -37,7 +37,7 @@ class _Task:
 
 
 class _Seen(NamedTuple):
-    """Findings in one case: problems by check, and hashes of its channels' voxels."""
+    """Findings in one case: problems by finding, and hashes of its channels' voxels."""
 
     problems: tuple[tuple[str, str], ...]
     hashes: tuple[str, ...]
@@ -68,7 +68,7 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Findin
     looks = parallel.run(_look, tasks, processes)
     seen = {task.case: result for task, result in tqdm(looks, total=len(tasks), desc="Checking", disable=None)}
     role_of = _role_of(roles)
-    checks = [
+    findings = [
         Finding(
             "roles", True, ", ".join(f"{len(getattr(roles, role))} {role}" for role in ("labeled", "unlabeled", "test"))
         ),
@@ -80,13 +80,13 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Findin
         _provenance(raw, role_of),
     ]
     number = dataset_number(raw.name)
-    if all(one.ok for one in checks):
-        checks.append(
+    if all(one.ok for one in findings):
+        findings.append(
             Finding("next", True, f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres --verify_dataset_integrity")
         )
     else:
-        checks.append(Finding("next", False, f"mend what is wrong, then type again: nnUNetv2_dycon check -d {number}"))
-    return checks
+        findings.append(Finding("next", False, f"mend it, then type again: nnUNetv2_dycon check -d {number}"))
+    return findings
 
 
 _LOOKED_AT = {

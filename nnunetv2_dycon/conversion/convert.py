@@ -167,10 +167,10 @@ def convert(
     roles = assign(chosen, request, known, collection.case_name)
     if strict:
         _refuse_missing(roles)
-    target = dataset.target_folder(dataset_id, collection.name)
-    tasks = _tasks(collection, found, roles, target)
+    folder = dataset.new_folder(dataset_id, collection.name)
+    tasks = _tasks(collection, found, roles, folder)
     job = Job(
-        target=target,
+        folder=folder,
         tasks=tasks,
         plan={
             "converter": collection.name,
@@ -213,7 +213,7 @@ def _refuse_missing(roles: Assignment) -> None:
         )
 
 
-def _tasks(collection: Collection, found: Found, roles: Assignment, target: Path) -> list[CaseTask]:
+def _tasks(collection: Collection, found: Found, roles: Assignment, folder: Path) -> list[CaseTask]:
     used = {name: found.cases[name] for name in roles.role_of}
     ending = file_ending([source for case in used.values() for source in case.images])
     return [
@@ -224,7 +224,7 @@ def _tasks(collection: Collection, found: Found, roles: Assignment, target: Path
             rule=found.rule or collection.rule,
             empty=name in collection.empty,
             ending=ending,
-            work=dataset.workspace(target).work,
+            work=dataset.workspace(folder).work,
         )
         for name, role in sorted(roles.role_of.items())
     ]

@@ -1,10 +1,10 @@
 """A new raw data set of nnU-Net, built out of sight and put in place when it is whole.
 
-While it is built, everything is in the hidden folder `.DatasetXXX_Name.converting` next to the target, which
-nnU-Net does not see:
+While it is built, everything is in the hidden folder `.DatasetXXX_Name.converting` next to the data set's folder.
+nnU-Net does not see it:
 
 - `data/`: what will be the data set; a file there is whole, since it is renamed into place;
-- `reports/CASE.json`: written last, it says that the case is whole;
+- `records/CASE.json`: written last, it says that the case is whole;
 - `stamp`: identifies the data set that is built; with another stamp a killed run is not continued but started again;
 - `old/`: for a moment, the data set that is replaced.
 
@@ -46,17 +46,17 @@ class Workspace:
         return self.work / "data"
 
     @property
-    def reports(self) -> Path:
-        """The note about each whole case."""
-        return self.work / "reports"
+    def records(self) -> Path:
+        """One file per complete case."""
+        return self.work / "records"
 
 
-def workspace(target: Path) -> Workspace:
-    """Where the data set at `target` is built."""
-    return Workspace(target.with_name(f".{target.name}.converting"))
+def workspace(folder: Path) -> Workspace:
+    """Where the data set at `folder` is built."""
+    return Workspace(folder.with_name(f".{folder.name}.converting"))
 
 
-def target_folder(dataset_id: int, name: str) -> Path:
+def new_folder(dataset_id: int, name: str) -> Path:
     """Folder of a data set in nnUNet_raw.
 
     Raises
@@ -71,28 +71,28 @@ def target_folder(dataset_id: int, name: str) -> Path:
         raise DataError("nnUNet_raw is not set: type export nnUNet_raw=/folder/for/raw/data first.")
     if not 1 <= dataset_id <= 999:
         raise ConfigError(f"Data set id {dataset_id} cannot be used: give 1 to 999.")
-    target = Path(raw) / f"Dataset{dataset_id:03d}_{name}"
-    others = [found for found in find_candidate_datasets(dataset_id) if found != target.name]
+    folder = Path(raw) / f"Dataset{dataset_id:03d}_{name}"
+    others = [found for found in find_candidate_datasets(dataset_id) if found != folder.name]
     if others:
         raise DataError(f"Id {dataset_id} belongs to {others[0]}: choose an id that no data set has.")
-    return target
+    return folder
 
 
-def conversion_of(target: Path) -> dict[str, Any]:
+def conversion_of(folder: Path) -> dict[str, Any]:
     """Content of a data set's conversion.json; empty where there is none that can be read."""
     try:
-        content = read_json(target / "conversion.json")
+        content = read_json(folder / "conversion.json")
     except DataError:
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def check_free(target: Path, *, made_by: str, overwrite: bool) -> None:
+def check_free(folder: Path, *, made_by: str, overwrite: bool) -> None:
     """Refuse to replace what must not be replaced.
 
     Parameters
     ----------
-    target : Path
+    folder : Path
         The data set's folder.
     made_by : str
         Name of the converter.
@@ -102,38 +102,38 @@ def check_free(target: Path, *, made_by: str, overwrite: bool) -> None:
     Raises
     ------
     DataError
-        If `target` exists and `overwrite` is not set, or it was written by something else, or it holds files
+        If `folder` exists and `overwrite` is not set, or it was written by something else, or it holds files
         that were added later.
     """
-    if not target.exists():
+    if not folder.exists():
         return
     if not overwrite:
-        raise DataError(f"{target} exists: choose another id, or type --overwrite to replace it.")
-    conversion = conversion_of(target)
+        raise DataError(f"{folder} exists: choose another id, or type --overwrite to replace it.")
+    conversion = conversion_of(folder)
     if conversion.get("converter") != made_by:
-        raise DataError(f"{target} was not written by this command and is left alone: choose another id.")
-    added = next(_added(target, conversion), None)
+        raise DataError(f"{folder} was not written by this command and is left alone: choose another id.")
+    added = next(_added(folder, conversion), None)
     if added is not None:
         raise DataError(f"{added} was added later and would be lost: move it away first, or choose another id.")
 
 
-def _added(target: Path, conversion: Mapping[str, Any]) -> Iterator[Path]:
+def _added(folder: Path, conversion: Mapping[str, Any]) -> Iterator[Path]:
     # what no list says was written is taken for added: a data set of a version that kept none is left alone
     written = (entry.get("written", ()) for entry in conversion.get("cases", {}).values())
     own = {*FILES, COMMAND_FILE}.union(*written)
-    for path in sorted(target.rglob("*")):
-        place = path.relative_to(target).as_posix()
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder).as_posix()
         if place not in (FOLDERS if path.is_dir() else own):
             yield path
 
 
 @contextmanager
-def building(target: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iterator[Workspace]:
-    """Give a workspace, and put what is in its `data` at `target` when the block ends well.
+def building(folder: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iterator[Workspace]:
+    """Give a workspace, and put what is in its `data` at `folder` when the block ends well.
 
     Parameters
     ----------
-    target : Path
+    folder : Path
         The data set's folder.
     stamp : str
         Changes with everything that decides the content; work of a killed run is kept if it has the same.
@@ -147,25 +147,25 @@ def building(target: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
     DataError
         As `check_free`; if nnUNet_raw cannot be written, or another run builds the same data set.
     """
-    space = workspace(target)
+    space = workspace(folder)
     if not space.work.exists():  # refused before anything is made
-        check_free(target, made_by=made_by, overwrite=overwrite)
+        check_free(folder, made_by=made_by, overwrite=overwrite)
     try:
         space.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"Cannot write to {target.parent} ({error.strerror}): set nnUNet_raw to a folder of yours."
+            f"Cannot write to {folder.parent} ({error.strerror}): set nnUNet_raw to a folder of yours."
         ) from None
     with locked(space.work, _busy(space.work)):
-        _settle(target, space.work)
-        check_free(target, made_by=made_by, overwrite=overwrite)
+        _settle(folder, space.work)
+        check_free(folder, made_by=made_by, overwrite=overwrite)
         try:
             _prepare(space, stamp)
             yield space
-            _put_in_place(target, space)
+            _put_in_place(folder, space)
         except OSError as error:
             shutil.rmtree(space.work, ignore_errors=True)
-            raise DataError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
+            raise DataError(f"cannot write {error.filename or folder}: {error.strerror or error}") from error
         except Exception:
             shutil.rmtree(space.work, ignore_errors=True)
             raise
@@ -173,10 +173,10 @@ def building(target: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
 
 def _prepare(space: Workspace, stamp: str) -> None:
     if not _is_stamped(space.work, stamp):
-        for folder in (space.data, space.reports):
+        for folder in (space.data, space.records):
             shutil.rmtree(folder, ignore_errors=True)
         write_text(space.work / _STAMP, stamp)
-    for folder in (*(space.data / name for name in FOLDERS), space.reports):
+    for folder in (*(space.data / name for name in FOLDERS), space.records):
         folder.mkdir(parents=True, exist_ok=True)
     for part in space.data.glob("*/.*"):  # half-written by a killed run
         part.unlink()
@@ -187,36 +187,36 @@ def _is_stamped(work: Path, stamp: str) -> bool:
     return note.is_file() and note.read_text() == stamp
 
 
-def settle(target: Path, stamp: str) -> None:
+def settle(folder: Path, stamp: str) -> None:
     """Bring back a data set that a killed run was about to replace, and remove what a run of this `stamp` left.
 
     Only for a data set that needs no more work; `building` does the first on its own.
     """
-    work = workspace(target).work
+    work = workspace(folder).work
     if not work.exists():
         return
     with locked(work, _busy(work)):
-        _settle(target, work)
-        if target.exists() and _is_stamped(work, stamp) and not (work / "data").exists():
+        _settle(folder, work)
+        if folder.exists() and _is_stamped(work, stamp) and not (work / "data").exists():
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _settle(target: Path, work: Path) -> None:
+def _settle(folder: Path, work: Path) -> None:
     if not (work / "old").exists():
         return
-    if target.exists():  # killed after the new one was in place
+    if folder.exists():  # killed after the new one was in place
         shutil.rmtree(work / "old")
     else:
-        _rename(work / "old", target)
+        _rename(work / "old", folder)
 
 
-def _put_in_place(target: Path, space: Workspace) -> None:
-    if target.exists():
-        _rename(target, space.work / "old")
+def _put_in_place(folder: Path, space: Workspace) -> None:
+    if folder.exists():
+        _rename(folder, space.work / "old")
     try:
-        _rename(space.data, target)
+        _rename(space.data, folder)
     except OSError:
-        _settle(target, space.work)
+        _settle(folder, space.work)
         raise
     shutil.rmtree(space.work, ignore_errors=True)
 
@@ -226,11 +226,11 @@ def _rename(folder: Path, name: Path) -> None:
     sync(name.parent)
 
 
-def stale_preparation(target: Path) -> Path | None:
+def stale_preparation(folder: Path) -> Path | None:
     """Return the preprocessed folder of a data set, which replacing the data set leaves out of date."""
     preprocessed = nnUNet_preprocessed.get()
-    folder = Path(preprocessed) / target.name if preprocessed else None
-    return folder if folder is not None and folder.exists() else None
+    prepared = Path(preprocessed) / folder.name if preprocessed else None
+    return prepared if prepared is not None and prepared.exists() else None
 
 
 def _busy(work: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunetv2_dycon.conversion.volumes import Volume, from_sitk, reading
+from nnunetv2_dycon.conversion.volumes import Source, Volume, from_sitk, reading
 from nnunetv2_dycon.errors import DataError
 
 _POSITION, _ORIENTATION, _MODALITY = "0020|0032", "0020|0037", "0008|0060"
@@ -20,7 +20,7 @@ class _Series(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CtSeries:
+class CtSeries(Source):
     """The CT series in the folders of one case.
 
     Attributes

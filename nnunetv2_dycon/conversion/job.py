@@ -60,24 +60,24 @@ class Job:
 
     Attributes
     ----------
-    target : Path
+    folder : Path
         The data set's folder.
     tasks : sequence of Task
         Its cases.
     plan : mapping
-        Content of conversion.json but for what the cases' own reports add.
+        Content of conversion.json without the records of the cases.
     folds : sequence of mapping
         Content of splits_final.json.
     describe : callable
         Writes dataset.json into a folder.
     title, rows, notes
-        For the report.
+        For the `Conversion`.
     dated : bool
         Whether conversion.json keeps the `stamp`, so that a later run notices changed sources. Not where sources may
         be made again with the same content.
     """
 
-    target: Path
+    folder: Path
     tasks: Sequence[Task]
     plan: Mapping[str, Any]
     folds: Sequence[Mapping[str, Any]]
@@ -103,9 +103,9 @@ class Job:
         ]
         return text_digest(f"{self.fingerprint} {times}")
 
-    def report(self, state: str, notes: Sequence[str] = ()) -> Conversion:
-        """Return what to tell the user."""
-        return Conversion(self.target, state, self.title, self.rows, (*self.notes, *notes))
+    def result(self, state: str, notes: Sequence[str] = ()) -> Conversion:
+        """Return the result, for the user."""
+        return Conversion(self.folder, state, self.title, self.rows, (*self.notes, *notes))
 
 
 def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, overwrite: bool = False) -> Conversion:
@@ -125,38 +125,38 @@ def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, 
     Raises
     ------
     DataError
-        If the target is taken, or made from sources that were changed since; if a case is bad (all bad ones are
+        If the folder is taken, or made from sources that were changed since; if a case is bad (all bad ones are
         counted) or nothing can be written.
     """
     stamp = job.stamp  # once, so that it tells of changes during the conversion
     if not dry_run:
-        dataset.settle(job.target, stamp)
+        dataset.settle(job.folder, stamp)
     if not overwrite and _is_there(job, stamp):
-        return job.report("up to date")
+        return job.result("up to date")
     made_by = job.plan["converter"]
     if dry_run:
-        dataset.check_free(job.target, made_by=made_by, overwrite=overwrite)
-        return job.report("planned")
-    with dataset.building(job.target, stamp=stamp, made_by=made_by, overwrite=overwrite) as space:
+        dataset.check_free(job.folder, made_by=made_by, overwrite=overwrite)
+        return job.result("planned")
+    with dataset.building(job.folder, stamp=stamp, made_by=made_by, overwrite=overwrite) as space:
         _write_cases(job.tasks, processes)
         notes = _describe(job, stamp, space.data)
-    stale = dataset.stale_preparation(job.target)
+    stale = dataset.stale_preparation(job.folder)
     if stale is not None:
         notes.append(f"{stale} may still be made from an earlier data set: delete it and plan again")
-    return job.report("written", notes)
+    return job.result("written", notes)
 
 
 def _is_there(job: Job, stamp: str) -> bool:
     """Whether the data set was made by the same command and is complete; its files are not opened."""
-    made = dataset.conversion_of(job.target)
+    made = dataset.conversion_of(job.folder)
     if made.get("fingerprint") != job.fingerprint:
         return False
     for name in (*dataset.FILES, *(name for task in job.tasks for name in task.outputs)):
-        if not (job.target / name).is_file():
-            raise DataError(f"{job.target / name} is gone; type --overwrite to make the data set again")
+        if not (job.folder / name).is_file():
+            raise DataError(f"{job.folder / name} is gone; type --overwrite to make the data set again")
     if made.get("stamp", stamp) != stamp:  # older versions kept none
         raise DataError(
-            f"source files were changed after {job.target} was made from them; type --overwrite to make it again"
+            f"source files were changed after {job.folder} was made from them; type --overwrite to make it again"
         )
     return True
 
@@ -181,17 +181,17 @@ def _write_cases(tasks: Sequence[Task], processes: int | None) -> None:
 
 
 def _describe(job: Job, stamp: str, folder: Path) -> list[str]:
-    """Write the three JSON files; returns what the cases' reports have to say."""
-    reports = {task.name: task.report() for task in job.tasks}
+    """Write the three JSON files; returns the notes of the cases' records."""
+    records = {task.name: task.record() for task in job.tasks}
     written = {task.name: list(task.outputs) for task in job.tasks}
     cases = {}
     for name, case in job.plan["cases"].items():
-        kept = {key: reports[name][key] for key in ("label_voxels", "notes") if reports[name].get(key)}
+        kept = {key: records[name][key] for key in ("label_voxels", "notes") if records[name].get(key)}
         cases[name] = {**case, "written": written[name], **kept}
     job.describe(folder)
     write_json(folder / "splits_final.json", list(job.folds))
     marks = {"fingerprint": job.fingerprint, **({"stamp": stamp} if job.dated else {})}
     write_json(folder / "conversion.json", {**job.plan, **marks, "cases": cases})
-    ways = Counter(way for report in reports.values() for way in report["how"])
-    notes = [f"{name}: {note}" for name, report in reports.items() for note in report["notes"]]
+    ways = Counter(way for record in records.values() for way in record["how"])
+    notes = [f"{name}: {note}" for name, record in records.items() for note in record["notes"]]
     return [*notes, "files: " + ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))]

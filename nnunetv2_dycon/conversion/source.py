@@ -87,13 +87,13 @@ def _stays_in(path: Path, root: Path) -> None:
     if not path.is_symlink():
         return
     try:
-        target = path.resolve(strict=True)
+        real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise DataError(
             f"{path} is a link to {os.readlink(path)}, which does not exist; put the real file there"
         ) from error
-    if not target.is_relative_to(root):
-        raise DataError(f"{path} is a link that leaves {root} (to {target}); put the real file or folder there")
+    if not real.is_relative_to(root):
+        raise DataError(f"{path} is a link that leaves {root} (to {real}); put the real file or folder there")
 
 
 def match(files: Iterable[Path], pattern: str) -> list[tuple[Path, re.Match[str]]]:

@@ -90,8 +90,8 @@ def split(
     if kept_tests:
         role_of |= dict.fromkeys(data.roles.test, "test")
     _check_subjects(role_of, subjects)
-    target = dataset.target_folder(new_id, data.folder.name.split("_", 1)[1])
-    work = dataset.workspace(target).work
+    folder = dataset.new_folder(new_id, data.folder.name.split("_", 1)[1])
+    work = dataset.workspace(folder).work
     tasks = [
         link_case(case, role, data.roles.files[case], data.labels.get(case), data.ending, work)
         for case, role in sorted(role_of.items())
@@ -102,7 +102,7 @@ def split(
         for (word, named, _), role in zip(role_rows(roles), dataset.IMAGES, strict=True)
     )
     job = Job(
-        target=target,
+        folder=folder,
         tasks=tasks,
         plan={
             "converter": "split",
@@ -115,8 +115,8 @@ def split(
             **plan_of(tasks, roles, data.folder),
         },
         folds=roles.folds,
-        describe=partial(_write_dataset_json, data, target.name.split("_", 1)[1], training_cases(tasks)),
-        title=f"{data.folder.name} as {target.name}, --labeled {Path(str(labeled)).name}",
+        describe=partial(_write_dataset_json, data, folder.name.split("_", 1)[1], training_cases(tasks)),
+        title=f"{data.folder.name} as {folder.name}, --labeled {Path(str(labeled)).name}",
         rows=rows,
         notes=(*role_notes(roles), *_left_out(data, kept_tests)),
         dated=True,

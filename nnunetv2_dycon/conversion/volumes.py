@@ -8,11 +8,12 @@ import os
 import shutil
 import struct
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -52,15 +53,23 @@ class Volume(NamedTuple):
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
-class Source(Protocol):
+class Source(ABC):
     """One image or label map of a collection, not read yet; picklable."""
 
     @property
+    @abstractmethod
     def files(self) -> tuple[Path, ...]:
-        """Where it is read from."""
+        """Files or folders that it is read from."""
 
+    @abstractmethod
     def read(self) -> Volume:
-        """Return it; raises DataError with the file's name where it cannot be read."""
+        """Return its voxels and geometry.
+
+        Raises
+        ------
+        DataError
+            With the file's name, if it cannot be read.
+        """
 
 
 @contextmanager
@@ -82,7 +91,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class NiftiFile:
+class NiftiFile(Source):
     """A 3-D NIfTI file."""
 
     path: Path
@@ -157,52 +166,52 @@ def _check_header(path: Path, image: nib.Nifti1Image) -> None:
         raise DataError(f"{path} has no usable geometry (affine {affine[:3].tolist()}); fetch it again")
 
 
-def put_nifti(source: NiftiFile, target: Path) -> str:
-    """Make `target` the same image without decoding it; returns 'linked', 'copied' or 'compressed'.
+def put_nifti(source: NiftiFile, path: Path) -> str:
+    """Make `path` the same image without decoding it; returns 'linked', 'copied' or 'compressed'.
 
     A hard link costs no space and stays when the collection is deleted; across file systems it is a copy.
     """
     source.open()
-    packed, wanted = (path.name.lower().endswith(".gz") for path in (source.path, target))
-    with _whole(target) as part:
+    packed, wanted = (file.name.lower().endswith(".gz") for file in (source.path, path))
+    with _whole(path) as part:
         if packed == wanted:
             return _link(source.path.resolve(), part)
         _compress(source.path, part)
         return "compressed"
 
 
-def put_file(source: Path, target: Path) -> str:
-    """Make `target` the same file; returns 'linked' or 'copied'."""
-    with _whole(target) as part:
+def put_file(source: Path, path: Path) -> str:
+    """Make `path` the same file; returns 'linked' or 'copied'."""
+    with _whole(path) as part:
         return _link(source.resolve(), part)
 
 
 @contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    with whole_file(target, "let nnUNet_raw point elsewhere") as part:
+def _whole(path: Path) -> Iterator[Path]:
+    with whole_file(path, "let nnUNet_raw point elsewhere") as part:
         yield part
 
 
-def _link(source: Path, target: Path) -> str:
+def _link(source: Path, path: Path) -> str:
     try:
-        os.link(source, target)
+        os.link(source, path)
         return "linked"
     except OSError:  # another file system, one without links, or a file of another user
-        shutil.copyfile(source, target)
+        shutil.copyfile(source, path)
         return "copied"
 
 
-def _compress(source: Path, target: Path) -> None:
+def _compress(source: Path, path: Path) -> None:
     with (
         source.open("rb") as plain,
-        target.open("wb") as file,
+        path.open("wb") as file,
         # no name and no time in it, so that the same image gives the same bytes
         gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
     ):
         shutil.copyfileobj(plain, packed, 1 << 22)
 
 
-def save(volume: Volume, target: Path) -> None:
+def save(volume: Volume, path: Path) -> None:
     """Write `volume` as NIfTI, whole or not at all; its header, if it has one, gives the geometry unchanged."""
     if volume.header is None:
         image = nib.Nifti1Image(volume.array, volume.affine)
@@ -215,7 +224,7 @@ def save(volume: Volume, target: Path) -> None:
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0
         image = nib.Nifti1Image(volume.array, None, header)
-    with _whole(target) as part:
+    with _whole(path) as part:
         nib.save(image, part)
 
 
@@ -223,7 +232,7 @@ def save(volume: Volume, target: Path) -> None:
 
 
 @dataclass(frozen=True)
-class NrrdFile:
+class NrrdFile(Source):
     """A 3-D NRRD file."""
 
     path: Path
@@ -250,7 +259,7 @@ class NrrdFile:
 
 
 @dataclass(frozen=True)
-class H5Array:
+class H5Array(Source):
     """An array (X, Y, Z) of an HDF5 file, which has no geometry of its own.
 
     Attributes

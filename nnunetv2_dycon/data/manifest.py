@@ -106,7 +106,7 @@ class Configuration:
     preprocessed: Path
     dataset_json: dict[str, Any]
     plans: dict[str, Any]
-    configuration: str
+    name: str
     folder: Path
     manifest: Path
     entries: dict[str, Any]
@@ -117,7 +117,7 @@ class Configuration:
         plans = self.plans.get("plans_name", "nnUNetPlans")
         option = "" if plans == "nnUNetPlans" else f" -p {plans}"
         number = dataset_number(self.dataset)
-        return f"nnUNetv2_dycon preprocess_unlabeled -d {number} -c {self.configuration}{option}"
+        return f"nnUNetv2_dycon preprocess_unlabeled -d {number} -c {self.name}{option}"
 
     @property
     def work(self) -> Path:
@@ -248,7 +248,7 @@ def find_configuration(
         preprocessed=base / name,
         dataset_json=dataset_json,
         plans=loaded,
-        configuration=configuration,
+        name=configuration,
         folder=folder,
         manifest=manifest,
         entries=_entries_that_matter(manager, settings, dataset_json),

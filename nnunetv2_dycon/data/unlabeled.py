@@ -156,7 +156,7 @@ def _case_to_prepare(config: Configuration, case: str, record: Mapping[str, Any]
         case=case,
         files=tuple(str(path) for path in paths if path.name.endswith(config.dataset_json["file_ending"])),
         plans=config.plans,
-        configuration=config.configuration,
+        configuration=config.name,
         dataset_json=config.dataset_json,
         folder=str(config.folder),
         work=str(config.work),

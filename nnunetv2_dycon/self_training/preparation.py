@@ -25,7 +25,7 @@ class Preparation:
     def is_planned(self) -> bool:
         """Whether all that nnU-Net's planner would leave is there, with the plans of the first data set."""
         copies = self._copies()
-        if not all(target.is_file() for target in copies.values()):
+        if not all(copy.is_file() for copy in copies.values()):
             return False
         try:
             plans = read_json(self.data.preprocessed / f"{self.experiment.plans_name}.json")
@@ -36,10 +36,10 @@ class Preparation:
                 f"plans of {self.data.preprocessed} are no longer those of {self.experiment.data.preprocessed}: the "
                 "data set was planned again; delete the first and its results, or restore the plans"
             )
-        return all(source.read_bytes() == target.read_bytes() for source, target in copies.items())
+        return all(source.read_bytes() == copy.read_bytes() for source, copy in copies.items())
 
     def _copies(self) -> dict[Path, Path]:
-        """Return the files that are copied with the plans, and their targets."""
+        """Return the files that are copied with the plans, and their copies."""
         fingerprint = self.experiment.data.preprocessed / _FINGERPRINT
         sources = [self.data.raw / "dataset.json", self.data.raw / SPLITS_FILE]
         sources += [fingerprint] if fingerprint.is_file() else []
@@ -57,8 +57,8 @@ class Preparation:
     def plan(self, lock: int | None) -> None:
         """Take over the plans and the files that go with them."""
         self.data.preprocessed.mkdir(exist_ok=True)
-        for source, target in self._copies().items():
-            shutil.copyfile(source, target)
+        for source, copy in self._copies().items():
+            shutil.copyfile(source, copy)
         running.call(self.plan_words(), lock)
 
     def is_preprocessed(self) -> bool:

@@ -95,7 +95,7 @@ class RoundData:
         for case in pseudo:
             cases[case]["label"] = "pseudo"
         return Job(
-            target=self._data.raw,
+            folder=self._data.raw,
             tasks=tasks,
             plan={"converter": MADE_BY, "version": __version__, MADE_BY: facts, "cases": cases},
             folds=[{"train": [*(train * repeat), *pseudo], "val": val}],

@@ -95,7 +95,7 @@ class Training:
         return self.pseudo_labels / f"{case}{self.experiment.ending}"
 
     @property
-    def _report(self) -> Path:
+    def _record(self) -> Path:
         return self.folder / "pseudo_labels.json"
 
     def is_predicted(self) -> bool:
@@ -111,13 +111,13 @@ class Training:
             If the pseudo-labels are of another checkpoint.
         """
         try:
-            noted = read_json(self._report)
+            noted = read_json(self._record)
         except DataError:
             return None
         if noted["checkpoint"] != self.checkpoint_digest():
             raise DataError(
                 f"{self.pseudo_labels} was predicted by another state of {self.folder / FINAL}; delete "
-                f"{self._report} and the folder, and everything made from it"
+                f"{self._record} and the folder, and everything made from it"
             )
         voxels = noted["voxels"]
         return voxels if voxels and set(voxels) == set(self.experiment.roles.unlabeled) else None
@@ -150,7 +150,7 @@ class Training:
             return {path: counts for (path, _), counts in found}
 
     def _note(self, voxels: Voxels | None) -> None:
-        write_json(self._report, {"checkpoint": self.checkpoint_digest(), "voxels": voxels})
+        write_json(self._record, {"checkpoint": self.checkpoint_digest(), "voxels": voxels})
 
 
 def list_trainings(
@@ -182,7 +182,7 @@ def list_trainings(
     trainings = [Training(experiment, 0, data, experiment.fold, trainer_of_length(trainer, epochs[0]), epochs)]
     words = data.name.split("_", 1)[1]
     for number, new_id in enumerate(new_ids, start=1):
-        raw = dataset.target_folder(new_id, f"{words}_fold{experiment.fold}_self{number}")
+        raw = dataset.new_folder(new_id, f"{words}_fold{experiment.fold}_self{number}")
         new = DataSet.named(raw.name)
         trainings.append(Training(experiment, number, new, 0, trainer_of_length(trainer, epochs[number]), epochs))
         for left in (new.preprocessed, new.results):

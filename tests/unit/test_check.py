@@ -31,7 +31,7 @@ def raw(root: Path) -> Path:
 
 def failed() -> dict[str, str]:
     found = {one.name: one.text for one in check(4, processes=1) if not one.ok}
-    assert found.pop("next", "mend what is wrong, then type again: nnUNetv2_dycon check -d 4").endswith("check -d 4")
+    assert found.pop("next", "mend it, then type again: nnUNetv2_dycon check -d 4").endswith("check -d 4")
     return found
 
 

@@ -29,7 +29,7 @@ REQUIRED = {
 
 @pytest.fixture
 def called(monkeypatch):
-    """Put stand-ins in the place of all target functions; return what they are called with."""
+    """Put stand-ins in the place of all functions; return what they are called with."""
     calls = []
 
     def stand_in(name, result):
@@ -40,7 +40,7 @@ def called(monkeypatch):
         return function
 
     for name, verb in commands.VERBS.items():
-        module, function = verb.target.split(":")
+        module, function = verb.function.split(":")
         result = [types.SimpleNamespace(name="a", ok=True, text="b")] if name in ("doctor", "check") else []
         fake = types.ModuleType(module)
         setattr(fake, function, stand_in(name, result))
@@ -70,7 +70,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 @pytest.mark.parametrize("verb", commands.VERBS)
 def test_every_verb_has_parameters_of_its_function_and_passes_what_was_typed_alone(verb):
     _, arguments = commands.parse([verb, *REQUIRED[verb]])
-    module, function = commands.VERBS[verb].target.split(":")
+    module, function = commands.VERBS[verb].function.split(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
     declared = {keywords.get("dest", flags[-1].lstrip("-")) for flags, keywords in commands.VERBS[verb].arguments}
     assert declared <= set(parameters)
@@ -85,7 +85,7 @@ def test_every_verb_has_parameters_of_its_function_and_passes_what_was_typed_alo
 
 @pytest.mark.parametrize("verb", commands.VERBS)
 def test_help_has_the_defaults_of_the_function_without_importing_it(verb, capsys):
-    target = commands.VERBS[verb].target
+    target = commands.VERBS[verb].function
     module, function = target.split(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
     read = commands.defaults_of(target)
@@ -107,7 +107,7 @@ def test_long_options_have_one_spelling_and_np_one_default():
     for verb in commands.VERBS.values():
         for names, keywords in verb.arguments:
             assert "-np" not in names or (keywords["help"], keywords["type"]) == (commands._PROCESSES, int)
-            assert "-np" not in names or commands.defaults_of(verb.target)["processes"] is None
+            assert "-np" not in names or commands.defaults_of(verb.function)["processes"] is None
 
 
 def test_help_of_convert_says_how_to_see_the_arguments_of_a_collection(capsys):

@@ -813,7 +813,7 @@ def test_h5_files_that_lead_elsewhere_are_refused(raw, source, tmp_path, how, ke
     refused(raw, FORMS["la-h5"], source, str(path), repr(key))
 
 
-def test_a_target_that_cannot_be_written_is_said(raw, source, monkeypatch) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line(raw, source, monkeypatch) -> None:
     form = FORMS["la-h5"]
     lay_out("la-h5", source)
     mkdir = Path.mkdir
