@@ -17,12 +17,12 @@ def dataset_number(name: str) -> int:
 
 
 def dataset_name(dataset: int | str) -> str:
-    """Return the full name of a data set, from its id or name, as nnU-Net finds it in its three folders.
+    """Return the full name of the data set with this id or name in any of nnU-Net's three folders.
 
     Raises
     ------
     DataError
-        If there is none, or several.
+        If no data set has it, or several do.
     """
     try:
         return str(maybe_convert_to_dataset_name(dataset))

@@ -100,7 +100,7 @@ def unlabeled_loader(
         oversample_foreground_percent=0.0,
         transforms=labeled.transforms,
     )
-    inner.has_ignore = False  # otherwise positions are sought among annotated voxels, which there are none of
+    inner.has_ignore = False  # otherwise nnU-Net looks for positions among annotated voxels, and there are none
     return IsolatedLoader(inner, seed)
 
 

@@ -1,8 +1,8 @@
-"""Which unlabelled images are prepared, and from what: the manifest, held against the raw data set and the plans.
+"""The manifest of prepared unlabelled images, compared with the raw data set and the plans.
 
 The manifest `ID_unlabeled.json` of a data identifier ID (plans name and configuration) is next to the folder
-`ID_unlabeled/`, because nnU-Net refuses a data folder with a JSON file in it. A case that it names was made from
-just what it says.
+`ID_unlabeled/`, because nnU-Net refuses a data folder with a JSON file in it. It records for each case the
+files and the plans that the case was made from.
 """
 
 import json
@@ -59,15 +59,15 @@ class UnlabeledStatus:
     state : 'ok', 'missing' or 'stale'
         'missing': cases are not prepared yet; 'stale': plans or images changed, or images were removed.
     reason : str
-        What is missing or changed, in words; empty for 'ok'.
+        The missing or changed cases and plans, in words; empty for 'ok'.
     folder : Path
         Where the prepared cases are; nnU-Net's dataset class reads it.
     unlabeled, benchmark : tuple of str
-        Cases from imagesUn, and cases of imagesTr that some fold lists as "unlabeled".
+        Cases of imagesUn, and cases of imagesTr that some fold lists as "unlabeled".
     notes : tuple of str
-        Warnings that a training should repeat.
+        Warnings for the log of a training.
     command : str
-        What to type to bring it up to date.
+        The command that brings it up to date.
     """
 
     state: Literal["ok", "missing", "stale"]
@@ -79,12 +79,12 @@ class UnlabeledStatus:
     command: str
 
     def cases(self, splits: Splits, fold: int | str) -> tuple[str, ...]:
-        """Unlabelled cases of one fold: all of imagesUn and the fold's own list, never another fold's.
+        """Return the unlabelled cases of one fold: all of imagesUn and the fold's own list.
 
         Raises
         ------
         ConfigError, SplitError
-            As `nnunetv2_dycon.data.roles.fold_unlabeled`.
+            As `nnunetv2_dycon.data.splits.fold_unlabeled`.
         DataError
             If the fold lists a case that is not prepared.
         """
@@ -99,7 +99,25 @@ class UnlabeledStatus:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One configuration of one data set, and where its prepared images go."""
+    """One configuration of one data set, and the place of its prepared images.
+
+    Attributes
+    ----------
+    dataset : str
+        Full name of the data set.
+    raw : Path or None
+        The raw data set, where it is on this machine.
+    preprocessed : Path
+        nnU-Net's preprocessed folder of the data set.
+    dataset_json, plans : dict
+        Content of these two files.
+    name : str
+        Name in the plans.
+    folder, manifest : Path
+        Folder of the prepared images, and their manifest.
+    entries : dict
+        Entries of plans and dataset.json that change a prepared image.
+    """
 
     dataset: str
     raw: Path | None
@@ -113,7 +131,7 @@ class Configuration:
 
     @property
     def command(self) -> str:
-        """What to type to prepare its unlabelled images."""
+        """The command that prepares its unlabelled images."""
         plans = self.plans.get("plans_name", "nnUNetPlans")
         option = "" if plans == "nnUNetPlans" else f" -p {plans}"
         number = dataset_number(self.dataset)
@@ -122,7 +140,7 @@ class Configuration:
     @property
     def work(self) -> Path:
         """Folder of incomplete files."""
-        # hidden, and outside the data folder, so that nnU-Net never takes a half-written file for data
+        # hidden and outside the data folder, so that nnU-Net never reads an incomplete file
         return self.folder.with_name(f".{self.folder.name}.tmp")
 
 
@@ -137,7 +155,7 @@ class Difference:
 
     @property
     def state(self) -> Literal["ok", "missing", "stale"]:
-        """As `UnlabeledStatus.state`."""
+        """See `UnlabeledStatus.state`."""
         if self.plans or self.changed or self.removed:
             return "stale"
         return "missing" if self.new else "ok"
@@ -155,7 +173,7 @@ class Difference:
 
 
 def unlabeled_folder(preprocessed_dataset_folder: str | Path, data_identifier: str) -> tuple[Path, Path]:
-    """Folder of the prepared unlabelled images of a data identifier, and their manifest next to it."""
+    """Return the folder of the prepared unlabelled images of a data identifier, and their manifest next to it."""
     folder = Path(preprocessed_dataset_folder, f"{data_identifier}_unlabeled")
     return folder, folder.with_name(folder.name + ".json")
 
@@ -163,9 +181,9 @@ def unlabeled_folder(preprocessed_dataset_folder: str | Path, data_identifier: s
 def unlabeled_status(
     dataset: int | str, configuration: str = "3d_fullres", plans: str | Mapping[str, Any] = "nnUNetPlans"
 ) -> UnlabeledStatus:
-    """Whether the unlabelled images of a configuration are prepared and up to date; nothing is changed.
+    """Return whether the unlabelled images of a configuration are prepared and up to date; nothing is changed.
 
-    Without the raw data set only the prepared files themselves can be judged; a note says so.
+    Without the raw data set only the prepared files are checked; a note says so.
 
     Parameters
     ----------
@@ -282,7 +300,15 @@ def _entries_that_matter(
 
 
 def expected_cases(config: Configuration) -> dict[str, dict[str, Any]]:
-    """Manifest records of all cases that should be prepared, from the raw data set."""
+    """Return the manifest records of all cases to prepare, from the raw data set.
+
+    Raises
+    ------
+    DataError
+        If imagesUn has bad file names, or there is no unlabelled image.
+    SplitError
+        If a case has two roles, or an "unlabeled" list is wrong.
+    """
     raw, ending = config.raw, config.dataset_json["file_ending"]
     images = raw / "imagesUn"
     roles = read_roles(raw, config.dataset_json)
@@ -294,7 +320,7 @@ def expected_cases(config: Configuration) -> dict[str, dict[str, Any]]:
         raise DataError(
             f"{images} {'holds no image' if images.is_dir() else 'does not exist'} and no fold of "
             'splits_final.json has an "unlabeled" list; put images without labels there, '
-            f"as CASE_0000{ending}"
+            f"for example CASE_0000{ending}"
         )
     sources = {**dict.fromkeys(roles.unlabeled, "imagesUn"), **dict.fromkeys(listed, "imagesTr")}
     return {case: _record(source, roles.files[case], raw, ending) for case, source in sources.items()}
@@ -314,7 +340,7 @@ def _record(source: str, files: Sequence[Path], raw: Path, ending: str) -> dict[
 
 
 def _recorded(config: Configuration, manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """The same from the manifest alone, for machines that have no raw data."""
+    """Return the records of the manifest, on a machine without the raw data set."""
     listed = benchmark_cases(read_splits(config.preprocessed))
     cases = {case: {"from": record["from"], "files": record["files"]} for case, record in manifest["cases"].items()}
     if not cases and not listed:
@@ -326,7 +352,7 @@ def _recorded(config: Configuration, manifest: Manifest) -> dict[str, dict[str, 
 
 
 def read_manifest(config: Configuration) -> Manifest:
-    """The manifest; an empty one, which makes all cases new, where there is none that can be used."""
+    """Return the manifest; without one that can be used an empty one, by which all cases are new."""
     empty = {"format": FORMAT, "dataset": config.dataset, "plans": None, "cases": {}}
     try:
         manifest = read_json(config.manifest)
@@ -343,7 +369,7 @@ def write_manifest(config: Configuration, manifest: Manifest) -> None:
 def compare_manifest(
     config: Configuration, manifest: Manifest, expected: Mapping[str, Mapping[str, Any]]
 ) -> Difference:
-    """Return what separates the prepared cases from those that are expected, both by their records in a manifest.
+    """Compare the prepared cases with the expected ones, by their records.
 
     Parameters
     ----------
@@ -357,7 +383,7 @@ def compare_manifest(
     recorded = manifest["cases"]
     present = set(os.listdir(config.folder)) if config.folder.is_dir() else set()
     plans = manifest["plans"] or config.entries
-    # compared as text, where NaN equals NaN
+    # as text, where NaN equals NaN
     entries = tuple(sorted(key for key, value in config.entries.items() if _text(plans.get(key)) != _text(value)))
     new, changed = [], []
     for case, record in sorted(expected.items()):
@@ -375,7 +401,7 @@ def _text(value: object) -> str:
 
 
 def bad_files(problems: Sequence[str]) -> str:
-    """Return one line about what is wrong with files."""
+    """Return one line about bad files."""
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} files are bad: {first_few(problems, separator=' | ')}"

@@ -33,14 +33,14 @@ class CaseToPrepare:
 
 
 def prepare_case(task: CaseToPrepare) -> str | None:
-    """Prepare one case; returns what is wrong with its images, None if it is done."""
+    """Prepare one case; returns the problem with its images, None if it is done."""
     plans = PlansManager(task.plans)
     configuration = plans.get_configuration(task.configuration)
     try:
         image, properties = _read_image(task.files, plans, len(channel_names(task.dataset_json)))
     except DataError as error:
         return str(error)
-    # reading, then run_case_npy, is what nnU-Net's run_case does; apart, so that checks need not read again
+    # nnU-Net's run_case in its two halves, so that the image is checked without reading it twice
     preprocessor = configuration.preprocessor_class(verbose=False)
     data, mask, properties = preprocessor.run_case_npy(image, None, properties, plans, configuration, task.dataset_json)
     properties["class_locations"] = {}  # nnU-Net's loader asks for the key
@@ -55,7 +55,13 @@ def prepare_case(task: CaseToPrepare) -> str | None:
 
 
 def _read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Image (C, X, Y, Z) and properties by nnU-Net's reader, refused if no network could use it."""
+    """Return image (C, X, Y, Z) and properties by nnU-Net's reader.
+
+    Raises
+    ------
+    DataError
+        If the image cannot be read, lacks channels, is empty or has NaN or Inf.
+    """
     names = ", ".join(files)
     reader = plans.image_reader_writer_class
     try:
@@ -87,9 +93,9 @@ def _per_channel(files: Sequence[str], channels: int) -> Sequence[str]:
 
 
 def _not_finite_on_disk(file: str) -> int:
-    """Number of NaN and Inf in a NIfTI file.
+    """Return the number of NaN and Inf in a NIfTI file.
 
-    SimpleITK cannot tell: it reads both as 0, and the missing part of a truncated file too.
+    SimpleITK reads both as 0, and the missing part of a truncated file too.
     """
     if not file.endswith((".nii", ".nii.gz")):
         return 0
@@ -104,6 +110,7 @@ def _save(
     properties: dict[str, Any],
     configuration: ConfigurationManager,
 ) -> None:
+    """Write the three files of a case from its image (C, X, Y, Z) and mask (1, X, Y, Z)."""
     patch = tuple(configuration.patch_size)
     blocks, chunks = comp_blosc2_params(data.shape, patch, data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(mask.shape, patch, mask.itemsize)
@@ -125,5 +132,5 @@ def _save(
 
 def remove_case(folder: Path, case: str) -> None:
     """Delete the files of a prepared case."""
-    for suffix in reversed(SUFFIXES):  # first the mark of a whole case
+    for suffix in reversed(SUFFIXES):  # first the file that marks a complete case
         (folder / (case + suffix)).unlink(missing_ok=True)

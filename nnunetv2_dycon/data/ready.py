@@ -11,7 +11,7 @@ from nnunetv2_dycon.errors import DataError
 
 
 class UnlabeledCases(NamedTuple):
-    """Folder of the prepared cases, as nnU-Net's data set class reads it, and the names that a fold may use."""
+    """Folder of the prepared cases, which nnU-Net's data set class reads, and the cases of a fold."""
 
     folder: Path
     names: tuple[str, ...]
@@ -36,18 +36,18 @@ def ready_cases(
     preprocessed : Path
         Preprocessed folder of the data set.
     prepare : bool
-        Prepare what is missing or stale here; otherwise (several processes would do it at once) stop with the command.
+        Prepare missing and stale cases. Otherwise, as with several processes, stop and name the command.
     processes : int
         Worker processes of the preparation.
     log : callable
-        Where warnings and progress are told.
+        Takes warnings and progress.
 
     Raises
     ------
     DataError
-        If there is no unlabelled image, or one cannot be used, or something is to prepare and `prepare` is False.
+        If there is no unlabelled image, or one cannot be used, or `prepare` is False and cases are missing or stale.
     SplitError, ConfigError
-        If roles clash, or the fold would train on hidden labels.
+        If a case has two roles, or the fold would train on hidden labels.
     """
     dataset = plans["dataset_name"]
     status = unlabeled_status(dataset, configuration, plans)

@@ -1,6 +1,6 @@
-"""Who is in which role: labelled, unlabelled and test cases, by file names.
+"""Roles of the cases of a raw data set: labelled, unlabelled and test, by file names.
 
-Folders are listed, no image or label is opened.
+Folders are listed; no image or label is opened.
 """
 
 import re
@@ -39,15 +39,15 @@ class Roles:
 
 
 def read_roles(raw_folder: str | Path, dataset_json: Mapping[str, Any]) -> Roles:
-    """Roles of all cases below `raw_folder`, by file names.
+    """Return the roles of all cases of a raw data set, by file names.
 
-    A label file counts for the role of its folder even where its image is missing: a label in labelsTr makes
-    the name a labelled one, so that an image moved to imagesUn without its label moved away is noticed.
+    A label file counts for the role of its folder even without its image: an image that was moved to imagesUn while
+    its label stayed in labelsTr is refused.
 
     Raises
     ------
     SplitError
-        If a name has two roles; the message holds one path of each.
+        If a name has two roles; the message names one file of each.
     """
     raw, ending = Path(raw_folder), dataset_json["file_ending"]
     labeled, label_files = _training_cases(raw, dataset_json)
@@ -77,7 +77,7 @@ def _training_cases(raw: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[st
 
 
 def label_paths(raw_folder: str | Path, dataset_json: Mapping[str, Any], roles: Roles) -> dict[str, Path]:
-    """Where the label map of each labelled and test case should be; nothing is opened.
+    """Return the path of the label map of each labelled and test case, there or not.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def label_sidecar(label: Path, ending: str) -> Path:
 
 
 def _image_files(folder: Path, ending: str) -> dict[str, tuple[Path, ...]]:
-    # nnU-Net's own list of files needs a pool of processes; its identifiers and one pass give the same
+    # the same as nnU-Net's list of files, which needs a pool of processes
     if not folder.is_dir():
         return {}
     files: dict[str, list[Path]] = {
@@ -130,7 +130,7 @@ def _first(files: Mapping[str, tuple[Path, ...]]) -> dict[str, Path]:
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> Mapping[str, str]:
-    """Names of the image channels, under nnU-Net's key or under the one of its first version."""
+    """Return the names of the image channels, by nnU-Net's key or that of its first version."""
     return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
 
 
@@ -155,11 +155,11 @@ def unlabeled_name_problems(raw_folder: str | Path, roles: Roles, dataset_json: 
         if not path.name.endswith(ending):
             problems.append(f"{path} does not end in {ending}, the data set's file ending; convert or remove it")
         elif not re.fullmatch(r".+_\d{4}", path.name.removesuffix(ending)):
-            problems.append(f"{path} has no channel number; rename it as in CASE_0000{ending}")
+            problems.append(f"{path} has no channel number; rename it, for example to CASE_0000{ending}")
     for case in roles.unlabeled:
         first = roles.files[case][0]
         numbers = [int(path.name.removesuffix(ending)[-4:]) for path in roles.files[case]]
-        # one file may hold all channels (RGB pictures): known only when it is read
+        # a single file may hold all channels (RGB pictures), which only reading it tells
         if numbers != list(range(channels)) and numbers != [0]:
             problems.append(
                 f"{first}: the case has channel file{'s' * (len(numbers) > 1)} "

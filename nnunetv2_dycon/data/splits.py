@@ -14,19 +14,19 @@ from nnunetv2_dycon.files import first_few, read_json, write_json, write_text
 
 UNLABELED = "unlabeled"
 SPLITS_FILE = "splits_final.json"
-STOCK_FOLDS = 5  # that nnU-Net makes, and needs as many cases for
+STOCK_FOLDS = 5  # nnU-Net makes five folds, and needs five cases for them
 Splits = Sequence[Mapping[str, Any]]
 
 
 def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None = None) -> list[dict[str, Any]]:
-    """Folds that training uses: those of the preprocessed folder, else of the raw folder, else none.
+    """Return the folds of the preprocessed folder, else of the raw folder, else none.
 
     Raises
     ------
     SplitError
         If a file is not a list of folds, or if both files are there and their "unlabeled" lists differ: training
-        would read the one in the preprocessed folder and pass over the other. A fold that only the raw folder's
-        file has must have no such list.
+        reads the file in the preprocessed folder and ignores the other. A fold that is in the raw folder's file
+        alone must not have such a list.
     """
     found = []
     for folder in (preprocessed_folder, raw_folder):
@@ -45,7 +45,7 @@ def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None =
 
 
 def adopt_splits(preprocessed_folder: Path, raw_folder: Path | None) -> bool:
-    """Copy the raw folder's split file where nnU-Net reads it, if there is none yet; returns whether it did."""
+    """Copy the raw folder's split file to where nnU-Net reads it, unless it has one; returns whether it copied."""
     if raw_folder is None or (preprocessed_folder / SPLITS_FILE).exists() or not (raw_folder / SPLITS_FILE).is_file():
         return False
     write_text(preprocessed_folder / SPLITS_FILE, (raw_folder / SPLITS_FILE).read_text())
@@ -53,7 +53,7 @@ def adopt_splits(preprocessed_folder: Path, raw_folder: Path | None) -> bool:
 
 
 def write_small_splits(preprocessed_folder: Path, cases: Sequence[str]) -> None:
-    """Write one fold per case that validates on it and trains on the others; one case alone does both."""
+    """Write one fold per case, which validates on it and trains on the others; a single case does both."""
     ordered = sorted(cases)
     folds = [{"train": [c for c in ordered if c != case] or [case], "val": [case]} for case in ordered]
     write_json(preprocessed_folder / SPLITS_FILE, folds)
@@ -72,7 +72,7 @@ def check_fold(splits: Splits, fold: int | str) -> None:
     Raises
     ------
     ConfigError
-        If any fold has an "unlabeled" list and `fold` is 'all' or no index into `splits`: nnU-Net would then
+        If any fold has an "unlabeled" list and `fold` is 'all' or not an index into `splits`: nnU-Net would then
         train on the labels of those cases.
     """
     if not any(UNLABELED in entry for entry in splits):
@@ -87,7 +87,7 @@ def check_fold(splits: Splits, fold: int | str) -> None:
 def check_training_cases(
     cases: Iterable[str], unlabeled: Iterable[str], test: Iterable[str], number: int, preprocessed_folder: Path
 ) -> None:
-    """Refuse cases of a fold that have another role by now: their labels must not be used.
+    """Refuse cases of a fold that have another role now: their labels must not be used.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def check_training_cases(
     unlabeled, test : iterable of str
         Cases of imagesUn and of imagesTs, which come from the raw data set.
     number : int
-        Of the data set, for the message.
+        Id of the data set, for the message.
 
     Raises
     ------
@@ -107,14 +107,14 @@ def check_training_cases(
         moved = set(cases) & set(others)
         if moved:
             raise SplitError(
-                f"{_some(moved)}: trained or validated on by this fold, but {role} case by now; the preprocessed "
+                f"{_some(moved)}: this fold trains or validates on it, but it is {role} case now; the preprocessed "
                 f"data are older. Delete {preprocessed_folder} and type: "
                 f"nnUNetv2_plan_and_preprocess -d {number}"
             )
 
 
 def fold_unlabeled(splits: Splits, fold: int | str, known: Collection[str] | None = None) -> tuple[str, ...]:
-    """Cases of imagesTr that serve without labels in `fold`, sorted; empty outside benchmark mode.
+    """Return the cases of imagesTr that `fold` uses without labels, sorted; empty outside benchmark mode.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def fold_unlabeled(splits: Splits, fold: int | str, known: Collection[str] | Non
     fold : int or 'all'
         The fold that is trained.
     known : collection of str, optional
-        All training cases; given, the list must name only these.
+        All training cases: the list may name only these.
 
     Raises
     ------
@@ -154,7 +154,7 @@ def fold_unlabeled(splits: Splits, fold: int | str, known: Collection[str] | Non
 
 
 def benchmark_cases(splits: Splits, known: Collection[str] | None = None) -> tuple[str, ...]:
-    """Cases that any fold lists as "unlabeled", sorted, every list checked as by `fold_unlabeled`."""
+    """Return the cases that any fold lists as "unlabeled", sorted; checks every list as `fold_unlabeled` does."""
     return tuple(sorted({case for fold in range(len(splits)) for case in fold_unlabeled(splits, fold, known)}))
 
 

@@ -4,11 +4,11 @@ For a data identifier ID (plans name and configuration) the dataset's preprocess
 
 - `ID_unlabeled/`: CASE.b2nd (C, X, Y, Z) float32, CASE_seg.b2nd (1, X, Y, Z) int16, 0 inside and -1 outside
   the nonzero mask, and CASE.pkl, written last, whose `class_locations` is empty;
-- `ID_unlabeled.json`, the manifest: what each case was made from and with;
+- `ID_unlabeled.json`, the manifest: the files, plans and versions that each case was made from;
 - `.ID_unlabeled.lock`, an empty file that keeps two runs from working at the same time.
 
-Two things hold at any time, also after a kill: a case whose .pkl is there is whole, and a case that the
-manifest names was made from just what the manifest says.
+At any time, also after a kill, a case with a .pkl is complete, and a case in the manifest was made from exactly
+the files and plans that the manifest records.
 """
 
 import logging
@@ -43,7 +43,7 @@ from nnunetv2_dycon.locks import locked
 
 logger = logging.getLogger(__name__)
 
-_SAVE_INTERVAL = 1.0  # s between two writes of the manifest; a kill costs the cases of at most this time
+_SAVE_INTERVAL = 1.0  # s between two writes of the manifest; a kill loses at most the cases of this time
 
 
 def preprocess_unlabeled(
@@ -53,12 +53,12 @@ def preprocess_unlabeled(
     processes: int | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Prepare all images that serve without labels; returns one folder per data identifier.
+    """Prepare all images that are used without labels; returns one folder per data identifier.
 
-    Taken are the images of imagesUn and, in benchmark mode, those cases of imagesTr that a fold of
-    splits_final.json lists as "unlabeled". No label file is opened. Only what is missing or out of date is
-    made; a killed run goes on where it stopped; cases whose images are gone are removed. Bad images do not
-    keep the good ones from being prepared.
+    These are the images of imagesUn and, in benchmark mode, the cases of imagesTr that a fold of splits_final.json
+    lists as "unlabeled". No label file is opened. Only missing and outdated cases are prepared; a killed run
+    continues where it stopped; cases without an image are removed. The good images are prepared even if others
+    are bad.
 
     Parameters
     ----------
@@ -69,9 +69,9 @@ def preprocess_unlabeled(
     plans : str or mapping
         Name of the plans file, or the plans themselves.
     processes : int, optional
-        Worker processes; 1 works in this process; one per processor, at most 8, by default.
+        Worker processes; one per processor, at most 8, by default. 1 works in this process.
     overwrite : bool
-        Make all cases anew.
+        Prepare all cases again.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def preprocess_unlabeled(
 
 def _prepare(config: Configuration, processes: int, overwrite: bool) -> None:
     """Bring the folder of one data identifier up to date; the caller holds the lock."""
-    shutil.rmtree(config.work, ignore_errors=True)  # what a killed run left
+    shutil.rmtree(config.work, ignore_errors=True)  # left by a killed run
     remove_leftovers(config.manifest.parent, config.manifest.name)
     expected, manifest = expected_cases(config), read_manifest(config)
     difference = compare_manifest(config, manifest, expected)
@@ -107,7 +107,7 @@ def _prepare(config: Configuration, processes: int, overwrite: bool) -> None:
     if difference.state == "ok" and not overwrite:
         logger.info("%s: %d cases are up to date", config.folder, len(expected))
         return
-    logger.info("%s: %s", config.folder, "all cases anew" if overwrite else difference)
+    logger.info("%s: %s", config.folder, "all cases again" if overwrite else difference)
     todo = sorted(expected) if overwrite else sorted((*difference.new, *difference.changed))
     kept = expected.keys() - set(todo)
     manifest = {
@@ -134,7 +134,7 @@ def _prepare(config: Configuration, processes: int, overwrite: bool) -> None:
 def _make_all(
     config: Configuration, manifest: Manifest, records: Mapping[str, dict[str, Any]], processes: int
 ) -> list[str]:
-    """Make the cases of `records` and enter them into `manifest`; returns what is wrong with the others."""
+    """Prepare the cases of `records` and enter them into `manifest`; returns the problems with the others."""
     made_with = f"nnunetv2_dycon {__version__}, nnunetv2 {version('nnunetv2')}"
     tasks = [_case_to_prepare(config, case, record) for case, record in records.items()]
     problems, saved = [], -_SAVE_INTERVAL
