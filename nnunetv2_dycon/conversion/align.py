@@ -1,4 +1,4 @@
-"""Label maps onto the grid of their image, and their values into those of the data set."""
+"""Label maps on the grid of their image, with the values of the data set."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
@@ -10,7 +10,7 @@ from nnunetv2_dycon.conversion.volumes import Volume
 from nnunetv2_dycon.errors import DataError
 
 TOLERANCE_MM = 1e-3
-TOLERANCE_VOXELS = 0.01  # headers that were written by two programs differ by rounding
+TOLERANCE_VOXELS = 0.01  # two programs round headers differently
 _ANY_CT_TISSUE = (0.0, 200.0)  # HU between which the median of an abdominal organ lies
 _AIR_HU, _AIR_SHARE = -200.0, 0.05
 
@@ -55,8 +55,8 @@ def map_values(array: np.ndarray, maps: Sequence[Mapping[int, int]], name: str, 
 
 
 def present(array: np.ndarray) -> set[int]:
-    """Values in an array of whole numbers."""
-    # by slices: np.unique sorts a copy of all it gets
+    """Return the values in an array (X, Y, Z) of whole numbers."""
+    # by slices, since np.unique sorts a copy of its input
     return {int(value) for part in array.T for value in np.unique(part)}
 
 
@@ -72,7 +72,7 @@ def _apply(array: np.ndarray, known: Mapping[int, int]) -> np.ndarray:
 
 
 def same_grid(one: Volume, other: Volume) -> bool:
-    """Whether two volumes have the same voxels in millimetres, but for rounding in their headers."""
+    """Return whether two volumes have the same voxels in millimetres, apart from rounding in their headers."""
     if one.array.shape != other.array.shape:
         return False
     apart = np.abs(_corners(one) - _corners(other)).max()
@@ -85,12 +85,12 @@ def _corners(volume: Volume) -> np.ndarray:
 
 
 def on_grid(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, list[str]]:
-    """Label as it is, if it is on the grid of its image.
+    """Return the label (X, Y, Z) unchanged, if it is on the grid of its image, and no notes.
 
     Parameters
     ----------
     image : Volume
-        The image whose grid counts.
+        The image.
     label : Volume
         The label map.
     name : str
@@ -107,17 +107,21 @@ def on_grid(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, list[s
 
 
 def grid(volume: Volume) -> str:
-    """Shape, spacing and origin, for messages."""
+    """Return shape, spacing and origin, for messages."""
     spacing = " x ".join(f"{s:.4g}" for s in volume.spacing)
     origin = ", ".join(f"{o:.5g}" for o in volume.affine[:3, 3])
     return f"{' x '.join(map(str, volume.array.shape))} voxels of {spacing} mm from ({origin})"
 
 
 def resample(volume: Volume, onto: Volume, order: int) -> np.ndarray:
-    """Values of `volume` at the voxels of `onto`, by position in mm; 0 where it has none.
+    """Return the values of `volume` at the voxels of `onto` by position in mm, (X, Y, Z); 0 outside `volume`.
 
     Parameters
     ----------
+    volume : Volume
+        The values.
+    onto : Volume
+        The new grid.
     order : int
         0 is nearest neighbour, 1 is linear.
     """
@@ -131,7 +135,7 @@ def resample(volume: Volume, onto: Volume, order: int) -> np.ndarray:
 
 
 def _flips(index: np.ndarray, shape: Sequence[int], onto: Sequence[int]) -> tuple[int, ...] | None:
-    """Axes to turn round where that is all the matrix does; None where it does more."""
+    """Return the axes to flip, if a matrix (4, 4) between voxel indices only flips axes; None otherwise."""
     signs = np.sign(np.diag(index)[:3])
     offset = np.where(signs < 0, np.array(shape) - 1, 0)
     exact = np.eye(4)
@@ -142,21 +146,21 @@ def _flips(index: np.ndarray, shape: Sequence[int], onto: Sequence[int]) -> tupl
     return tuple(int(axis) for axis in np.flatnonzero(signs < 0))
 
 
-# ---- CT labels whose file points another way than the image -------------------------------------------------
+# ---- CT labels whose axes run in other directions than those of the image -----------------------------------
 
 
 def by_position(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, list[str]]:
-    """Label of a soft organ on the grid of its CT, by position in mm, and checked by the CT's own values.
+    """Return the label (X, Y, Z) of a soft organ on the grid of its CT by position in mm, and notes.
 
-    Where the position does not fit the anatomy, turned axes are tried, since such files are known to have a
-    header that does not fit their voxels. Findings are reported.
+    The Hounsfield units inside the label check the position. If they do not fit an organ, flipped axes are tried,
+    since the headers of such files are known to be wrong; a note tells of it.
 
     Parameters
     ----------
     image : Volume
         CT in Hounsfield units.
     label : Volume
-        Foreground are all values but 0.
+        Foreground is every value except 0.
 
     Raises
     ------
@@ -179,7 +183,7 @@ def by_position(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, li
             f"{name}: the label does not fit its CT, neither by position nor with turned axes (median "
             f"{_median(image.array, placed)} HU inside it); check that both are of the same case"
         )
-    _, axes, turned = min(candidates, key=lambda found: found[0])  # of equals the one with the fewest turned axes
+    _, axes, turned = min(candidates, key=lambda found: found[0])  # of equal ones the one with the fewest flipped axes
     how = f"axes {', '.join('xyz'[axis] for axis in axes)} turned" if axes else "voxel by voxel"
     return turned, [f"the label's position does not fit the CT; placed {how}, which does"]
 
@@ -191,7 +195,7 @@ def _expected_voxels(label: Volume, image: Volume) -> float:
 
 
 def is_organ(ct: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether a soft organ can be under `mask`: median 0 to 200 HU, less than 5 % below -200 HU."""
+    """Return whether a mask can be a soft organ: median 0 to 200 HU, less than 5 % below -200 HU; both (X, Y, Z)."""
     values = ct[mask != 0]
     if not values.size:
         return False

@@ -1,6 +1,6 @@
-"""Roles of the cases that are there: labelled, validation, unlabelled, test, and the folds that follow.
+"""Roles of the cases of a collection (labelled, validation, unlabelled, test), and the folds that follow.
 
-Nothing here opens a file of the collection: roles depend on names, a protocol and a seed alone.
+No file of the collection is opened: roles depend only on names, a protocol and a seed.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,18 +24,18 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Assignment:
-    """Who is what.
+    """The role of every case.
 
     Attributes
     ----------
     protocol : Protocol
-        What decided it: the one that was asked for, or that of the user's file.
+        The protocol that decided: the requested one, or that of the user's file.
     cases : mapping of str to tuple of str
         Cases of each of `ROLES` that are there, in the protocol's order.
     missing : mapping of str to tuple of str
         Cases of each role that the protocol names and that are not there, or not with their label.
     unknown : tuple of str
-        Cases that are there and not in the protocol; they are left out.
+        Cases that are there but not in the protocol; they are left out.
     folds : tuple of dict
         Content of splits_final.json.
     notes : tuple of str
@@ -51,7 +51,7 @@ class Assignment:
 
     @property
     def role_of(self) -> dict[str, str]:
-        """Role of every case that takes part."""
+        """The role of every case that is used."""
         return {case: role for role in ROLES for case in self.cases[role]}
 
 
@@ -80,11 +80,11 @@ class Known:
     with_label : mapping of str to bool
         Every case that is there, and whether a label file is.
     empty : collection of str
-        Cases known to have no foreground: not drawn as labelled ones.
+        Cases without foreground: never drawn as labelled cases.
     dropped : collection of str
         Cases to leave out of every role.
     groups : mapping of str to str
-        Subject of each case; cases without one are their own.
+        Subject of each case; a case without an entry is a subject of its own.
     """
 
     with_label: Mapping[str, bool]
@@ -94,7 +94,7 @@ class Known:
 
 
 def parse_labeled(text: str | float | Path, option: str = "--labeled") -> LabeledChoice:
-    """Fraction, number, 'all' or path of what --labeled, or another `option`, was given.
+    """Return the fraction, number, 'all' or path that the user typed for --labeled, or for another `option`.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def parse_labeled(text: str | float | Path, option: str = "--labeled") -> Labele
 
 
 def assign(protocol: Protocol, request: Request, known: Known, canonical: Callable[[str], str]) -> Assignment:
-    """Give every case that is there its role; the same for the same arguments.
+    """Give every case that is there its role; the same arguments give the same roles.
 
     Parameters
     ----------
@@ -178,13 +178,13 @@ def _has_truth(case: str, known: Known) -> bool:
     return known.with_label[case] or case in known.empty
 
 
-# ---- the labelled ones -------------------------------------------------------------------------------------
+# ---- labelled cases ----------------------------------------------------------------------------------------
 
 
 def _labeled_cases(
     protocol: Protocol, request: Request, known: Known, canonical: Callable[[str], str]
 ) -> tuple[Protocol, tuple[str, ...], list[str]]:
-    """Protocol (another one where the file is a whole protocol), labelled cases, and what to say of them."""
+    """Return the protocol (another one if the file is a whole protocol), the labelled cases, and notes on them."""
     if isinstance(request.labeled, Path):
         return _from_file(protocol, request.labeled, canonical)
     if request.labeled == "all":
@@ -215,12 +215,17 @@ def labeled_number(labeled: float | int, cases: int, option: str = "--labeled") 
 
     Parameters
     ----------
-    labeled : str, float or Path
-        The user's number, fraction or 'all'.
+    labeled : float or int
+        The user's number or fraction.
     cases : int
         Cases to choose from.
     option : str
         Name of the option, for messages.
+
+    Raises
+    ------
+    ConfigError
+        If that is less than 1 or more than `cases`.
     """
     number = round(labeled * cases) if isinstance(labeled, float) else labeled
     if not 1 <= number <= cases:
@@ -251,7 +256,7 @@ def _from_file(
 def draw(
     cases: Iterable[str], seed: int, groups: Mapping[str, str], number: int, among: Collection[str] | None = None
 ) -> tuple[str, ...]:
-    """Seeded draw of at most `number` cases; a smaller draw is the head of a larger one.
+    """Draw at most `number` cases with a seed; a smaller draw is the head of a larger one.
 
     Parameters
     ----------
@@ -262,9 +267,9 @@ def draw(
     groups : mapping of str to str
         Subject of each case: all cases of a subject or none.
     number : int
-        How many; fewer come back where whole subjects do not fit.
+        Cases to draw; fewer come back where whole subjects do not fit.
     among : collection of str, optional
-        Cases that can be taken; the permutation does not depend on it.
+        Cases that may be drawn; the permutation does not depend on them.
     """
     members = _by_group(cases, groups)
     names = sorted(members)
@@ -293,7 +298,7 @@ def _short_of(number: int, drawn: Sequence[str]) -> list[str]:
 
 
 def _reference(protocol: Protocol, labeled: Sequence[str]) -> tuple[str, ...]:
-    """Labelled cases among which validation cases are chosen: those that every number of labelled cases has."""
+    """Return the labelled cases to choose validation cases from: those that all numbers of labelled cases share."""
     if not protocol.labeled:
         return tuple(labeled[:20])
     smallest = protocol.labeled[min(protocol.labeled)]
@@ -303,7 +308,7 @@ def _reference(protocol: Protocol, labeled: Sequence[str]) -> tuple[str, ...]:
 def _folds(
     labeled: Sequence[str], validation: Sequence[str], reference: Sequence[str], groups: Mapping[str, str]
 ) -> tuple[tuple[dict[str, list[str]], ...], str]:
-    """Folds, and what fold 0 means."""
+    """Return the folds, and a note on fold 0."""
     if validation:
         fold = {"train": sorted(labeled), "val": sorted(validation)}
         text = f"fold 0 trains on the {len(labeled)} labelled cases and validates on {len(validation)} others"
@@ -330,7 +335,7 @@ def _folds(
 
 
 def as_json(assignment: Assignment) -> dict[str, Any]:
-    """Return what conversion.json keeps of it."""
+    """Return the entries for conversion.json."""
     return {
         "missing": {role: list(names) for role, names in assignment.missing.items() if names},
         "not_in_protocol": list(assignment.unknown),

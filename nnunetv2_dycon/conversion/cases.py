@@ -1,4 +1,4 @@
-"""One case, written as nnU-Net's files; the work of one process."""
+"""The files of one case in nnU-Net's format, written by one process."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from nnunetv2_dycon.files import read_json, write_json
 
 @dataclass(frozen=True)
 class SourceCase:
-    """A case as it was found.
+    """A case of a collection.
 
     Attributes
     ----------
@@ -47,11 +47,11 @@ class LabelRule:
     Attributes
     ----------
     maps : sequence of mapping
-        Old to new values; the first that knows all values of a case is used.
+        From old to new values; the first one with all values of a case is used.
     fit : callable
-        Brings a label map onto the grid of its image.
+        Puts a label map on the grid of its image.
     needs_image : bool
-        Whether `fit` looks at the values of the image, not only at its grid.
+        Whether `fit` needs the values of the image in addition to its grid.
     hint : str
         Ends the message about an unknown value.
     """
@@ -64,7 +64,7 @@ class LabelRule:
 
 @dataclass(frozen=True)
 class Resampled(Source):
-    """An image that is brought onto the grid of another by position in mm, linearly."""
+    """An image that is resampled linearly onto the grid of another one, by position in mm."""
 
     image: Source
     onto: Source
@@ -75,7 +75,7 @@ class Resampled(Source):
         return self.image.files
 
     def read(self) -> Volume:
-        """Values at the voxels of the other image, float32; 0 where there are none."""
+        """Return the values at the voxels of the other image, float32; 0 outside this image."""
         grid, image = self.onto.read(), self.image.read()
         values = resample(image._replace(array=image.array.astype(np.float32)), grid, order=1)
         return Volume(values, grid.affine, grid.header)
@@ -131,7 +131,7 @@ class Task(ABC):
         return None
 
     def is_whole(self) -> bool:
-        """Whether an earlier run finished this case; images are looked at as if they were a source."""
+        """Return whether an earlier run finished this case; its NIfTI files are checked like those of a source."""
         if not self._record.is_file():
             return False
         data = Workspace(self.work).data
@@ -158,12 +158,12 @@ class Task(ABC):
 
 
 def image_name(task: Task, channel: int) -> str:
-    """Name of a channel's file, relative to the data set's folder."""
+    """Return the name of a channel's file, relative to the data set's folder."""
     return f"{IMAGES[task.role]}/{task.name}_{channel:04d}{task.ending}"
 
 
 def label_name(task: Task) -> str:
-    """Name of the label map's file, relative to the data set's folder."""
+    """Return the name of the label map's file, relative to the data set's folder."""
     return f"{LABELS[task.role]}/{task.name}{task.ending}"
 
 
@@ -174,11 +174,11 @@ class CaseTask(Task):
     Attributes
     ----------
     case : SourceCase
-        Without a label where the case is unlabelled, so no worker knows where one is.
+        Without its label if the case is unlabelled, so that no worker knows the label's file.
     rule : LabelRule
-        What becomes of the label map.
+        How the label map is converted.
     empty : bool
-        Whether the case is known to have no foreground, so that an empty label stands for a missing one.
+        Whether the case is known to have no foreground: a missing label map is then written as an empty one.
     """
 
     case: SourceCase
@@ -198,7 +198,13 @@ class CaseTask(Task):
         return (*images, *([label_name(self)] if self.role in LABELS else []))
 
     def make(self) -> dict[str, Any]:
-        """Write images, then the label."""
+        """Write images, then the label.
+
+        Raises
+        ------
+        DataError
+            If channels are on different grids, or the label is missing or does not fit.
+        """
         first: Any = None  # of the case's volumes
         how = []
         for channel, source in enumerate(self.case.images):
@@ -232,7 +238,7 @@ class CaseTask(Task):
 
 @dataclass(frozen=True)
 class LinkTask(Task):
-    """A case of a data set that nnU-Net reads already: its files under other names.
+    """A case of a data set in nnU-Net's format: its files under other names.
 
     Attributes
     ----------

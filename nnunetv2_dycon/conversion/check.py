@@ -1,4 +1,4 @@
-"""A look at a whole raw data set before hours go into it: roles, duplicates, geometry, channels, labels."""
+"""Check of a raw data set before hours of training: roles, duplicates, geometry, channels, labels."""
 
 import hashlib
 from collections import defaultdict
@@ -26,7 +26,7 @@ from nnunetv2_dycon.findings import Finding
 
 @dataclass(frozen=True)
 class _Task:
-    """A case to look at; picklable."""
+    """A case to check; picklable."""
 
     case: str
     images: tuple[Path, ...]
@@ -44,7 +44,7 @@ class _Seen(NamedTuple):
 
 
 def check(dataset_id: int | str, *, processes: int | None = None) -> list[Finding]:
-    """Look at every image, and at every label that has a role; the last line is what to type next.
+    """Check every image, and every label of a labelled or test case; the last finding is the next command.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def _look_at_label(task: _Task, image: np.ndarray, properties: Mapping[str, Any]
 
 
 def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Compare spacing, and origin and direction where the reader tells them, with a tolerance for rounding."""
+    """Compare spacing, and origin and direction if the reader has them, with a tolerance for rounding."""
     if not np.allclose(one["spacing"], other["spacing"], rtol=1e-3):
         return False
     for key in ("sitk_stuff", "nibabel_stuff"):
@@ -200,7 +200,7 @@ def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _hash(channel: np.ndarray) -> str:
-    """Hash of shape and values, whatever the type on disk."""
+    """Return a hash of shape and values of a channel (X, Y, Z), independent of the type on disk."""
     values = np.ascontiguousarray(channel, np.float32)
     return hashlib.blake2b(values.tobytes() + str(values.shape).encode(), digest_size=16).hexdigest()
 
@@ -214,7 +214,7 @@ def _gathered(name: str, good: str, seen: Mapping[str, _Seen]) -> Finding:
 
 
 def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Finding:
-    """The same voxels under two names, in one role or in two."""
+    """Find the same voxels under two names, in one role or in two."""
     cases: dict[str, list[str]] = defaultdict(list)
     for case, result in sorted(seen.items()):
         if result.hashes:
@@ -277,7 +277,7 @@ def _splits(raw: Path, roles: Roles) -> Finding:
 
 
 def _provenance(raw: Path, role_of: Mapping[str, str]) -> Finding:
-    """Roles as conversion.json recorded them; a data set without one is not judged."""
+    """Compare the roles with conversion.json; a data set without this file passes."""
     cases = conversion_of(raw).get("cases")
     if not cases:
         return Finding("conversion.json", True, "none: nothing is recorded about where the cases come from")

@@ -1,4 +1,4 @@
-"""Command line of a converter; the same run by path from a checkout and as `nnUNetv2_dycon convert`."""
+"""Command line of a converter: as `nnUNetv2_dycon convert`, and by path from a checkout."""
 
 import argparse
 import logging
@@ -10,7 +10,7 @@ from nnunetv2_dycon.errors import UserError
 
 
 def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> argparse.ArgumentParser:
-    """Arguments that all converters have; a converter adds its own.
+    """Return the arguments that all converters share; a converter adds its own.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> ar
     parser.add_argument("--labeled_seed", type=int, help="draw them with this seed, in place of the published ones")
     parser.add_argument(
         "--protocol",
-        help=f"who is a training, validation and test case: {', '.join(protocols)} or a JSON file "
+        help=f"lists of training, validation and test cases: {', '.join(protocols)} or a JSON file "
         f"(default: {protocols[0]})",
     )
     parser.add_argument(

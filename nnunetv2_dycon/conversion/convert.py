@@ -1,4 +1,4 @@
-"""From a downloaded collection to a raw data set of nnU-Net: what all converters share."""
+"""From a downloaded collection to a raw data set of nnU-Net, for all converters."""
 
 import json
 import os
@@ -37,9 +37,9 @@ class Found:
     notes : tuple of str
         Notes for the user.
     form : str
-        Which of the public forms it is, and what follows from it; goes to dataset.json.
+        The public form of the collection and its consequences; goes to dataset.json.
     rule : LabelRule, optional
-        In place of the collection's, where this form needs another one.
+        Replaces the collection's rule, where this form needs another one.
     """
 
     cases: Mapping[str, SourceCase]
@@ -50,7 +50,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Collection:
-    """A public collection: how its cases are found, and what nnU-Net has to know of it.
+    """A public collection: how its cases are found, and the content of its dataset.json.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class Collection:
     find : callable
         From all files to the cases; opens no file.
     channels : tuple of str
-        Names of the image channels; nnU-Net chooses the normalisation by them.
+        Names of the image channels, which decide nnU-Net's normalisation.
     labels : mapping of str to int
         Labels of the data set.
     rule : LabelRule
@@ -69,7 +69,7 @@ class Collection:
     license, reference : str
         For dataset.json.
     prefix : str
-        What stands before the four digits of a case name; empty where names are not numbers.
+        Text before the four digits of a case name; empty where names are not numbers.
     inner : frozenset of str
         Folders inside the collection, lower case: given one of these, the collection is its parent.
     empty : frozenset of str
@@ -95,7 +95,7 @@ class Collection:
     drop_reason: str = ""
 
     def case_name(self, text: str) -> str:
-        """Case name of an id as lists write it: with an ending, a prefix, a channel, or without leading zeros."""
+        """Return the case name of an id in a list, which may have an ending, a prefix or a channel, or lack zeros."""
         stem = re.sub(r"(\.nii)?(\.(gz|h5|npy|nrrd))?$", "", text.strip())
         if not self.prefix:
             return stem
@@ -138,7 +138,7 @@ def convert(
     processes : int, optional
         Worker processes; as many as there are processors (at most 8) by default.
     dry_run : bool
-        Say what would be done, write nothing, open no image.
+        Only report the plan; write nothing, open no image.
     strict : bool
         Refuse a collection that lacks cases of the protocol.
     overwrite : bool
@@ -149,7 +149,7 @@ def convert(
     Raises
     ------
     ConfigError, DataError, SplitError
-        One line on what is wrong, where, and what to do. Nothing is left half-written.
+        One line with the problem, its place and its remedy. No incomplete data set is left.
     """
     root, files = list_files(source, collection.inner)
     found = collection.find(files)
@@ -192,7 +192,7 @@ def convert(
 
 
 def _as_spelled(cases: Mapping[str, SourceCase], protocol: Protocol) -> dict[str, SourceCase]:
-    """Cases by the names that the protocol gives them, where only upper and lower case differ."""
+    """Return the cases by their names in the protocol, which may differ in upper and lower case."""
     spelled = {name.casefold(): name for name in (*protocol.train, *protocol.val, *protocol.test)}
     return {spelled.get(name.casefold(), name): case for name, case in cases.items()}
 
@@ -231,13 +231,13 @@ def _tasks(collection: Collection, found: Found, roles: Assignment, folder: Path
 
 
 def file_ending(images: Sequence[Any]) -> str:
-    """`.nii` where every image is such a file, so that it can be linked; `.nii.gz` otherwise."""
+    """Return `.nii` if every image is such a file and can be linked; `.nii.gz` otherwise."""
     plain = all(isinstance(source, NiftiFile) and source.path.name.lower().endswith(".nii") for source in images)
     return ".nii" if plain else ".nii.gz"
 
 
 def plan_of(tasks: Sequence[Task], roles: Assignment, root: Path) -> dict[str, Any]:
-    """Return what conversion.json says about the roles and where every case came from.
+    """Return the roles and the source of every case, for conversion.json.
 
     Parameters
     ----------
@@ -258,7 +258,7 @@ def plan_of(tasks: Sequence[Task], roles: Assignment, root: Path) -> dict[str, A
 
 
 def _described(task: Task, root: Path) -> list[dict[str, Any]]:
-    """Source files, below `root` by their relative names; a folder stands for all its files."""
+    """Describe the source files, those below `root` by relative names; a folder stands for all its files."""
     described = []
     for path in task.sources:
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
@@ -285,7 +285,7 @@ def _dataset_json(collection: Collection, found: Found, roles: Assignment, tasks
 
 
 def _write_dataset_json(arguments: Mapping[str, Any], folder: Path) -> None:
-    # a copy, since nnU-Net changes what it gets
+    # a copy, since nnU-Net changes its arguments
     generate_dataset_json(str(folder), **json.loads(json.dumps(arguments)))
 
 
@@ -301,7 +301,7 @@ def role_rows(roles: Assignment) -> tuple[tuple[str, int, int], ...]:
 
 
 def role_notes(roles: Assignment) -> list[str]:
-    """Return what the user should know about who is in which role."""
+    """Return notes on the roles, for the user."""
     notes = [
         f"missing, or without what the role needs ({WORDS[role]}, {len(names)}): {_listed(names)}"
         for role, names in roles.missing.items()

@@ -1,10 +1,10 @@
-"""A new raw data set of nnU-Net, built out of sight and put in place when it is whole.
+"""A new raw data set of nnU-Net, built in a hidden folder and renamed when it is complete.
 
 While it is built, everything is in the hidden folder `.DatasetXXX_Name.converting` next to the data set's folder.
 nnU-Net does not see it:
 
-- `data/`: what will be the data set; a file there is whole, since it is renamed into place;
-- `records/CASE.json`: written last, it says that the case is whole;
+- `data/`: the future data set; every file in it is complete, since it is renamed into place;
+- `records/CASE.json`: written last, so it marks a complete case;
 - `stamp`: identifies the data set that is built; with another stamp a killed run is not continued but started again;
 - `old/`: for a moment, the data set that is replaced.
 
@@ -36,13 +36,13 @@ FILES = ("dataset.json", "splits_final.json", "conversion.json")
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a data set is being built."""
+    """Folder in which a data set is built."""
 
     work: Path
 
     @property
     def data(self) -> Path:
-        """What will be the data set."""
+        """The future data set."""
         return self.work / "data"
 
     @property
@@ -52,12 +52,12 @@ class Workspace:
 
 
 def workspace(folder: Path) -> Workspace:
-    """Where the data set at `folder` is built."""
+    """Return the workspace of the data set at `folder`."""
     return Workspace(folder.with_name(f".{folder.name}.converting"))
 
 
 def new_folder(dataset_id: int, name: str) -> Path:
-    """Folder of a data set in nnUNet_raw.
+    """Return the folder of a new data set in nnUNet_raw.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def new_folder(dataset_id: int, name: str) -> Path:
 
 
 def conversion_of(folder: Path) -> dict[str, Any]:
-    """Content of a data set's conversion.json; empty where there is none that can be read."""
+    """Return the content of a data set's conversion.json; empty if it cannot be read."""
     try:
         content = read_json(folder / "conversion.json")
     except DataError:
@@ -88,7 +88,7 @@ def conversion_of(folder: Path) -> dict[str, Any]:
 
 
 def check_free(folder: Path, *, made_by: str, overwrite: bool) -> None:
-    """Refuse to replace what must not be replaced.
+    """Refuse to replace a data set that must stay.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def check_free(folder: Path, *, made_by: str, overwrite: bool) -> None:
 
 
 def _added(folder: Path, conversion: Mapping[str, Any]) -> Iterator[Path]:
-    # what no list says was written is taken for added: a data set of a version that kept none is left alone
+    # a file that no list names counts as added: a data set of a version without lists is left alone
     written = (entry.get("written", ()) for entry in conversion.get("cases", {}).values())
     own = {*FILES, COMMAND_FILE}.union(*written)
     for path in sorted(folder.rglob("*")):
@@ -129,14 +129,14 @@ def _added(folder: Path, conversion: Mapping[str, Any]) -> Iterator[Path]:
 
 @contextmanager
 def building(folder: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iterator[Workspace]:
-    """Give a workspace, and put what is in its `data` at `folder` when the block ends well.
+    """Give a workspace, and rename its `data` to `folder` when the block ends without an error.
 
     Parameters
     ----------
     folder : Path
         The data set's folder.
     stamp : str
-        Changes with everything that decides the content; work of a killed run is kept if it has the same.
+        Changes with everything that decides the content; the work of a killed run with the same stamp is kept.
     made_by : str
         Name of the converter, in conversion.json under "converter".
     overwrite : bool
@@ -178,7 +178,7 @@ def _prepare(space: Workspace, stamp: str) -> None:
         write_text(space.work / _STAMP, stamp)
     for folder in (*(space.data / name for name in FOLDERS), space.records):
         folder.mkdir(parents=True, exist_ok=True)
-    for part in space.data.glob("*/.*"):  # half-written by a killed run
+    for part in space.data.glob("*/.*"):  # left by a killed run
         part.unlink()
 
 
@@ -188,9 +188,9 @@ def _is_stamped(work: Path, stamp: str) -> bool:
 
 
 def settle(folder: Path, stamp: str) -> None:
-    """Bring back a data set that a killed run was about to replace, and remove what a run of this `stamp` left.
+    """Restore a data set that a killed run was replacing, and remove the workspace of a finished run of this `stamp`.
 
-    Only for a data set that needs no more work; `building` does the first on its own.
+    For a data set that needs no more work; `building` restores on its own.
     """
     work = workspace(folder).work
     if not work.exists():
@@ -227,7 +227,7 @@ def _rename(folder: Path, name: Path) -> None:
 
 
 def stale_preparation(folder: Path) -> Path | None:
-    """Return the preprocessed folder of a data set, which replacing the data set leaves out of date."""
+    """Return the preprocessed folder of a data set, if there is one: a new data set makes it outdated."""
     preprocessed = nnUNet_preprocessed.get()
     prepared = Path(preprocessed) / folder.name if preprocessed else None
     return prepared if prepared is not None and prepared.exists() else None

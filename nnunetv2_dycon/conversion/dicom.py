@@ -1,4 +1,4 @@
-"""CT series as DICOM files, one file a slice."""
+"""CT series as DICOM files, one file per slice."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,13 +36,13 @@ class CtSeries(Source):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The folders: the files are too many to list."""
+        """The folders, since there are too many files to list."""
         return self.folders
 
     def read(self) -> Volume:
         """Read the series in Hounsfield units, slices in the order of their positions.
 
-        Of several series the largest is taken if the others are far smaller (scouts).
+        Of several series the largest is read if the others are far smaller (scouts).
 
         Raises
         ------
@@ -81,10 +81,10 @@ def _series(folder: Path) -> list[_Series]:
         uids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
         found = [_Series(folder, uid, names(str(folder), uid)) for uid in uids]
     listed = {Path(name).name for series in found for name in series.files}
-    # the reader passes over what it cannot read, and a stack without its last slice looks whole
+    # the reader skips files that it cannot read, and a stack without its last slice looks complete
     for path in sorted(folder.iterdir()):
         if path.name not in listed and _should_be_slice(path):
-            raise DataError(f"{path} cannot be read as a slice of a series; fetch it again, or remove it if it is none")
+            raise DataError(f"{path} cannot be read as a slice; fetch it again, or remove it if it is not one")
     return found
 
 
@@ -97,7 +97,7 @@ def _should_be_slice(path: Path) -> bool:
 
 
 def _in_order(series: _Series) -> tuple[list[str], float]:
-    """Files by position along the normal of the slices, and the distance of neighbours in mm."""
+    """Return the files by position along the normal of the slices, and the distance between neighbours in mm."""
     placed = sorted(_placed(series.files))
     if len(placed) < 2:
         raise DataError(f"{series.folder} has a series of one slice; fetch it again")
@@ -131,7 +131,16 @@ def _placed(files: Sequence[str]) -> Iterator[tuple[float, str, tuple[float, ...
 
 
 def _check_straight(folder: Path, heights: np.ndarray, asides: np.ndarray) -> None:
-    """Refuse a stack that a grid with right angles and one distance of slices does not describe.
+    """Refuse a stack that is not a grid with right angles and equal distances between slices.
+
+    Parameters
+    ----------
+    folder : Path
+        For the message.
+    heights : ndarray, shape (S,)
+        Position of each slice along the normal, in mm.
+    asides : ndarray, shape (S, 3)
+        Rest of each slice's position, in mm.
 
     Raises
     ------

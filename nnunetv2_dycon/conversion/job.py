@@ -1,4 +1,4 @@
-"""Carrying out a conversion: everything is decided before the first file is written, and a killed run goes on."""
+"""Carrying out a conversion: everything is decided before the first file is written, and a killed run continues."""
 
 import logging
 from collections import Counter
@@ -33,7 +33,7 @@ class Conversion:
     title : str
         Data set and protocol.
     rows : tuple
-        Role, cases that the protocol names, cases that are there.
+        Role, number of cases in the protocol, number of cases that are there.
     notes : tuple of str
         Notes for the user.
     """
@@ -73,8 +73,8 @@ class Job:
     title, rows, notes
         For the `Conversion`.
     dated : bool
-        Whether conversion.json keeps the `stamp`, so that a later run notices changed sources. Not where sources may
-        be made again with the same content.
+        Whether conversion.json keeps the `stamp`, so that a later run notices changed sources. False if sources may
+        be written again with the same content.
     """
 
     folder: Path
@@ -94,7 +94,7 @@ class Job:
 
     @property
     def stamp(self) -> str:
-        """Changes with the plan, and when a source file was changed."""
+        """Changes with the plan, and with every source file."""
         times = [
             file.stat().st_mtime_ns
             for task in self.tasks
@@ -109,7 +109,7 @@ class Job:
 
 
 def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, overwrite: bool = False) -> Conversion:
-    """Write the data set of a job, or go on with it; the result does not depend on interruptions.
+    """Write the data set of a job, or continue it; the result does not depend on interruptions.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, 
         If the folder is taken, or made from sources that were changed since; if a case is bad (all bad ones are
         counted) or nothing can be written.
     """
-    stamp = job.stamp  # once, so that it tells of changes during the conversion
+    stamp = job.stamp  # taken once, so that changes during the conversion are noticed
     if not dry_run:
         dataset.settle(job.folder, stamp)
     if not overwrite and _is_there(job, stamp):
@@ -147,7 +147,7 @@ def carry_out(job: Job, *, processes: int | None = None, dry_run: bool = False, 
 
 
 def _is_there(job: Job, stamp: str) -> bool:
-    """Whether the data set was made by the same command and is complete; its files are not opened."""
+    """Return whether the same command made the data set and it is complete; its files are not opened."""
     made = dataset.conversion_of(job.folder)
     if made.get("fingerprint") != job.fingerprint:
         return False

@@ -1,9 +1,9 @@
-"""Protocols: who is a training, validation and test case, and which training cases are labelled.
+"""Protocols: lists of training, validation and test cases, and of the labelled ones among the training cases.
 
-The published ones are data files in `published/`, with their source. A user's own file has the same form:
+Published protocols are data files in `published/`, with their source. A user's file has the same form:
 ``{"labeled": [...], "train": [...], "val": [...], "test": [...]}``, where "labeled" may also be a mapping
-``{"4": [...], "8": [...]}`` from a number to a list, and "unlabeled" may stand in place of "train". Beside "train",
-whose cases are unlabelled unless they are labelled, it decides nothing and may name none but these.
+``{"4": [...], "8": [...]}`` from a number to a list, and "unlabeled" may replace "train". Next to "train", whose cases
+are unlabelled unless they are labelled, "unlabeled" changes nothing and may name only cases of "train".
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,12 +42,12 @@ class Protocol:
 
     @property
     def first_are_labeled(self) -> bool:
-        """Whether every published labelled list is the head of the training list."""
+        """Whether every published list of labelled cases is the head of the training list."""
         return all(self.train[:n] == cases for n, cases in self.labeled.items())
 
 
 def find_protocol(name: str | Path, published: Sequence[str], canonical: Callable[[str], str]) -> Protocol:
-    """Return a published protocol by its name, or that of a user's file.
+    """Return a published protocol by its name, or the one in a user's file.
 
     Parameters
     ----------
@@ -76,7 +76,13 @@ def find_protocol(name: str | Path, published: Sequence[str], canonical: Callabl
 
 
 def read_protocol(path: Path, canonical: Callable[[str], str]) -> Protocol:
-    """Read and check a protocol file; see `find_protocol`."""
+    """Read and check a protocol file.
+
+    Raises
+    ------
+    SplitError
+        If the file is not a protocol, or a case is in two roles.
+    """
     content = _load(path)
     lists = {key: _names(path, key, content.get(key, []), canonical) for key in ("train", "val", "test")}
     labeled = _labeled(path, content, canonical)
@@ -102,7 +108,7 @@ def read_protocol(path: Path, canonical: Callable[[str], str]) -> Protocol:
 
 
 def read_names(path: Path, canonical: Callable[[str], str]) -> tuple[str, ...]:
-    """Case names of a text file, one per line; blank lines and lines that start with # do not count.
+    """Return the case names in a text file, one per line; blank lines and lines that start with # are ignored.
 
     Raises
     ------
@@ -127,7 +133,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _either(content: Mapping[str, Any], key: str) -> Any:
-    """Value of `key` in American or British spelling."""
+    """Return the value of `key`, in American or British spelling."""
     return content.get(key, content.get(key.replace("labeled", "labelled"), []))
 
 

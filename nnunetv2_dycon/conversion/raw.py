@@ -1,4 +1,4 @@
-"""A raw data set of nnU-Net that is there: its folder, and its dataset.json with the keys that are needed."""
+"""An existing raw data set of nnU-Net: its folder, and its checked dataset.json."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from nnunetv2_dycon.folders import environment_folder
 
 
 def find_raw(dataset_id: int | str) -> tuple[Path, dict[str, Any]]:
-    """Folder and dataset.json of a data set in nnUNet_raw, by id or name.
+    """Return folder and content of dataset.json of a data set in nnUNet_raw, by id or name.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Files of a downloaded collection: which there are, and which collection they look like."""
+"""Files of a downloaded collection: their list, and the collection that they look like."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from nnunetv2_dycon.errors import DataError
 _JUNK = {"desktop.ini", "thumbs.db", "__macosx"}
 NIFTI = r"\.nii(?:\.gz)?"
 
-# What the files of each collection are called; paths in lower case with "/". The first that fits is named.
+# Patterns of each collection's files, for paths in lower case with "/"; the first that fits is named.
 _LOOKS = (
     (rf"strokecase\d{{4}}[^/]*_(dwi|adc|flair|msk){NIFTI}$", "ISLES-2022", "convert ISLES22"),
     (rf"_(flair|t1|t1ce|t2|seg){NIFTI}$", "BraTS", "convert BraTS19"),
@@ -26,14 +26,14 @@ _LOOKS = (
 
 
 def list_files(source: str | Path, inner: Collection[str] = ()) -> tuple[Path, list[Path]]:
-    """Root of a collection and all its files, sorted, without what operating systems leave.
+    """Return the root of a collection and all its files, sorted, without files of operating systems.
 
     Parameters
     ----------
     source : path
-        Folder that the user named. A folder further up works as well, since the whole tree is walked.
+        The user's folder. A folder further up works as well, since the whole tree is read.
     inner : collection of str
-        Names, in lower case, of folders inside the collection. A `source` of such a name was one level too low:
+        Names, in lower case, of folders inside the collection. A `source` of such a name is one level too low:
         its parent is the root.
 
     Raises
@@ -56,7 +56,7 @@ def list_files(source: str | Path, inner: Collection[str] = ()) -> tuple[Path, l
         for name in folders:
             _stays_in(here / name, root)
         real = here.resolve()
-        if real in seen:  # a link to a folder that was walked already
+        if real in seen:  # a link to a folder that was read already
             folders.clear()
             continue
         seen.add(real)
@@ -69,7 +69,7 @@ def _is_junk(name: str) -> bool:
 
 
 def inside(path: Path, root: Path) -> Path:
-    """Return `path` if neither it nor a file in it is a link to something that is not below `root`.
+    """Return `path`, unless it or a file in it is a link that leaves `root`.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def _stays_in(path: Path, root: Path) -> None:
 
 
 def match(files: Iterable[Path], pattern: str) -> list[tuple[Path, re.Match[str]]]:
-    """Files whose whole name fits `pattern`, whatever its case, and the match."""
+    """Return the files whose whole name fits `pattern` in any case, and the matches."""
     compiled = re.compile(pattern, re.IGNORECASE)
     found = ((path, compiled.fullmatch(path.name)) for path in files)
     return [(path, fit) for path, fit in found if fit]
@@ -109,7 +109,7 @@ def only(kind: str, found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     Raises
     ------
     DataError
-        If a case has two; the message holds both.
+        If a case has two files; the message names both.
     """
     files: dict[str, Path] = {}
     spelling: dict[str, str] = {}
@@ -122,7 +122,7 @@ def only(kind: str, found: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def looks_like(root: Path, files: Sequence[Path], asked: str = "") -> str:
-    """Say, for an error, which collection a tree holds; never to type `asked`, which has been tried.
+    """Return the end of an error message: the collection that a tree holds, and its command unless it is `asked`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Any raw data set of nnU-Net as another one in which some training cases are labelled and the others are not."""
+"""A raw data set made from another one by links: some training cases keep their labels, the others lose them."""
 
 import csv
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ TEST_SEED = 12345  # test cases are the same for every draw of labelled ones
 
 @dataclass(frozen=True)
 class _Data:
-    """The data set that is split."""
+    """The data set to split."""
 
     folder: Path
     json: Mapping[str, Any]
@@ -33,6 +33,7 @@ class _Data:
 
     @property
     def ending(self) -> str:
+        """File ending of images and labels."""
         return self.json["file_ending"]
 
 
@@ -77,7 +78,7 @@ def split(
     Raises
     ------
     ConfigError, DataError, SplitError
-        One line on what is wrong, where, and what to do.
+        One line with the problem, its place and its remedy.
     """
     data = _read(dataset_id)
     subjects = _read_groups(Path(groups), data) if groups is not None else {}
@@ -153,7 +154,7 @@ def _drawn_tests(data: _Data, test: str | float, subjects: Mapping[str, str]) ->
     number = parse_labeled(test, "--test")
     if not isinstance(number, float | int):
         raise ConfigError(f"--test {test}: give a fraction (0.2) or a number of cases")
-    # a scan in imagesUn is trained on, whatever is drawn
+    # scans in imagesUn stay training cases
     trained = {subjects[case] for case in data.roles.unlabeled if case in subjects}
     free = [case for case in data.roles.labeled if subjects.get(case) not in trained]
     count = labeled_number(number, len(data.roles.labeled), "--test")

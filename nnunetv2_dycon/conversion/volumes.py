@@ -31,7 +31,7 @@ _UNREADABLE = (
 
 
 class Volume(NamedTuple):
-    """Voxels and where they are.
+    """Voxels and their place.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Volume(NamedTuple):
     affine : ndarray, shape (4, 4), float64
         From voxel indices to millimetres, RAS+.
     header : nibabel header or None
-        The NIfTI header it came with.
+        Header of the NIfTI file that it was read from.
     """
 
     array: np.ndarray
@@ -54,7 +54,7 @@ class Volume(NamedTuple):
 
 
 class Source(ABC):
-    """One image or label map of a collection, not read yet; picklable."""
+    """One image or label map of a collection, not yet read; picklable."""
 
     @property
     @abstractmethod
@@ -74,7 +74,13 @@ class Source(ABC):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what a reader says about `path` into one line."""
+    """Turn the errors of a reader of `path` into one line.
+
+    Raises
+    ------
+    DataError
+        In place of the reader's own errors.
+    """
     try:
         yield
     except MemoryError:
@@ -108,7 +114,7 @@ class NiftiFile(Source):
             return Volume(np.asanyarray(image.dataobj), image.affine, image.header)
 
     def open(self) -> nib.Nifti1Image:
-        """Check that the file is whole and 3-D; reads the header, and the voxels only where that does not tell.
+        """Check that the file is complete and 3-D; reads the header, and the voxels only if the header is not enough.
 
         Raises
         ------
@@ -134,7 +140,7 @@ class NiftiFile(Source):
         return image
 
     def _is_whole(self, image: nib.Nifti1Image, stored: int) -> bool:
-        # gzip ends with the unpacked size; only where that is another one must all be unpacked to know
+        # gzip ends with the unpacked size; only if it differs must the whole file be unpacked
         if _unpacked_size(self.path) == stored % 2**32:
             return True
         try:
@@ -148,7 +154,7 @@ class NiftiFile(Source):
 
 
 def _unpacked_size(path: Path) -> int:
-    """Last four bytes of a gzip file: the size of its (last) content, modulo 2^32."""
+    """Return the last four bytes of a gzip file: the size of its (last) content, modulo 2^32."""
     with path.open("rb") as file:
         file.seek(-4, os.SEEK_END)
         return struct.unpack("<I", file.read(4))[0]
@@ -167,9 +173,9 @@ def _check_header(path: Path, image: nib.Nifti1Image) -> None:
 
 
 def put_nifti(source: NiftiFile, path: Path) -> str:
-    """Make `path` the same image without decoding it; returns 'linked', 'copied' or 'compressed'.
+    """Write the same image to `path` without decoding it; returns 'linked', 'copied' or 'compressed'.
 
-    A hard link costs no space and stays when the collection is deleted; across file systems it is a copy.
+    A hard link takes no space and stays when the collection is deleted; across file systems it is a copy.
     """
     source.open()
     packed, wanted = (file.name.lower().endswith(".gz") for file in (source.path, path))
@@ -181,7 +187,7 @@ def put_nifti(source: NiftiFile, path: Path) -> str:
 
 
 def put_file(source: Path, path: Path) -> str:
-    """Make `path` the same file; returns 'linked' or 'copied'."""
+    """Link or copy a file to `path`; returns 'linked' or 'copied'."""
     with _whole(path) as part:
         return _link(source.resolve(), part)
 
@@ -205,14 +211,14 @@ def _compress(source: Path, path: Path) -> None:
     with (
         source.open("rb") as plain,
         path.open("wb") as file,
-        # no name and no time in it, so that the same image gives the same bytes
+        # without name and time, so that the same image gives the same bytes
         gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
     ):
         shutil.copyfileobj(plain, packed, 1 << 22)
 
 
 def save(volume: Volume, path: Path) -> None:
-    """Write `volume` as NIfTI, whole or not at all; its header, if it has one, gives the geometry unchanged."""
+    """Write `volume` as NIfTI, whole or not at all; a header that it came with keeps its geometry."""
     if volume.header is None:
         image = nib.Nifti1Image(volume.array, volume.affine)
         image.set_qform(volume.affine, 1)
@@ -243,7 +249,7 @@ class NrrdFile(Source):
         return (self.path,)
 
     def read(self) -> Volume:
-        """Read voxels in their type on disk, with the file's own geometry."""
+        """Read voxels in their type on disk, with the geometry of the file; raises DataError if it is not 3-D."""
         import SimpleITK as sitk
 
         if self.path.stat().st_size == 0:
@@ -260,14 +266,14 @@ class NrrdFile(Source):
 
 @dataclass(frozen=True)
 class H5Array(Source):
-    """An array (X, Y, Z) of an HDF5 file, which has no geometry of its own.
+    """An array (X, Y, Z) of an HDF5 file, which does not store a geometry.
 
     Attributes
     ----------
     path : Path
         The file.
     key : str
-        Name of the array in it; no other array is opened.
+        Name of the array; no other array is opened.
     spacing : float
         Edge of a voxel in mm, along all axes. The direction is the identity in patient coordinates (LPS).
     """
@@ -282,7 +288,13 @@ class H5Array(Source):
         return (self.path,)
 
     def read(self) -> Volume:
-        """Read the array; links to other files and data stored elsewhere are refused."""
+        """Read the array.
+
+        Raises
+        ------
+        DataError
+            If it is missing, not 3-D, or a link to other data; or if h5py is not installed.
+        """
         h5py = _h5py()
         if self.path.stat().st_size == 0:
             raise DataError(f"{self.path} is empty (0 bytes); fetch it again")
@@ -313,7 +325,7 @@ def _h5py() -> Any:
 
 
 def from_sitk(image: Any, name: str) -> Volume:
-    """Voxels and geometry of a 3-D SimpleITK image; `name` is for messages."""
+    """Return voxels (X, Y, Z) and geometry of a 3-D SimpleITK image; `name` is for messages."""
     import SimpleITK as sitk
 
     array = _smaller(np.ascontiguousarray(sitk.GetArrayFromImage(image).T), name)
@@ -324,7 +336,7 @@ def from_sitk(image: Any, name: str) -> Volume:
 
 
 def _smaller(array: np.ndarray, name: str) -> np.ndarray:
-    """Whole numbers of 8 bytes in 4: few programs read 8-byte integers from NIfTI."""
+    """Return an array (X, Y, Z) with 4-byte instead of 8-byte integers, which few programs read from NIfTI."""
     if array.dtype.kind not in "iu" or array.dtype.itemsize < 8:
         return array
     smaller = array.astype(np.int32)
@@ -334,5 +346,5 @@ def _smaller(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def names_of(*sources: Source) -> str:
-    """Names of all files, for messages."""
+    """Return the names of all files, for messages."""
     return " and ".join(str(path) for source in sources for path in source.files)

@@ -320,7 +320,7 @@ def expected_cases(config: Configuration) -> dict[str, dict[str, Any]]:
         raise DataError(
             f"{images} {'holds no image' if images.is_dir() else 'does not exist'} and no fold of "
             'splits_final.json has an "unlabeled" list; put images without labels there, '
-            f"for example CASE_0000{ending}"
+            f"as CASE_0000{ending}"
         )
     sources = {**dict.fromkeys(roles.unlabeled, "imagesUn"), **dict.fromkeys(listed, "imagesTr")}
     return {case: _record(source, roles.files[case], raw, ending) for case, source in sources.items()}
