@@ -3,8 +3,7 @@
     python dataset_conversion/Dataset501_ISLES22.py SOURCE -d 501 --labeled 0.1
 
 Masks are on the grid of the diffusion-weighted image (DWI), and so is the ADC map. FLAIR has a grid of its own and
-is not registered: with `--modalities dwi adc flair` it is resampled by its header, and the network gets what
-that is worth.
+is not registered: with `--modalities dwi adc flair` it is resampled by its header, and may be displaced.
 """
 
 import argparse
@@ -30,7 +29,13 @@ PREFIX = "sub-strokecase"
 
 
 def find_cases(files: Sequence[Path], modalities: Sequence[str] = ("dwi",)) -> Found:
-    """Cases by the names of their files; a mask counts wherever it lies."""
+    """Return the cases by the names of their files; masks may be in any folder.
+
+    Raises
+    ------
+    DataError
+        If a case lacks one of `modalities`.
+    """
     of_kind = {kind: _files(files, kind) for kind in (*MODALITIES, "msk")}
     cases, notes = {}, []
     for case in sorted(of_kind["dwi"]):
@@ -88,7 +93,12 @@ def convert_isles22(
     source, dataset_id, labeled, options
         See `nnunetv2_dycon.conversion.convert.convert`.
     modalities : sequence of str
-        'dwi', and after it 'adc', 'flair' as wanted: the image channels in this order.
+        Image channels in this order: 'dwi', then 'adc' and 'flair' in any order, or neither.
+
+    Raises
+    ------
+    ConfigError, DataError, SplitError
+        If `modalities` cannot be used; else as `convert`.
     """
     if modalities[0] != "dwi" or len(set(modalities)) < len(modalities) or not set(modalities) <= set(MODALITIES):
         raise ConfigError(

@@ -21,7 +21,7 @@ from nnunetv2_dycon.conversion.source import NIFTI, match, only
 from nnunetv2_dycon.conversion.volumes import NiftiFile
 from nnunetv2_dycon.errors import ConfigError, DataError
 
-# The first name is that of 2019; copies and later years have the others.
+# The first name is that of 2019; copies and later years use the others.
 NAMES = {
     "t1": ("t1", "t1n"),
     "t1ce": ("t1ce", "t1c", "t1gd"),
@@ -37,7 +37,13 @@ LABELS = {
 
 
 def find_cases(files: Sequence[Path], modalities: Sequence[str] = ("flair",)) -> Found:
-    """Cases by the names of their files; whether they lie under HGG, LGG or neither makes no difference."""
+    """Return the cases by the names of their files; folders such as HGG and LGG make no difference.
+
+    Raises
+    ------
+    DataError
+        If a case lacks one of `modalities`.
+    """
     notes: list[str] = []
     of_kind = {kind: _files(files, kind, notes) for kind in (*modalities, "seg")}
     names = sorted({case for kind in modalities for case in of_kind[kind]})
@@ -99,9 +105,14 @@ def convert_brats19(
     source, dataset_id, labeled, options
         See `nnunetv2_dycon.conversion.convert.convert`.
     modalities : sequence of str
-        Image channels in this order, of 't1', 't1ce', 't2', 'flair'; none or 'all' stands for the four.
+        Image channels in this order, of 't1', 't1ce', 't2', 'flair'; an empty list or 'all' means all four.
     labels : str
         'whole' (any tumour) or 'multi' (1 necrosis, 2 oedema, 3 enhancing, which is 4 in the collection).
+
+    Raises
+    ------
+    ConfigError, DataError, SplitError
+        If `modalities` or `labels` cannot be used; else as `convert`.
     """
     if tuple(modalities) in ((), ("all",)):
         modalities = MODALITIES

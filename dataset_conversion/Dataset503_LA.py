@@ -2,8 +2,8 @@
 
     python dataset_conversion/Dataset503_LA.py SOURCE -d 503 --labeled 8
 
-The h5 files are what semi-supervised papers use. They were cropped around the ground truth, of test cases too, so
-their results cannot be compared with those on whole images. Take the NRRD folders where you can.
+Semi-supervised papers use the h5 files. These were cropped around the ground truth, of test cases too, so their
+results cannot be compared with those on whole images. Use the NRRD folders if you can.
 """
 
 import argparse
@@ -28,7 +28,13 @@ H5_FORM = (
 
 
 def find_cases(files: Sequence[Path]) -> Found:
-    """Cases by the folders that hold their files."""
+    """Return the cases by the folders of their files.
+
+    Raises
+    ------
+    DataError
+        If there are NRRD and h5 files.
+    """
     images, masks = _files(files, r"lgemri\.nrrd"), _files(files, r"laendo\.nrrd")
     arrays = _files(files, r"mri_norm2\.h5")
     if images and arrays:

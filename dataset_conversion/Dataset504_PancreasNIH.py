@@ -2,8 +2,8 @@
 
     python dataset_conversion/Dataset504_PancreasNIH.py SOURCE -d 504 --labeled 12
 
-A label file and its DICOM stack run in opposite directions, so labels are placed by position in mm and checked by the
-CT's own values. Cases 0025 and 0070 were withdrawn (the patient of 0002) and are left out.
+The axes of a label file and its DICOM stack have opposite directions, so labels are placed by position in mm and
+checked by the CT's Hounsfield units. Cases 0025 and 0070 were withdrawn (the patient of 0002) and are left out.
 """
 
 import argparse
@@ -36,7 +36,13 @@ _LABEL_FOLDER = re.compile(r"label|mask|seg", re.IGNORECASE)
 
 
 def find_cases(files: Sequence[Path]) -> Found:
-    """Cases by the number in the names of their files or of the folder of their DICOM series."""
+    """Return the cases by the number in the names of their files or of the folder of their DICOM series.
+
+    Raises
+    ------
+    DataError
+        If there is more than one form of the scans.
+    """
     forms = {"DICOM": _series(files), "NIfTI": _volumes(files), "h5": _arrays(files)}
     filled = {form: cases for form, cases in forms.items() if cases}
     if len(filled) > 1:
@@ -69,7 +75,7 @@ def _is_label(path: Path) -> bool:
 
 
 def _series(files: Sequence[Path]) -> dict[str, Source]:
-    """DICOM series: files with `.dcm`, a UID or no ending, below a folder of the case's name."""
+    """Return the DICOM series: files with `.dcm`, a UID or no ending, below a folder with the case's name."""
     folders: dict[str, set[Path]] = defaultdict(set)
     for path in files:
         # a name without ending that is a UID ends with a number

@@ -2,7 +2,7 @@
 
     python dataset_conversion/Dataset505_BTCV.py SOURCE -d 505 --labeled 4
 
-Papers use at least four different splits of the same 30 cases: always name the protocol with a number.
+Papers use at least four different splits of the same 30 cases: always report the protocol with a result.
 """
 
 import argparse
@@ -37,7 +37,13 @@ ORGANS = (
 
 
 def find_cases(files: Sequence[Path]) -> Found:
-    """Cases by number; files below RegData are left out, since they were registered and resampled."""
+    """Return the cases by number; files below RegData are left out, since they were registered and resampled.
+
+    Raises
+    ------
+    DataError
+        If there is only RegData.
+    """
     raw = [path for path in files if "regdata" not in (part.lower() for part in path.parts)]
     if files and not raw:
         raise DataError(f"{files[0]} is of RegData, whose scans were registered and resampled; give RawData")

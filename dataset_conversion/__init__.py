@@ -17,17 +17,20 @@ CONVERTERS = {
 
 
 def converter(collection: str) -> ModuleType:
-    """Module of a collection's converter; upper and lower case are the same.
+    """Return the module of a collection's converter; upper and lower case make no difference.
 
     Raises
     ------
     ConfigError
-        If there is none.
+        If the collection has no converter.
     """
     for name, module in CONVERTERS.items():
         if name.lower() == collection.lower():
             return importlib.import_module(f"nnunetv2_dycon.dataset_conversion.{module}")
-    raise ConfigError(f"no converter is called {collection!r}; there are {', '.join(CONVERTERS)}; for others see split")
+    raise ConfigError(
+        f"no converter is called {collection!r}; there are {', '.join(CONVERTERS)}; for any other data set type: "
+        "nnUNetv2_dycon split --help"
+    )
 
 
 def convert_collection(collection: str, arguments: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""Look at an installation the way nnU-Net will, and say in one line each what is found and what to type."""
+"""Check an installation by nnU-Net's own search; each finding is one line with its remedy."""
 
 import contextlib
 import importlib
@@ -38,7 +38,7 @@ def doctor() -> list[Finding]:
 
 
 def export_line() -> str:
-    """Return the shell command that does by hand what the start-up file does."""
+    """Return the shell command that replaces the start-up file."""
     variable = _register.VARIABLE
     return f'export {variable}="${{{variable}:+${variable}{os.pathsep}}}{_register.FOLDER}"'
 

@@ -1,4 +1,4 @@
-"""nnU-Net's three folders, as errors that a user can mend."""
+"""nnU-Net's three folders; a missing one is an error that tells how to set it."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ def environment_folder(variable: str) -> Path:
     Raises
     ------
     DataError
-        If the variable is not set or names no folder.
+        If the variable is not set or does not name a folder.
     """
     value = os.environ.get(variable)
     if not value:
@@ -27,7 +27,7 @@ def environment_folder(variable: str) -> Path:
 
 
 def raw_folder(dataset: str) -> Path | None:
-    """Return the raw data set, or None where only the preprocessed one was brought to this machine."""
+    """Return the raw data set, or None if only the preprocessed one is on this machine."""
     value = os.environ.get("nnUNet_raw")
     folder = Path(value, dataset) if value else None
     return folder if folder is not None and folder.is_dir() else None

@@ -1,4 +1,4 @@
-"""A lock on a file or folder, so that two runs never write the same place; it ends with the process that holds it."""
+"""A lock on a file or folder, so that two runs never write to the same place; it ends with its process."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from nnunetv2_dycon.errors import DataError
 
 try:
     import fcntl
-except ImportError:  # Windows has no fcntl; there two runs at the same time are the user's to avoid
+except ImportError:  # Windows has no fcntl; there the user must avoid two runs at the same time
     fcntl = None  # type: ignore[assignment]  # a module or nothing
 
 logger = logging.getLogger(__name__)
@@ -23,27 +23,26 @@ def _let_go() -> None:
         os.close(_held.pop())
 
 
-# A forked loader process may outlive the process that holds the lock, and would hold it for ever.
+# A forked loader process may outlive the process that holds the lock, and would keep it for ever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
 def locked(path: Path, busy: str, *, wait: bool = False) -> Iterator[int | None]:
-    """Hold the lock of a file or folder that exists; gives its handle, or None.
+    """Hold the lock of an existing file or folder; gives its handle, or None on Windows.
 
-    Commands that are started may inherit the handle (`pass_fds`), forked processes do not.
-
-    Where the file system has no locks a warning says so.
+    Started commands may inherit the handle (`pass_fds`); forked processes do not. A file system without locks causes
+    a warning.
 
     Parameters
     ----------
     path : Path
         An existing file or folder.
     busy : str
-        What to say when another process holds the lock.
+        The message if another process holds the lock.
     wait : bool
-        Warn and wait for the other process, in place of raising.
+        Warn and wait for the other process instead of raising.
 
     Raises
     ------
@@ -53,7 +52,7 @@ def locked(path: Path, busy: str, *, wait: bool = False) -> Iterator[int | None]
     if fcntl is None:
         yield None
         return
-    # NFS locks only what is open for writing, which a folder cannot be
+    # NFS locks only files that are open for writing; a folder cannot be
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     _held.add(handle)
     try:
@@ -65,7 +64,7 @@ def locked(path: Path, busy: str, *, wait: bool = False) -> Iterator[int | None]
             logger.warning(busy)
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s); start no second run now", path, error.strerror)
+            logger.warning("%s cannot be locked (%s); do not start a second run now", path, error.strerror)
         yield handle
     finally:
         if handle in _held:

@@ -17,14 +17,14 @@ Result = TypeVar("Result")
 def run(
     work: Callable[[Item], Result], tasks: Sequence[Item], processes: int | None
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Yield each task and its result, in the order of finishing.
+    """Yield each task and its result, in the order in which they finish.
 
     Parameters
     ----------
     work : callable
-        A function of a module, so that it can be sent to another process; like the tasks and results.
+        A function at the top of a module. Function, tasks and results must be picklable.
     tasks : sequence
-        One argument each.
+        Arguments of `work`, one per call.
     processes : int, optional
         Worker processes; one per processor, at most 8, by default; 1 works in this process. Close the iterator to end
         them early.
@@ -80,7 +80,7 @@ def default_processes() -> int:
 
 
 def _end_with_parent() -> None:
-    """Let this worker end when the process that started it is killed; it would wait for work forever."""
+    """End this worker when the process that started it is killed; otherwise it would wait for ever."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -1,11 +1,11 @@
-"""A generated data set: a coarse diffusion-weighted brain with scattered bright lesions, three scanners.
+"""A generated data set: a coarse diffusion-weighted brain with scattered bright lesions, from three scanners.
 
-It stands in for real data in the demo and in tests, and is a semi-supervised task on purpose: by default the
-few labelled cases all come from one scanner, while unlabelled and test cases come from all three, so that the
-unlabelled images hold something that the labels do not. No patient data went into it.
+It replaces real data in the demo and in tests, and it is a semi-supervised task: by default the few labelled cases
+all come from one scanner, unlabelled and test cases from all three. So the unlabelled images show something that the
+labelled ones do not. It contains no patient data.
 
-Axes are named once here: ``(C, X, Y, Z)`` is channel, left-right, back-front, bottom-top. Lengths inside the
-recipe are voxels, and the written spacing is 3 mm.
+Axes: ``(C, X, Y, Z)`` is channel, left-right, back-front, bottom-top. Lengths are in voxels; the written spacing is
+3 mm.
 """
 
 import logging
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class Scanner(NamedTuple):
-    """How one virtual scanner renders tissue; noise, bias and levels are fractions of full scale."""
+    """The image properties of one virtual scanner; noise, bias and levels are fractions of full scale."""
 
     gain: float
     gain_sd: float
@@ -60,7 +60,7 @@ SCANNERS = (
 
 
 class Difficulty(NamedTuple):
-    """What tells the normal task from the hard one; volumes in voxels of the default shape."""
+    """The differences between the normal and the hard task; volumes in voxels of the default shape."""
 
     volume: float
     volume_log_sd: float
@@ -91,7 +91,7 @@ class Anatomy(NamedTuple):
 
 @dataclass(frozen=True)
 class Phantom:
-    """The settings of one generated data set, checked; they decide every voxel of it.
+    """The checked settings of one generated data set, which decide every voxel of it.
 
     Parameters
     ----------
@@ -100,15 +100,15 @@ class Phantom:
     labeled : int
         Number of labelled cases, >= 2.
     labeled_scanner : int or "all"
-        The scanner that every labelled case comes from, or "all" for taking them in turn.
+        The scanner of all labelled cases, or "all" to take the scanners in turn.
     seed : int
-        Case i is made from ``seed + i`` alone, so a case does not depend on how many are made.
+        Case i depends only on ``seed + i``, not on the number of cases.
     channels : int
         1 (DWI) or 2 (DWI, ADC; white-matter spots can then be told from lesions).
     hard : bool
         Smaller, fainter lesions and more noise; not learnable in minutes.
     shape : tuple of int
-        Voxels of each image; the head is scaled along, the spacing stays at 3 mm.
+        Voxels of each image; the head is scaled with it, the spacing stays at 3 mm.
 
     Raises
     ------
@@ -137,11 +137,11 @@ class Phantom:
             raise ConfigError(f"labeled is {self.labeled}: give 2 or more.")
 
     def case_seed(self, index: int) -> int:
-        """Seed of case `index`."""
+        """Return the seed of case `index`."""
         return self.seed + index
 
     def make(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and label of case `index`; see `make_case`."""
+        """Return image (C, X, Y, Z) and label (X, Y, Z) of case `index`; see `make_case`."""
         return make_case(
             self.case_seed(index),
             _scanner_of(index),
@@ -151,7 +151,13 @@ class Phantom:
         )
 
     def roles(self) -> list[Role]:
-        """Role of every case. A labelled case has a lesion, as an annotator would have picked it for one."""
+        """Return the role of every case; each labelled case has a lesion.
+
+        Raises
+        ------
+        ConfigError
+            If too few cases have a lesion.
+        """
         pool = self.cases - self.test
         order = np.random.default_rng(self.seed).permutation(pool).tolist()
         wanted = range(len(SCANNERS)) if self.labeled_scanner == "all" else [self.labeled_scanner]
@@ -173,7 +179,7 @@ class Phantom:
 def make_case(
     seed: int, scanner: int, *, channels: int = 1, hard: bool = False, shape: Shape = SHAPE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One image and its label, the same for the same arguments.
+    """Return one image and its label; the same arguments give the same case.
 
     Parameters
     ----------
@@ -213,7 +219,7 @@ def make_case(
     gain = max(rng.normal(look.gain, look.gain_sd), look.gain / 3)
     measure = partial(_acquire, rng, brain=anatomy.brain, psf=look.psf, noise=noise)
     image = [measure(clean + lesions + distractors, gamma=look.gamma, bias=look.bias, gain=gain)]
-    if channels == 2:  # drawn last, so that the first channel is the same with and without it
+    if channels == 2:  # drawn last, so that the first channel does not depend on it
         water = _tissue_signal(rng, anatomy.tissue, (0.95, 0.42, 0.36)) - 0.55 * lesions + 0.8 * spots
         image.append(measure(water, gamma=1.0, bias=0.0, gain=1000.0))
     return np.stack(image), label
@@ -233,20 +239,20 @@ def write_phantom(
     overwrite: bool = False,
     processes: int | None = None,
 ) -> Path:
-    """Path of a new raw data set ``nnUNet_raw/DatasetXXX_Phantom``: labelled, unlabelled and test cases.
+    """Write the raw data set ``nnUNet_raw/DatasetXXX_Phantom`` of labelled, unlabelled and test cases; return it.
 
-    Fold 0 of its `splits_final.json` trains on every labelled case and validates on the same ones, since four
-    cases leave none to spare: that validation watches the training and measures nothing. Scores come from the
-    test cases. Labels of unlabelled cases are made in memory with their images and are written nowhere.
+    Fold 0 of its `splits_final.json` trains on all labelled cases and validates on the same cases, since four cases
+    are too few to spare one: this validation measures nothing, and scores come from the test cases. Labels of
+    unlabelled cases are never written.
 
     Parameters
     ----------
     dataset_id : int
-        1 to 999. An id that another data set has in any of nnU-Net's three folders is refused.
+        1 to 999, and not the id of another data set in any of nnU-Net's three folders.
     cases, labeled, labeled_scanner, test, seed, channels, hard, shape
         See `Phantom`.
     overwrite : bool
-        Replace a phantom of this id. Only a folder that this function wrote is ever replaced.
+        Replace a phantom of this id. Only a folder that this function wrote is replaced.
     processes : int, optional
         Worker processes; one per processor, at most 8, by default. The result does not depend on it.
 
@@ -271,7 +277,7 @@ def write_phantom(
 
 
 def case_name(index: int) -> str:
-    """Identifier of case `index`; three digits, since nnU-Net reads four at the end as a channel number."""
+    """Return the name of case `index`; three digits, since nnU-Net reads four at the end as a channel number."""
     return f"phantom_{index:03d}"
 
 
@@ -318,6 +324,7 @@ def _posed_coordinates(rng: np.random.Generator, shape: Shape) -> np.ndarray:
 
 
 def _ellipsoid(x: np.ndarray, centre: Iterable[float], radii: Iterable[float]) -> np.ndarray:
+    """Mask (X, Y, Z) of an ellipsoid, from coordinates (3, X, Y, Z)."""
     return sum(((x[i] - c) / r) ** 2 for i, (c, r) in enumerate(zip(centre, radii, strict=True))) < 1
 
 
@@ -335,7 +342,7 @@ def _anatomy(rng: np.random.Generator, shape: Shape) -> Anatomy:
     tissue[_ellipsoid(half, (4.2, -2.5, -1.5), (2.6, 4.0, 2.8))] = GREY  # thalamus
     tissue[_ellipsoid(half, (8.5, 2.5, -1.0), (2.0, 4.6, 3.2))] = GREY  # putamen
     v = rng.uniform(0.8, 1.5)
-    half[0] -= 0.12 * np.abs(head[1])  # the ventricles spread towards both ends
+    half[0] -= 0.12 * np.abs(head[1])  # the ventricles widen towards both ends
     tissue[_ellipsoid(half, (3.0, -1.0, 2.0), (1.6 * v, 8.5 * np.sqrt(v), 2.6 * v))] = CSF
     tissue[~brain] = OUTSIDE
     return Anatomy(x, brain, depth, tissue.astype(np.uint8))
@@ -362,7 +369,7 @@ def _lesions(rng: np.random.Generator, anatomy: Anatomy, difficulty: Difficulty)
 
 
 def _lesion_sizes(rng: np.random.Generator, difficulty: Difficulty, scale: float) -> np.ndarray:
-    """Voxels of each lesion, largest first: log-normal in all, shared out by a heavy tail."""
+    """Voxels of each lesion (N,), largest first: a log-normal total, shared by a heavy tail."""
     total = np.exp(rng.normal(np.log(difficulty.volume), difficulty.volume_log_sd)) * scale
     total = max(40.0, min(total, 5000 * scale))
     count = round(float(np.exp(rng.normal(np.log(difficulty.count), 0.8))))
@@ -394,7 +401,7 @@ def _lesion_centres(rng: np.random.Generator, anatomy: Anatomy, count: int) -> l
 def _lesion(
     rng: np.random.Generator, anatomy: Anatomy, centre: np.ndarray, size: int, difficulty: Difficulty
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Signal and label of one ragged lesion of about `size` voxels around a voxel."""
+    """Signal and label (X, Y, Z) of one ragged lesion of about `size` voxels around a voxel (3,)."""
     shape = anatomy.tissue.shape
     radius = (3 * size / (4 * np.pi)) ** (1 / 3)
     stretch = rng.uniform(0.65, 1.5, 3)
@@ -408,7 +415,7 @@ def _lesion(
     mask.flat[nearest[score.flat[nearest] <= 2.2]] = 1
     profile = gaussian_filter(mask, rng.uniform(0.5, 0.95))
     contrast = rng.uniform(*(difficulty.contrast_small if size <= 20 else difficulty.contrast))
-    cut = rng.uniform(0.42, 0.58)  # another rater for each lesion, so the border is ambiguous
+    cut = rng.uniform(0.42, 0.58)  # as if each lesion had another rater: its border is ambiguous
     halo = rng.uniform(0.03, 0.12) * contrast / 0.5 * gaussian_filter(mask, 2.0)
     label = mask > 0 if size < 8 else profile > cut
     return contrast * profile + halo, label.astype(np.uint8)
@@ -421,6 +428,7 @@ def _spot(shape: Shape, centre: np.ndarray, sigma: Iterable[float]) -> np.ndarra
 
 
 def _white_matter_spots(rng: np.random.Generator, anatomy: Anatomy) -> np.ndarray:
+    """Faint bright spots in white matter; (X, Y, Z)."""
     out, white = np.zeros(anatomy.tissue.shape), np.argwhere(anatomy.tissue == WHITE)
     for _ in range(rng.poisson(2.5) if len(white) else 0):
         out += rng.uniform(0.06, 0.15) * _spot(out.shape, rng.choice(white), [rng.uniform(1, 2)] * 3)
@@ -428,6 +436,7 @@ def _white_matter_spots(rng: np.random.Generator, anatomy: Anatomy) -> np.ndarra
 
 
 def _grey_patches(rng: np.random.Generator, anatomy: Anatomy) -> np.ndarray:
+    """Faint bright patches in grey matter; (X, Y, Z)."""
     bright = np.maximum(_smooth_noise(rng, anatomy.tissue.shape, 3), 0) * rng.uniform(0.02, 0.07)
     return np.where(anatomy.tissue == GREY, bright, 0)
 
@@ -452,7 +461,7 @@ def _acquire(
     bias: float,
     gain: float,
 ) -> np.ndarray:
-    """The scanner's image of a clean signal: blur, contrast curve, bias field, noise, gain; int16."""
+    """The scanner's image of a clean signal: blur, contrast curve, bias field, noise, gain; (X, Y, Z), int16."""
     seen = gaussian_filter(np.where(brain, np.maximum(signal, 0), 0), psf) ** gamma
     seen *= np.exp(bias * _smooth_noise(rng, brain.shape, (14, 14, 10)))
     sigma = noise * rng.uniform(0.7, 1.3)

@@ -1,4 +1,4 @@
-"""Shared by all trainings: the first data set, its plans and split, the settings; checked before any work."""
+"""The experiment that all trainings share: first data set, plans, split and settings; checked before any work."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from nnunetv2_dycon.folders import environment_folder
 
 @dataclass(frozen=True)
 class DataSet:
-    """The three folders of one of nnU-Net's data sets, whether they are there or not."""
+    """The three folders of one of nnU-Net's data sets, there or not."""
 
     results: Path
     raw: Path
@@ -28,7 +28,7 @@ class DataSet:
 
     @classmethod
     def named(cls, name: str) -> "DataSet":
-        """Return the folders of this name; DataError if one of nnU-Net's variables cannot be used."""
+        """Return the folders of this name; raises DataError if one of nnU-Net's variables cannot be used."""
         variables = ("nnUNet_results", "nnUNet_raw", "nnUNet_preprocessed")
         return cls(*(environment_folder(variable) / name for variable in variables))
 
@@ -45,16 +45,20 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Shared by all trainings.
+    """Data, plans and settings that all trainings share.
 
     Attributes
     ----------
     data : DataSet
-        That of the first training.
+        Data set of the first training.
     content, plans : mapping
         Its dataset.json and its plans file.
     data_identifier : str
-        Folder that the configuration's preprocessed cases are in.
+        Name of the folder of the configuration's preprocessed cases.
+    roles, labels
+        Its cases, and its labels as the evaluation reads them.
+    plans_name, configuration, fold, repeat, keep_empty, device, processes
+        See `self_train`; none is missing.
     """
 
     data: DataSet
@@ -77,7 +81,15 @@ class Experiment:
         return self.content["file_ending"]
 
     def fold_cases(self) -> tuple[list[str], list[str]]:
-        """Return the fold's training and validation cases, as nnU-Net takes them."""
+        """Return the fold's training and validation cases, as nnU-Net uses them.
+
+        Raises
+        ------
+        DataError
+            If the split is gone, or names a case that is not labelled.
+        ConfigError
+            If it lists "unlabeled" cases, or has no such fold.
+        """
         if self.fold == "all":
             return list(self.roles.labeled), list(self.roles.labeled)
         folder = self.data.preprocessed
@@ -136,7 +148,7 @@ def read_experiment(
         raise ConfigError(f"-c {configuration} is a cascade, which needs predictions of another stage; take another")
     splits = read_splits(data.preprocessed, data.raw)
     _check_splits(splits, fold)
-    made = min(STOCK_FOLDS, len(roles.labeled))  # by the first training, where there is no file
+    made = min(STOCK_FOLDS, len(roles.labeled))  # by the first training, if there is no file
     if not splits and fold != "all" and not 0 <= fold < made:
         raise ConfigError(f"-f {fold}: there will be folds 0 to {made - 1} of {len(roles.labeled)} labelled cases")
     labels = read_labels(data.raw / "dataset.json", data.raw / "labelsTr")

@@ -1,4 +1,4 @@
-"""How long each training is, and the trainer that has this length."""
+"""The length of each training, and the trainer with this length."""
 
 import importlib
 import re
@@ -13,7 +13,12 @@ _LENGTHS = "nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrain
 
 
 def share_epochs(epochs: Sequence[int], rounds: int) -> tuple[int, ...]:
-    """Return the epochs of every training, the first one's before those of the rounds.
+    """Return the epochs of every training, the first training first.
+
+    Raises
+    ------
+    ConfigError
+        If there is no round, or the epochs cannot be shared.
 
     Examples
     --------
@@ -40,7 +45,7 @@ def trainer_of_length(trainer: str, epochs: int) -> str:
     Raises
     ------
     ConfigError
-        If the trainer is another one, its name has a length already, or stock has none of this length.
+        If the trainer cannot be used, its name has a length already, or nnU-Net has no trainer of this length.
     """
     base = trainer.split("_")[0]
     if trainer == STOCK_TRAINER:

@@ -1,4 +1,4 @@
-"""Plans and preprocessing of a round's data set: the plans are those of the first one."""
+"""Plans and preprocessing of a round's data set, with the plans of the first data set."""
 
 import shutil
 from collections.abc import Mapping
@@ -23,7 +23,13 @@ class Preparation:
     data: DataSet
 
     def is_planned(self) -> bool:
-        """Whether all that nnU-Net's planner would leave is there, with the plans of the first data set."""
+        """Return whether all files of nnU-Net's planner are there, with the plans of the first data set.
+
+        Raises
+        ------
+        DataError
+            If the first data set was planned again since.
+        """
         copies = self._copies()
         if not all(copy.is_file() for copy in copies.values()):
             return False
@@ -50,19 +56,19 @@ class Preparation:
         return ["cp", *map(str, self._copies()), f"{self.data.preprocessed}/"]
 
     def plan_words(self) -> list[str]:
-        """Return the command that takes over the plans."""
+        """Return the command that copies the plans."""
         ids = ["-s", str(self.experiment.data.id), "-t", str(self.data.id)]
         return ["nnUNetv2_move_plans_between_datasets", *ids, "-sp", self.experiment.plans_name]
 
     def plan(self, lock: int | None) -> None:
-        """Take over the plans and the files that go with them."""
+        """Copy the plans and the files that go with them."""
         self.data.preprocessed.mkdir(exist_ok=True)
         for source, copy in self._copies().items():
             shutil.copyfile(source, copy)
         running.call(self.plan_words(), lock)
 
     def is_preprocessed(self) -> bool:
-        """Whether every case with a label is preprocessed."""
+        """Return whether every case with a label is preprocessed."""
         if not self.data.raw.is_dir():
             return False
         folder, ending = self.data.preprocessed, self.experiment.ending

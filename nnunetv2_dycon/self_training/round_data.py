@@ -24,7 +24,7 @@ MADE_BY = "self_train"
 
 @dataclass(frozen=True)
 class RoundData:
-    """The data set that a training, the student, has from the pseudo-labels of the one before it."""
+    """The data set of a training (the student), with the pseudo-labels of the previous training (the teacher)."""
 
     teacher: Training
     student: Training
@@ -38,26 +38,32 @@ class RoundData:
         return self.student.data
 
     def is_made(self) -> bool:
-        """Whether the data set is there; DataError if it is another one than would be made now."""
+        """Return whether the data set is there.
+
+        Raises
+        ------
+        DataError
+            If it was made with other settings or pseudo-labels.
+        """
         data = self._data
         if not self.teacher.is_predicted() or not data.raw.exists():
             return False
         if dataset.conversion_of(data.raw).get("fingerprint") != self._job().fingerprint:
             raise DataError(
-                f"{data.raw} was made with other settings or pseudo-labels; give --as other ids, or delete it with "
+                f"{data.raw} was made with other settings or pseudo-labels; type --as other ids, or delete it with "
                 f"{data.preprocessed} and {data.results}"
             )
         return True
 
     def make(self, lock: int | None) -> None:
-        """Write the data set, say who is in it; no command runs, so `lock` is not passed on."""
+        """Write the data set and log its cases; no command runs, so `lock` is not passed on."""
         job = self._job()
         for note in job.notes:
             logger.info("- %s", note)
         carry_out(job, processes=self._experiment.processes)
 
     def _job(self) -> Job:
-        """Return who is in the data set, how often, and where every file comes from."""
+        """Return the cases of the data set, their number in the fold, and the source of every file."""
         experiment, teacher, student = self._experiment, self.teacher, self.student
         train, val = experiment.fold_cases()
         voxels = teacher.voxels() or {}

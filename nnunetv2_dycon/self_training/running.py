@@ -23,16 +23,16 @@ command.load()()
 
 
 def call(words: Sequence[str], lock: int | None, *, training: bool = False) -> None:
-    """Run a command of nnU-Net to its end; `lock` is the handle of a lock that it inherits, or None.
+    """Run a command of nnU-Net to its end.
 
     Parameters
     ----------
     words : sequence of str
         The command.
     lock : int or None
-        Handle of the lock, which the command inherits.
+        Handle of a lock that the command inherits.
     training : bool
-        Whether it is a training, which gets the threads of one.
+        Whether the command trains: only then nnUNet_n_proc_DA=0 is kept.
 
     Raises
     ------
@@ -41,12 +41,12 @@ def call(words: Sequence[str], lock: int | None, *, training: bool = False) -> N
     """
     environment = dict(os.environ)
     if not training and environment.get("nnUNet_n_proc_DA") == "0":
-        del environment["nnUNet_n_proc_DA"]  # meant for training; elsewhere nnU-Net takes it for a number of threads
+        del environment["nnUNet_n_proc_DA"]  # meant for training; other commands read it as a number of threads
     keep = () if lock is None else (lock,)
     command = [sys.executable, "-c", _COMMAND, " ".join(map(str, keep)), *words]
     done = subprocess.run(command, env=environment, pass_fds=keep, check=False)
     if done.returncode:
         raise DataError(
-            f"{words[0]} ended with code {done.returncode}; its output is above. When it is mended, type this command "
+            f"{words[0]} ended with code {done.returncode}; its output is above. Mend it, then type this command "
             f"again, or by hand: {shlex.join(words)}"
         )

@@ -1,4 +1,4 @@
-"""The steps of an experiment, one after the other, each done where it is not done yet."""
+"""The steps of an experiment in their order; steps that are done are skipped."""
 
 import logging
 import shlex
@@ -32,11 +32,11 @@ def self_train(
     processes: int | None = None,
     dry_run: bool = False,
 ) -> Path:
-    """Train, pseudo-label and train anew, one round for each new data set; go on where an earlier run stopped.
+    """Train, pseudo-label and train again, one round per new data set; continue where an earlier run stopped.
 
-    All trainings have the network, patch, spacing and intensity statistics of the given data set, start from random
-    weights and end with their final checkpoint. Labels are read of the fold's training and validation cases alone;
-    predicted are the images of imagesUn alone.
+    All trainings have the network, patch, spacing and intensity statistics of the given data set. They start from
+    random weights and end with their final checkpoint. Only labels of the fold's training and validation cases are
+    read, and only images of imagesUn are predicted.
 
     Parameters
     ----------
@@ -45,22 +45,22 @@ def self_train(
     new_ids : sequence of int
         Free ids, one for the data set of each round.
     trainer : str
-        nnUNetTrainer, or nnUNetTrainerLabeledOnly with options but for `epochs`.
+        nnUNetTrainer, or nnUNetTrainerLabeledOnly with any option except `epochs`.
     configuration, fold, plans
-        As in nnU-Net's commands. The data sets of rounds have a single fold, 0, which validates on the same cases.
+        As in nnU-Net's commands. Data sets of rounds have only fold 0, which validates on the same cases.
     epochs : sequence of int
-        One number is the total, shared equally among all trainings (the last gets the rest); or one for each.
+        One number is the total and is shared equally, the last training gets the rest; or one number per training.
     repeat : int or "half"
-        How often a round's fold lists each labelled case, so how often stock nnU-Net draws it for one draw of a
-        pseudo-labelled case. "half" makes about half of all training patches labelled ones; 1 pools all cases.
+        How often a round's fold lists each labelled case: nnU-Net draws it as many times as often as a pseudo-labelled
+        case. With "half" about half of all training patches are labelled; 1 pools all cases.
     keep_empty : bool
-        Train on pseudo-labels without any foreground too.
+        Also train on pseudo-labels without foreground.
     device : {"cuda", "cpu", "mps"}, optional
-        By default CUDA where there is any, else the processor.
+        CUDA by default if there is a device, else the processor.
     processes : int, optional
-        Worker processes; by default as many as processors, 8 at most.
+        Worker processes; one per processor, at most 8, by default.
     dry_run : bool
-        Say what would be done, with the commands, and write nothing.
+        Only log the steps and their commands; write nothing.
 
     Returns
     -------
@@ -72,16 +72,16 @@ def self_train(
     ConfigError
         If trainer, epochs, fold, configuration or `repeat` cannot be used.
     DataError, SplitError
-        If the data set is not ready, an id is taken, a command of nnU-Net ends with an error, or what an earlier run
-        left does not fit.
+        If the data set is not ready, an id is taken, a command of nnU-Net fails, or the files of an earlier run do not
+        fit.
     """
     experiment = read_experiment(dataset_id, configuration, fold, plans, repeat, keep_empty, device, processes)
     lengths = share_epochs(epochs, len(new_ids))
     trainings = list_trainings(experiment, new_ids, trainer, lengths)
     last = trainings[-1]
     logger.info(
-        "self-training on %s, fold %s: %s = %d epochs in all; its like on the labelled cases alone is one training "
-        "of %d epochs. Predictions and preprocessing come on top.",
+        "self-training on %s, fold %s: %s = %d epochs in all; compare it with one training of %d epochs "
+        "on the labelled cases. Predictions and preprocessing take extra time.",
         experiment.data.name,
         fold,
         " + ".join(map(str, lengths)),
@@ -98,7 +98,7 @@ def self_train(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write to {folder} ({error.strerror}); set nnUNet_results") from error
-    busy = f"another run, or a command that it started, is at work on {folder}: wait for it, or end it"
+    busy = f"another run, or a command that it started, is working on {folder}: wait for it, or stop it"
     with locked(folder, busy) as lock:
         for step in steps:
             if step.done():
@@ -107,13 +107,13 @@ def self_train(
             step.tell("now")
             step.act(lock)
             if not step.done():
-                raise DataError(f"{step.title}: the command ended well, but its results are not there; look above")
+                raise DataError(f"{step.title}: no error, but the results are missing; see the output above")
     logger.info("next: %s", shlex.join([*last.predict_words(), "-i", "IMAGES", "-o", "PREDICTIONS"]))
     return last.folder
 
 
 class _Step(NamedTuple):
-    """One step: whether it is done, the commands that a user would type if there are any, and doing it."""
+    """One step: whether it is done, the commands that a user would type, if any, and the function that does it."""
 
     title: str
     done: Callable[[], bool]
@@ -121,6 +121,7 @@ class _Step(NamedTuple):
     act: Callable[[int | None], None]
 
     def tell(self, state: str) -> None:
+        """Log the step, with its commands unless it is done."""
         if state == "done":
             logger.info("%s: %s", state, self.title)
             return

@@ -1,9 +1,9 @@
 """One training with stock nnU-Net, and the pseudo-labels that its model predicts.
 
-Beside a training's checkpoints are
+Next to a training's checkpoints are
 
 - `pseudo_labels/`: predictions of all images in imagesUn;
-- `pseudo_labels.json`, written last: voxels of every structure in each of them, and the checkpoint they come from.
+- `pseudo_labels.json`, written last: the voxels of every structure in each prediction, and the checkpoint.
 """
 
 import logging
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 FINAL = "checkpoint_final.pth"
 _CHECKPOINTS = (FINAL, "checkpoint_latest.pth", "checkpoint_best.pth")
 
-Voxels = dict[str, dict[str, int]]  # of each case and structure
+Voxels = dict[str, dict[str, int]]  # number by case and structure
 
 
 @dataclass(frozen=True)
 class Training:
-    """One of the trainings: `number` 0 is that on the labelled cases alone; `all_epochs` are those of all."""
+    """One training; `number` 0 is the one on the labelled cases alone, `all_epochs` has the epochs of all trainings."""
 
     experiment: Experiment
     number: int
@@ -52,11 +52,11 @@ class Training:
         return self.data.results / model / f"fold_{self.fold}"
 
     def is_trained(self) -> bool:
-        """Whether the final checkpoint and the scores of the validation cases are there."""
+        """Return whether the final checkpoint and the scores of the validation cases are there."""
         return _is_checkpoint(self.folder / FINAL) and (self.folder / "validation" / "summary.json").is_file()
 
     def train_words(self) -> list[str]:
-        """Return the command that trains, from the checkpoint that is there if any is."""
+        """Return the command that trains, or continues from a checkpoint."""
         there = [name for name in _CHECKPOINTS if _is_checkpoint(self.folder / name)]
         how = [] if not there else ["--val"] if FINAL in there else ["--c"]
         experiment = self.experiment
@@ -64,13 +64,13 @@ class Training:
         return [*words, "-tr", self.trainer, "-p", experiment.plans_name, "-device", experiment.device, *how]
 
     def train(self, lock: int | None) -> None:
-        """Train to the end; a checkpoint that is cut short is put aside."""
+        """Train to the end; an incomplete checkpoint is renamed first."""
         for path in (self.folder / name for name in _CHECKPOINTS):
-            if path.is_file() and not _is_checkpoint(path):  # stock writes in place: a kill cuts it short
-                logger.warning("%s is cut short and is put aside", path)
+            if path.is_file() and not _is_checkpoint(path):  # nnU-Net writes in place, so a kill cuts it short
+                logger.warning("%s is incomplete and is renamed to .cut", path)
                 place(path, path.with_name(f"{path.name}.cut"))
         if self.number == 0 and self.fold != "all":
-            adopt_splits(self.data.preprocessed, self.data.raw)  # stock would pass over one that came after planning
+            adopt_splits(self.data.preprocessed, self.data.raw)  # nnU-Net ignores one that came after planning
         running.call(self.train_words(), lock, training=True)
 
     def checkpoint_digest(self) -> str:
@@ -78,7 +78,7 @@ class Training:
         return file_digest(self.folder / FINAL)
 
     def predict_words(self) -> list[str]:
-        """Return the command that predicts with the final checkpoint, but for images and output."""
+        """Return the command that predicts with the final checkpoint, without images and output."""
         experiment = self.experiment
         words = ["nnUNetv2_predict", "-d", str(self.data.id), "-c", experiment.configuration]
         words += ["-f", str(self.fold), "-tr", self.trainer, "-p", experiment.plans_name]
@@ -99,16 +99,16 @@ class Training:
         return self.folder / "pseudo_labels.json"
 
     def is_predicted(self) -> bool:
-        """Whether there is a whole pseudo-label of each unlabelled image, from the final checkpoint."""
+        """Return whether each unlabelled image has a complete pseudo-label by the final checkpoint."""
         return self.is_trained() and self.voxels() is not None
 
     def voxels(self) -> Voxels | None:
-        """Return the voxels of each structure in each pseudo-label, None where some were not predicted yet.
+        """Return the voxels of each structure in each pseudo-label; None if a pseudo-label is missing.
 
         Raises
         ------
         DataError
-            If the pseudo-labels are of another checkpoint.
+            If another checkpoint predicted the pseudo-labels.
         """
         try:
             noted = read_json(self._record)
@@ -128,7 +128,13 @@ class Training:
         return [*self.predict_words(), "-i", str(images), "-o", str(self.pseudo_labels), "--continue_prediction"]
 
     def label(self, lock: int | None) -> None:
-        """Predict what is missing or cut short of the pseudo-labels, then look at each of them."""
+        """Predict missing and incomplete pseudo-labels, then count the voxels of each.
+
+        Raises
+        ------
+        DataError
+            If an image was not predicted.
+        """
         files = {case: self.pseudo_label(case) for case in self.experiment.roles.unlabeled}
         self._note(None)
         seen = self._look(list(files.values()))
@@ -140,7 +146,7 @@ class Training:
             seen |= self._look(missing)
         bad = _not_whole(seen)
         if bad:
-            raise DataError(f"{bad[0]} was not predicted ({len(bad)} such cases); look above, then type this again")
+            raise DataError(f"{bad[0]} was not predicted ({len(bad)} such cases); see above, then type this again")
         self._note({case: seen[path] for case, path in files.items()})
 
     def _look(self, files: Sequence[Path]) -> dict[Path, dict[str, int] | None]:
@@ -161,7 +167,7 @@ def list_trainings(
     Parameters
     ----------
     experiment : Experiment
-        What all trainings share.
+        Shared by all trainings.
     new_ids : sequence of int
         Free ids, one per round.
     trainer : str
@@ -178,7 +184,7 @@ def list_trainings(
     """
     data = experiment.data
     if len({*new_ids, data.id}) <= len(new_ids):
-        raise ConfigError(f"--as {' '.join(map(str, new_ids))}: give each round an id of its own, and none that -d has")
+        raise ConfigError(f"--as {' '.join(map(str, new_ids))}: give each round its own id, different from -d")
     trainings = [Training(experiment, 0, data, experiment.fold, trainer_of_length(trainer, epochs[0]), epochs)]
     words = data.name.split("_", 1)[1]
     for number, new_id in enumerate(new_ids, start=1):
@@ -200,7 +206,7 @@ def _not_whole(seen: dict[Path, dict[str, int] | None]) -> list[Path]:
 
 
 def _count(task: tuple[Path, Labels]) -> dict[str, int] | None:
-    """Return the voxels of each structure; None where the file is not there or not whole."""
+    """Return the voxels of each structure; None if the file is missing or incomplete."""
     path, labels = task
     if not path.is_file():
         return None

@@ -494,7 +494,7 @@ def test_a_dry_run_writes_nothing_and_says_what_is_done(monkeypatch, root, caplo
 def test_two_runs_do_not_work_at_once(monkeypatch, root):
     class Twice(Commands):
         def train(self, words):
-            with pytest.raises(DataError, match="at work"):
+            with pytest.raises(DataError, match="is working on"):
                 start(monkeypatch, root)
             monkeypatch.setattr(running, "call", self)
             super().train(words)
