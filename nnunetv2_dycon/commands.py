@@ -1,6 +1,6 @@
-"""The command `nnUNetv2_dycon VERB`: each verb parses its arguments, calls one importable function, prints.
+"""The command `nnUNetv2_dycon VERB`: each verb parses its arguments, calls one function and prints its result.
 
-Names of arguments are nnU-Net's. A verb's module is imported when the verb runs, so that `--help` is quick.
+Names of arguments are nnU-Net's. A verb's module is imported only when the verb runs, so that `--help` is quick.
 """
 
 import argparse
@@ -34,7 +34,7 @@ class Verb(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0 well, 1 a finding of `doctor`, 2 an error of the user."""
+    """Run one verb and return the exit code: 0 success, 1 a finding of `doctor` or `check`, 2 an error of the user."""
     verb, arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     module, name = verb.function.split(":")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Verb, dict[str, Any]]:
-    """Return the verb and the arguments of its function; leaves the program as argparse does."""
+    """Return the verb and the arguments of its function; argparse ends the program after --help or an error."""
     parser = argparse.ArgumentParser("nnUNetv2_dycon", description="Semi-supervised training inside nnU-Net.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
@@ -169,7 +169,7 @@ def _show_scores(rows: Sequence[Any]) -> int:
 def _show_rows(title: str, rows: Sequence[Any]) -> None:
     print(title)
     name, default = (max(len(row[column]) for row in rows) for column in range(2))
-    for row in rows:  # what is allowed comes last: some lists of words are long
+    for row in rows:  # allowed values come last, since some lists are long
         print(f"  {row.option:<{name}}  {row.default:<{default}}  {row.help} ({row.allowed})")
     print()
 
@@ -179,12 +179,17 @@ def _dataset(parameter: str) -> Argument:
 
 
 _PLANS = _argument("-p", dest="plans", help="plans identifier")
-_OVERWRITE = _argument("--overwrite", action="store_true", help="replace what is there")
+_OVERWRITE = _argument("--overwrite", action="store_true", help="replace existing results")
 
 _PROCESSES = "worker processes (default: one per processor, at most 8)"
 
 VERBS: dict[str, Verb] = {
-    "doctor": Verb("Check the installation and say what to mend.", "nnunetv2_dycon.doctor:doctor", (), _show_findings),
+    "doctor": Verb(
+        "Check the installation and name the remedies.",
+        "nnunetv2_dycon.doctor:doctor",
+        (),
+        _show_findings,
+    ),
     "trainers": Verb(
         "List the trainers for -tr, their options, defaults and ranges.",
         "nnunetv2_dycon.trainers.names:list_trainers",
@@ -215,9 +220,9 @@ VERBS: dict[str, Verb] = {
             _argument("--labeled_seed", type=int, help="seed of the draw (default: 0)"),
             _argument("--test", help="fraction or number of training cases to draw as test cases"),
             _argument("--groups", help="JSON {case: subject} or a table: scans of a subject stay together"),
-            _argument("--protocol", help="JSON file with labeled, train, val, test, in place of draws"),
+            _argument("--protocol", help="JSON file with labeled, train, val, test, instead of draws"),
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
-            _argument("--dry_run", action="store_true", help="say what would be done, write nothing"),
+            _argument("--dry_run", action="store_true", help="only report the plan, write nothing"),
             _OVERWRITE,
         ),
         _show,
@@ -232,7 +237,7 @@ VERBS: dict[str, Verb] = {
         _show_findings,
     ),
     "preprocess_unlabeled": Verb(
-        "Preprocess the images of imagesUn; no label is opened, and a stopped run goes on where it was.",
+        "Preprocess the images of imagesUn; no label is opened, and a stopped run continues.",
         "nnunetv2_dycon.data.unlabeled:preprocess_unlabeled",
         (
             _dataset("dataset"),
@@ -248,26 +253,26 @@ VERBS: dict[str, Verb] = {
         "nnunetv2_dycon.phantom:write_phantom",
         (
             _argument("-d", dest="dataset_id", required=True, type=int, help="dataset id"),
-            _argument("-n", "--cases", type=int, help="cases in all: labelled, unlabelled and test"),
-            _argument("--labeled", type=int, help="labelled cases"),
+            _argument("-n", "--cases", type=int, help="number of cases: labelled, unlabelled and test"),
+            _argument("--labeled", type=int, help="number of labelled cases"),
             _argument("--labeled_scanner", type=_number_or_word, help="their scanner, or all"),
-            _argument("--test", type=int, help="test cases"),
+            _argument("--test", type=int, help="number of test cases"),
             _argument("--seed", type=int, help="seed"),
             _argument("--channels", type=int, help="image channels"),
             _argument("--shape", nargs=3, type=int, help="voxels along each axis"),
-            _argument("--hard", action="store_true", help="the harder kind"),
+            _argument("--hard", action="store_true", help="the harder task"),
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
             _OVERWRITE,
         ),
         _show,
     ),
     "self_train": Verb(
-        "Train with stock nnU-Net, pseudo-label the unlabelled images, train anew: the reference at equal compute.",
+        "Train with stock nnU-Net, pseudo-label the unlabelled images, train again: the reference at equal compute.",
         "nnunetv2_dycon.self_training.steps:self_train",
         (
             _dataset("dataset_id"),
             _argument("--as", dest="new_ids", nargs="+", type=int, required=True, help="free ids, one for each round"),
-            _argument("-tr", dest="trainer", help="or nnUNetTrainerLabeledOnly, with options"),
+            _argument("-tr", dest="trainer", help="nnUNetTrainer, or nnUNetTrainerLabeledOnly with options"),
             _argument("-c", dest="configuration", help="configuration"),
             _argument("-f", dest="fold", type=_number_or_word, help="fold, or all"),
             _PLANS,
@@ -278,9 +283,9 @@ VERBS: dict[str, Verb] = {
                 help="how often a round lists each labelled case; half: half of all patches are labelled; 1: pooled",
             ),
             _argument("--keep_empty", action="store_true", help="train on empty pseudo-labels too"),
-            _argument("-device", help="cuda, cpu or mps (default: cuda where there is any)"),
+            _argument("-device", help="cuda, cpu or mps (default: cuda if there is a device)"),
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
-            _argument("--dry_run", action="store_true", help="say what would be done, write nothing"),
+            _argument("--dry_run", action="store_true", help="only report the plan, write nothing"),
         ),
         _show,
     ),
@@ -320,7 +325,7 @@ VERBS: dict[str, Verb] = {
             _argument("--tolerance", type=float, help="of NSD, in mm; in voxels with literature"),
             _argument("--lesions", action="store_true", help="count lesions that are found, missed and false"),
             _argument("--disable_distances", dest="distances", action="store_false", help="overlap and volumes only"),
-            _argument("--chill", action="store_true", help="score what is there where GT has more cases than PRED"),
+            _argument("--chill", action="store_true", help="score the predictions that are there if GT has more cases"),
         ),
         _show_scores,
     ),
@@ -336,7 +341,7 @@ VERBS: dict[str, Verb] = {
                 "--runs",
                 nargs="+",
                 required=True,
-                help="trainer names (* for anything), results folders, folders of predictions, RUN=FOLDER for its own",
+                help="trainer names (* for anything), results folders, prediction folders, RUN=FOLDER for its own",
             ),
             _argument("--baseline", help="the run to compare with (default: the first)"),
             _argument("--upper", nargs="+", help="runs on more labels, usually all: the upper bound"),
@@ -346,7 +351,7 @@ VERBS: dict[str, Verb] = {
             _argument("--predict", action="store_true", help="predict test cases where predictions are missing"),
             _argument("--disable_tta", dest="mirroring", action="store_false", help="predictions without mirroring"),
             _argument("--save_probabilities", action="store_true", help="with --predict: for calibration"),
-            _argument("-device", help="for --predict: cuda, cpu or mps (default: cuda where there is any)"),
+            _argument("-device", help="for --predict: cuda, cpu or mps (default: cuda if there is a device)"),
             _argument(
                 "--published",
                 nargs="?",

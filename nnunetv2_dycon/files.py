@@ -202,7 +202,7 @@ def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") ->
 
 @contextmanager
 def writing(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
-    """Turn what the operating system says about writing `path` into one line.
+    """Turn errors of the operating system about writing `path` into one line.
 
     Raises
     ------

@@ -492,6 +492,7 @@ def _write_case(folder: Path, settings: Phantom, index: int, role: Role) -> None
 
 
 def _save(volume: np.ndarray, path: Path) -> None:
+    """Write a volume (X, Y, Z) as NIfTI."""
     nib.save(nib.Nifti1Image(volume, np.diag([SPACING_MM] * 3 + [1.0])), path)
 
 

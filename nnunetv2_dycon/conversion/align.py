@@ -61,6 +61,7 @@ def present(array: np.ndarray) -> set[int]:
 
 
 def _apply(array: np.ndarray, known: Mapping[int, int]) -> np.ndarray:
+    """Return an array (X, Y, Z) with new values, uint8."""
     out = np.zeros(array.shape, np.uint8)
     for old, new in known.items():
         if new:
@@ -80,6 +81,7 @@ def same_grid(one: Volume, other: Volume) -> bool:
 
 
 def _corners(volume: Volume) -> np.ndarray:
+    """Return the corner voxels in mm, (8, 3)."""
     indices = np.array(list(product(*((0, n - 1) for n in volume.array.shape))), float)
     return indices @ volume.affine[:3, :3].T + volume.affine[:3, 3]
 
@@ -204,9 +206,11 @@ def is_organ(ct: np.ndarray, mask: np.ndarray) -> bool:
 
 
 def _air(ct: np.ndarray, mask: np.ndarray) -> float:
+    """Return the share of air inside a mask; both (X, Y, Z)."""
     return float(np.mean(ct[mask != 0] < _AIR_HU))
 
 
 def _median(ct: np.ndarray, mask: np.ndarray) -> str:
+    """Return the median inside a mask, for messages; both (X, Y, Z)."""
     values = ct[mask != 0]
     return f"{np.median(values):.0f}" if values.size else "no"

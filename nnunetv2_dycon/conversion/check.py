@@ -143,6 +143,7 @@ def _look(task: _Task) -> _Seen:
 
 
 def _read(files: Sequence[Path], reader: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return image (C, X, Y, Z) and properties; raises DataError if nnU-Net's reader cannot read it."""
     for path in files:
         _refuse_broken(path)
     with reading(files[0]):
@@ -166,6 +167,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _look_at_label(task: _Task, image: np.ndarray, properties: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the problems of a label with the geometry of its image (C, X, Y, Z) and with its values."""
     path: Any = task.label
     try:
         with reading(path):

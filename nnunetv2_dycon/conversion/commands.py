@@ -34,7 +34,7 @@ def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> ar
         required=True,
         help="labelled cases: a fraction (0.1), a number (8), all, or a file with one id per line",
     )
-    parser.add_argument("--labeled_seed", type=int, help="draw them with this seed, in place of the published ones")
+    parser.add_argument("--labeled_seed", type=int, help="draw them with this seed, instead of the published ones")
     parser.add_argument(
         "--protocol",
         help=f"lists of training, validation and test cases: {', '.join(protocols)} or a JSON file "
@@ -43,7 +43,7 @@ def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> ar
     parser.add_argument(
         "-np", dest="processes", type=int, help="worker processes (default: one per processor, at most 8)"
     )
-    parser.add_argument("--dry_run", action="store_true", help="say what would be done, write nothing")
+    parser.add_argument("--dry_run", action="store_true", help="only report the plan, write nothing")
     parser.add_argument("--strict", action="store_true", help="refuse a collection that lacks cases of the protocol")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that this converter made")
     return parser

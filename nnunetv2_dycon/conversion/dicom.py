@@ -170,6 +170,7 @@ def _header(path: Path) -> Any:
 
 
 def _numbers(header: Any, tag: str, name: str, count: int) -> np.ndarray:
+    """Return the numbers of a tag, (count,)."""
     text = header.GetMetaData(tag) if header.HasMetaDataKey(tag) else ""
     try:
         numbers = np.array([float(part) for part in text.split("\\")])

@@ -345,7 +345,7 @@ def _recorded(config: Configuration, manifest: Manifest) -> dict[str, dict[str, 
     cases = {case: {"from": record["from"], "files": record["files"]} for case, record in manifest["cases"].items()}
     if not cases and not listed:
         raise DataError(
-            f"{config.folder} holds no prepared case and there is no raw data set {config.dataset}; "
+            f"{config.folder} holds no prepared case, and the raw data set {config.dataset} is missing; "
             "set nnUNet_raw, or copy the prepared folder and its .json here"
         )
     return {**{case: {"from": "imagesTr", "files": None} for case in listed}, **cases}

@@ -126,7 +126,7 @@ def test_an_unreadable_file(raw: Path, content: bytes, reader: str) -> None:
 
 def test_a_truncated_file(raw: Path) -> None:
     path = raw / "imagesUn/u_01_0001.nii.gz"
-    path.write_bytes(path.read_bytes()[:-1500])  # SimpleITK reads it, with zeros for what is missing
+    path.write_bytes(path.read_bytes()[:-1500])  # SimpleITK reads it, with zeros for the missing part
     assert re.search(r"u_01_0001.nii.gz cannot be read", message())
 
 
@@ -227,7 +227,7 @@ def test_an_unknown_data_set(raw: Path) -> None:
 def test_the_raw_data_set_is_needed_for_preparing(raw: Path) -> None:
     shutil.rmtree(raw)
     assert f"{raw} does not exist" in message()
-    assert "there is no raw data set" in message(function=unlabeled_status)
+    assert "is missing; set nnUNet_raw" in message(function=unlabeled_status)
 
 
 @pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])

@@ -440,7 +440,7 @@ def test_labels_of_unlabeled_cases_are_not_opened_and_change_nothing(raw, source
     label = find(source, LABEL_FILES[name])
     assert str(label) not in seen
     if form.collection != "LA":  # SimpleITK opens out of Python's sight
-        assert any("label" in f or "msk" in f or "seg" in f for f in seen)  # the hook sees what is opened
+        assert any("label" in f or "msk" in f or "seg" in f for f in seen)  # the hook sees opened files
     trees = [tree(folder)]
     label.write_bytes(b"not a label")
     trees.append(tree(run(form, source, dataset_id=700, overwrite=True).folder))
@@ -512,7 +512,7 @@ def test_what_a_killed_run_left_is_continued_to_the_same_tree(raw, source, monke
     def kill(*_: Any, **__: Any) -> None:
         raise Killed
 
-    # a kill cannot be caught; neither is this, but for what `building` would not remove either
+    # `building` does not catch this either, so it removes nothing, as after a kill
     place = (
         "nnunetv2_dycon.conversion.cases.CaseTask._write_label"
         if survivor == "image"

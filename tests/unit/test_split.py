@@ -42,7 +42,7 @@ def roles(folder: Path) -> dict[str, set[str]]:
 
 
 def subjects(path: Path, divided: dict[str, str]) -> Path:
-    """Write a table in which every annotated case is its own subject but for those that are given."""
+    """Write a table in which every annotated case is its own subject, except the given ones."""
     path.write_text(json.dumps({f"l_{i:02d}": f"s{i}" for i in range(10)} | divided))
     return path
 

@@ -274,7 +274,7 @@ def test_a_case_without_one_of_its_files_is_missing(place: Place, made: list[str
     assert tree(place) == before
 
 
-def test_a_broken_manifest_means_all_anew(place: Place, made: list[str]) -> None:
+def test_a_broken_manifest_means_all_again(place: Place, made: list[str]) -> None:
     prepare()
     before = tree(place)
     for text in ("{", '{"format": 99, "cases": {}}', "[]"):
@@ -321,7 +321,7 @@ def test_killed_at_any_write_and_started_again_gives_the_same_files(
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    for path in place.folder.glob("*.pkl"):  # what is there is whole
+    for path in place.folder.glob("*.pkl"):  # every case that is there is complete
         data, seg, _ = load(place.folder, path.stem)
         assert data.shape[1:] == seg.shape[1:]
     if overwrite and moment > 0:  # half old and half new is not whole
