@@ -1,0 +1,272 @@
+"""A whole run with stand-ins for nnU-Net's commands, and what is refused."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunetv2_dycon.errors import ConfigError, DataError, UserError
+from nnunetv2_dycon.self_training.steps import self_train
+from tests.datasets import no_pools
+from tests.rounds import (
+    CASES,
+    NAME,
+    ROUNDS,
+    Commands,
+    checkpoint,
+    first_fold,
+    names,
+    raw,
+    recorded,
+    splits,
+    start,
+)
+
+
+def test_a_round_is_labelled_validation_and_pseudo_labelled_cases(monkeypatch, root):
+    result, commands = start(monkeypatch, root)
+    assert [words[0].removeprefix("nnUNetv2_") for words in commands.seen] == [
+        *("train", "predict", "move_plans_between_datasets", "preprocess", "train")
+    ]
+    assert commands.option(commands.seen[1], "-i") == str(raw(root, NAME) / "imagesUn")
+    new, old = raw(root), raw(root, NAME)
+    fold = root / "nnUNet_results" / NAME / "nnUNetTrainer_500epochs__nnUNetPlans__3d_fullres" / "fold_0"
+    for place in ("imagesTr", "labelsTr"):
+        assert names(new / place) == ["l_00", "l_01", "l_02", "l_03", *CASES]
+    assert names(new / "imagesUn") == []
+    assert names(new / "imagesTs") == names(new / "labelsTs") == ["t_00", "t_01"]
+    for case in CASES:
+        assert (new / f"imagesTr/{case}_0000.nii.gz").samefile(old / f"imagesUn/{case}_0000.nii.gz")
+        assert (new / f"labelsTr/{case}.nii.gz").samefile(fold / f"pseudo_labels/{case}.nii.gz")
+    for case in ("l_00", "l_03"):
+        assert (new / f"labelsTr/{case}.nii.gz").samefile(old / f"labelsTr/{case}.nii.gz")
+    assert splits(root) == [{"train": ["l_00", "l_01", "l_02", *CASES], "val": ["l_03"]}]
+    content = json.loads((root / "nnUNet_preprocessed" / ROUNDS[0] / "dataset.json").read_text())
+    assert content["numTraining"] == 7
+    assert content["labels"] == json.loads((old / "dataset.json").read_text())["labels"]
+    assert result.parent.parent.name == ROUNDS[0]
+    assert (result / "checkpoint_final.pth").is_file()
+
+
+def test_the_arms_have_the_same_plans(monkeypatch, root):
+    start(monkeypatch, root, rounds=2)
+    first = json.loads((root / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json").read_text())
+    for name in ROUNDS:
+        plans = json.loads((root / "nnUNet_preprocessed" / name / "nnUNetPlans.json").read_text())
+        assert plans == {**first, "dataset_name": name}
+
+
+def test_a_second_round_takes_the_pseudo_labels_of_the_first_ones_model(monkeypatch, root):
+    _, commands = start(monkeypatch, root, rounds=2, epochs=(250, 250, 500))
+    trainings = [words for words in commands.seen if words[0] == "nnUNetv2_train"]
+    assert [words[1] for words in trainings] == ["901", "911", "912"]
+    lengths = [commands.option(words, "-tr") for words in trainings]
+    assert lengths == ["nnUNetTrainer_250epochs", "nnUNetTrainer_250epochs", "nnUNetTrainer_500epochs"]
+    predictions = [words for words in commands.seen if words[0] == "nnUNetv2_predict"]
+    assert [commands.option(words, "-d") for words in predictions] == ["901", "911"]
+    assert {commands.option(words, "-i") for words in predictions} == {str(raw(root, NAME) / "imagesUn")}
+    first = root / "nnUNet_results" / ROUNDS[0] / "nnUNetTrainer_250epochs__nnUNetPlans__3d_fullres/fold_0"
+    label = raw(root, ROUNDS[1]) / "labelsTr/u_00.nii.gz"
+    assert label.samefile(first / "pseudo_labels/u_00.nii.gz")
+    facts = recorded(root, ROUNDS[1])
+    assert (facts["round"], facts["epochs"], facts["total_epochs"]) == (2, [250, 250, 500], 1000)
+    assert facts["teacher"]["dataset"] == ROUNDS[0]
+    assert facts["labeled"] == ["l_00", "l_01", "l_02"]
+    assert sorted(set(splits(root, ROUNDS[1])[0]["train"])) == ["l_00", "l_01", "l_02", *CASES]
+
+
+def test_cases_that_the_fold_leaves_out_are_nowhere(monkeypatch, root):
+    fold = [{"train": ["l_00"], "val": ["l_03"]}]
+    (root / "nnUNet_preprocessed" / NAME / "splits_final.json").write_text(json.dumps(fold))
+    start(monkeypatch, root)
+    assert names(raw(root) / "labelsTr") == ["l_00", "l_03", *CASES]
+    assert Counter(splits(root)[0]["train"]) == {"l_00": 3, **dict.fromkeys(CASES, 1)}
+
+
+@pytest.mark.parametrize(("repeat", "times", "share"), [("half", 3, 0.5), (1, 1, 0.25), (9, 9, 0.75)])
+def test_labelled_cases_are_listed_as_often_as_asked(monkeypatch, root, repeat, times, share):
+    fold = [{"train": ["l_00"], "val": ["l_03"]}]
+    (root / "nnUNet_preprocessed" / NAME / "splits_final.json").write_text(json.dumps(fold))
+    start(monkeypatch, root, repeat=repeat)
+    assert splits(root)[0]["train"] == ["l_00"] * times + list(CASES)
+    assert recorded(root)["repeat"] == times
+    assert recorded(root)["labeled_share_of_patches"] == share
+
+
+def test_stock_draws_a_case_as_often_as_the_fold_lists_it(tiny):
+    from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    folder = tiny / "nnUNet_preprocessed" / NAME
+    data = folder / "nnUNetPlans_3d_fullres"
+    content = json.loads((folder / "dataset.json").read_text())
+    manager = PlansManager(str(folder / "nnUNetPlans.json")).get_label_manager(content)
+    dataset = infer_dataset_class(str(data))(str(data), ["l_00", "l_00", "l_00", "l_01"])
+    loader = nnUNetDataLoader(dataset, 2, [16] * 3, [16] * 3, manager, 0.33)
+    np.random.seed(0)
+    drawn = Counter(str(key) for _ in range(1000) for key in loader.get_indices())
+    assert set(drawn) == {"l_00", "l_01"}
+    assert abs(drawn["l_00"] / 2000 - 0.75) < 4 * (0.75 * 0.25 / 2000) ** 0.5
+    assert set(next(loader)["keys"]) <= {"l_00", "l_01"}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_empty_pseudo_labels_are_left_out_and_named_unless_wanted(monkeypatch, root, caplog, keep):
+    caplog.set_level(logging.INFO)
+    start(monkeypatch, root, commands=Commands(root, empty=("u_01",)), keep_empty=keep)
+    assert ("u_01" in names(raw(root) / "imagesTr")) == keep
+    assert ("u_01" in splits(root)[0]["train"]) == keep
+    assert recorded(root)["empty"] == {"kept" if keep else "left_out": ["u_01"]}
+    assert f"1 pseudo-labels are empty and {'kept' if keep else 'left out'}: u_01" in caplog.text
+    assert "class1 is absent from 1 of 3 pseudo-labels" in caplog.text
+    assert "class2 is absent from 2 of 3 pseudo-labels" in caplog.text
+
+
+def test_pseudo_labels_that_are_all_empty_end_the_run(monkeypatch, root):
+    with pytest.raises(DataError, match=r"all 3 pseudo-labels .* are empty"):
+        start(monkeypatch, root, commands=Commands(root, empty=CASES))
+    assert not raw(root).exists()
+
+
+def test_fold_all_trains_and_validates_on_all_labelled_cases(monkeypatch, root):
+    start(monkeypatch, root, fold="all")
+    cases = ["l_00", "l_01", "l_02", "l_03"]
+    name = "Dataset911_Tiny_foldall_self1"
+    assert splits(root, name) == [{"train": [*cases, *CASES], "val": cases}]
+
+
+def test_the_log_has_commands_lengths_and_shares(monkeypatch, root, caplog):
+    caplog.set_level(logging.INFO)
+    start(monkeypatch, root)
+    assert "500 + 500 = 1000 epochs" in caplog.text
+    assert "3 labelled cases, each listed 1 times, and 3 pseudo-labelled; 50% of training patches" in caplog.text
+    model = "-tr nnUNetTrainer_500epochs -p nnUNetPlans -device cpu"
+    for line in (
+        f"$ nnUNetv2_train 901 3d_fullres 0 {model}",
+        f"$ nnUNetv2_predict -d 901 -c 3d_fullres -f 0 {model} -npp 1 -nps 1 -i {raw(root, NAME)}/imagesUn -o ",
+        "&& nnUNetv2_move_plans_between_datasets -s 901 -t 911 -sp nnUNetPlans",
+        "$ nnUNetv2_preprocess -d 911 -plans_name nnUNetPlans -c 3d_fullres -np 1",
+        f"$ nnUNetv2_train 911 3d_fullres 0 {model}",
+    ):
+        assert line.removeprefix("$ ") in caplog.text
+
+
+def test_nnunet_preprocesses_and_loads_what_a_round_leaves(monkeypatch, root):
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+
+    class Real(Commands):
+        def preprocess(self, words):
+            with no_pools():
+                preprocess_dataset(911, "nnUNetPlans", ["3d_fullres"], [1], show_progress_bar=False)
+
+    start(monkeypatch, root, commands=Real(root))
+    from tests.training import make_trainer
+
+    trainer = make_trainer("nnUNetTrainer", dataset=ROUNDS[0])
+    train, val = trainer.do_split()
+    assert set(train) == {"l_00", "l_01", "l_02", *CASES}
+    assert val == ["l_03"]
+    trainer.initialize()
+    dataset, _ = trainer.get_tr_and_val_datasets()
+    label = np.asarray(dataset.load_case("u_00")[1])
+    assert set(np.unique(label)) - {-1} == {0, 1, 2}
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"repeat": 2}, {"epochs": (500, 250)}, {"keep_empty": True}])
+def test_other_settings_need_other_ids(monkeypatch, root, options):
+    start(monkeypatch, root, commands=Commands(root, empty=("u_02",)))
+    with pytest.raises(DataError, match=r"made with other settings.*--as other ids"):
+        start(monkeypatch, root, commands=Commands(root, empty=("u_02",)), **options)
+
+
+def test_pseudo_labels_of_another_checkpoint_are_refused(monkeypatch, root):
+    start(monkeypatch, root)
+    checkpoint(first_fold(root) / "checkpoint_final.pth", "trained again")
+    with pytest.raises(DataError, match="predicted by another state"):
+        start(monkeypatch, root)
+
+
+def test_a_data_set_that_was_planned_again_is_refused(monkeypatch, root):
+    start(monkeypatch, root)
+    path = root / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["3d_fullres"]["batch_size"] = 7
+    path.write_text(json.dumps(plans))
+    with pytest.raises(DataError, match="planned again"):
+        start(monkeypatch, root)
+
+
+def test_what_an_earlier_data_set_of_the_id_left_is_refused(monkeypatch, root):
+    start(monkeypatch, root)
+    shutil.rmtree(raw(root))
+    with pytest.raises(DataError, match="earlier data set of this id"):
+        start(monkeypatch, root)
+
+
+def test_a_command_that_predicts_too_little_is_told(monkeypatch, root):
+    class Lazy(Commands):
+        def predict(self, words):
+            super().predict(words)
+            (Path(self.option(words, "-o")) / "u_02.nii.gz").unlink()
+
+    with pytest.raises(DataError, match=r"u_02.nii.gz was not predicted \(1 such"):
+        start(monkeypatch, root, commands=Lazy(root))
+    assert not raw(root).exists()
+
+
+def edit_splits(root, **fold):
+    for folder in ("nnUNet_preprocessed", "nnUNet_raw"):
+        (root / folder / NAME / "splits_final.json").write_text(json.dumps([fold]))
+
+
+def drop_splits(root):
+    for folder in ("nnUNet_preprocessed", "nnUNet_raw"):
+        (root / folder / NAME / "splits_final.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "said"),
+    [
+        (lambda root: shutil.rmtree(raw(root, NAME) / "imagesUn"), {}, "imagesUn"),
+        (lambda root: shutil.rmtree(root / "nnUNet_preprocessed" / NAME), {}, "nnUNetv2_plan_and_preprocess -d 901"),
+        (
+            lambda root: shutil.rmtree(root / "nnUNet_preprocessed" / NAME / "nnUNetPlans_3d_fullres"),
+            {},
+            "nnUNetv2_plan_and_preprocess -d 901",
+        ),
+        (lambda root: edit_splits(root, train=["l_00"], val=["l_01"], unlabeled=["l_02"]), {}, "nnUNetv2_dycon split"),
+        (lambda root: edit_splits(root, train=["l_00", "x"], val=["l_01"]), {}, "'x'"),
+        (None, {"fold": 3}, "-f 3"),
+        (drop_splits, {"fold": 7}, "-f 7: there will be folds 0 to"),
+        (None, {"processes": 0}, "-np 0"),
+        (None, {"fold": "best"}, "-f best"),
+        (None, {"configuration": "3d_none"}, "-c 3d_none"),
+        (None, {"repeat": 0}, "--repeat 0"),
+        (None, {"repeat": "most"}, "--repeat most"),
+        (None, {"dataset_id": 77}, "-d 77"),
+        (None, {"plans": "Other"}, "Other.json"),
+        (None, {"trainer": "nnUNetTrainerDyCON"}, "nnUNetTrainerLabeledOnly"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(monkeypatch, root, prepare, options, said):
+    if prepare:
+        prepare(root)
+    with pytest.raises(UserError, match=said) as caught:
+        start(monkeypatch, root, **options)
+    assert "\n" not in str(caught.value)
+    assert not raw(root).exists()
+    assert not list((root / "nnUNet_results").rglob("*.pth"))  # no training before it is said
+
+
+@pytest.mark.parametrize("ids", [(901,), (911, 911), ()])
+def test_ids_of_rounds_are_their_own(root, ids):
+    with pytest.raises(ConfigError, match="--as"):
+        self_train(901, ids, epochs=(250,) * (len(ids) + 1))

@@ -1,0 +1,203 @@
+"""Self-training that continues: after kills, by hand, through nnU-Net's own commands."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.self_training import running
+from tests.datasets import environment
+from tests.rounds import CASES, NAME, ROUNDS, Commands, Killed, checkpoint, copy_data, first_fold, raw, start, tree
+
+# ---- going on ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clean_tree(tiny_data, tmp_path_factory):
+    """What a run of two rounds leaves that nothing interrupts."""
+    root = tmp_path_factory.mktemp("clean")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        copy_data(tiny_data, root, monkeypatch)
+        start(monkeypatch, root, rounds=2)
+        return tree(root)
+
+
+@pytest.mark.parametrize("kill_at", range(9))
+def test_a_run_that_is_killed_in_any_command_ends_as_one_that_is_not(monkeypatch, clean_tree, root, kill_at):
+    with pytest.raises(Killed):
+        start(monkeypatch, root, rounds=2, commands=Commands(root, kill_at))
+    _, again = start(monkeypatch, root, rounds=2)
+    assert len(again.seen) == 9 - kill_at  # nothing is done twice
+    assert tree(root) == clean_tree
+    _, third = start(monkeypatch, root, rounds=2)
+    assert third.seen == []
+
+
+@pytest.mark.parametrize(
+    ("whole", "cut", "flag"),
+    [
+        ((), (), None),
+        (("latest",), (), "--c"),
+        (("best",), (), "--c"),
+        (("final",), (), "--val"),
+        (("best",), ("latest",), "--c"),
+        (("latest",), ("final",), "--c"),
+        ((), ("latest",), None),
+    ],
+)
+def test_a_training_goes_on_from_what_is_whole(monkeypatch, root, whole, cut, flag):
+    fold = first_fold(root)
+    for name in whole:
+        checkpoint(fold / f"checkpoint_{name}.pth", "x")
+    for name in cut:
+        (fold / f"checkpoint_{name}.pth").write_bytes(b"PK\x03\x04 cut")
+    _, commands = start(monkeypatch, root)
+    flags = [word for word in commands.seen[0] if word.startswith("--")]
+    assert flags == ([flag] if flag else [])
+    for name in cut:
+        assert (fold / f"checkpoint_{name}.pth.cut").is_file()
+
+
+def test_predictions_that_another_machine_made_are_taken(monkeypatch, root):
+    commands = Commands(root)
+    with pytest.raises(Killed):
+        start(monkeypatch, root, commands=Commands(root, kill_at=1))
+    shutil.rmtree(first_fold(root) / "pseudo_labels")
+    commands.killed = False
+    images, output = raw(root, NAME) / "imagesUn", first_fold(root) / "pseudo_labels"
+    commands.predict(["nnUNetv2_predict", "-i", str(images), "-o", str(output)])
+    _, again = start(monkeypatch, root)
+    assert "nnUNetv2_predict" not in [words[0] for words in again.seen]
+
+
+@pytest.mark.parametrize("gone", ["nnUNetPlans_3d_fullres/u_01.pkl", "gt_segmentations/u_01.nii.gz"])
+def test_a_preprocessed_case_that_is_gone_is_made_again(monkeypatch, root, gone):
+    start(monkeypatch, root)
+    (root / "nnUNet_preprocessed" / ROUNDS[0] / gone).unlink()
+    _, again = start(monkeypatch, root)
+    assert [words[0] for words in again.seen] == ["nnUNetv2_preprocess"]
+
+
+def test_images_that_came_later_are_not_passed_over(monkeypatch, root):
+    start(monkeypatch, root)
+    images = raw(root, NAME) / "imagesUn"
+    shutil.copyfile(images / "u_00_0000.nii.gz", images / "u_03_0000.nii.gz")
+    with pytest.raises(DataError, match="made with other settings or pseudo-labels"):
+        start(monkeypatch, root)
+    assert (first_fold(root) / "pseudo_labels/u_03.nii.gz").is_file()
+
+
+@pytest.mark.parametrize(("training", "value"), [(True, "0"), (False, None)])
+def test_commands_but_for_training_do_not_get_a_number_of_0_processes(monkeypatch, training, value):
+    calls = []
+
+    def stand_in(words, **options):
+        calls.append((words, options))
+        return subprocess.CompletedProcess(words, 3)
+
+    monkeypatch.setattr(subprocess, "run", stand_in)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    with pytest.raises(DataError, match=r"nnUNetv2_x ended with code 3.*nnUNetv2_x -d 'a b'"):
+        running.call(["nnUNetv2_x", "-d", "a b"], 7, training=training)
+    ((words, options),) = calls
+    assert words[-4:] == ["7", "nnUNetv2_x", "-d", "a b"]
+    assert options["env"].get("nnUNet_n_proc_DA") == value
+    assert options["pass_fds"] == (7,)
+
+
+def test_a_dry_run_writes_nothing_and_says_what_is_done(monkeypatch, root, caplog):
+    caplog.set_level(logging.INFO)
+    before = tree(root)
+    _, commands = start(monkeypatch, root, dry_run=True)
+    assert commands.seen == []
+    assert tree(root) == before
+    assert caplog.text.count("to do: ") == 6
+    start(monkeypatch, root)
+    caplog.clear()
+    start(monkeypatch, root, dry_run=True)
+    assert "to do" not in caplog.text
+
+
+def test_two_runs_do_not_work_at_once(monkeypatch, root):
+    class Twice(Commands):
+        def train(self, words):
+            with pytest.raises(DataError, match="is working on"):
+                start(monkeypatch, root)
+            monkeypatch.setattr(running, "call", self)
+            super().train(words)
+
+    _, commands = start(monkeypatch, root, commands=Twice(root))
+    assert len(commands.seen) == 5
+
+
+# ---- through nnU-Net's commands ------------------------------------------------------------------------------
+
+
+def launch(root, *more):
+    script = "from nnunetv2_dycon.commands import main; raise SystemExit(main())"
+    words = ["self_train", "-d", "901", "--as", "911", "--epochs", "3", "5", "-np", "1", "-device", "cpu"]
+    words += ["-tr", "nnUNetTrainerLabeledOnly_iters10_valiters1_lr0p03_save1_seed3", *more]
+    with open(root / "log.txt", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *words],
+            # a text is waited for: in a buffer it would be seen when the training has long gone on, or ended
+            env={**os.environ, **environment(root), "PYTHONUNBUFFERED": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def wait_for(root, process, text, seconds=120):
+    until = time.monotonic() + seconds
+    while text not in (root / "log.txt").read_text(errors="replace"):
+        assert process.poll() is None, (root / "log.txt").read_text(errors="replace")[-3000:]
+        assert time.monotonic() < until, text
+        time.sleep(0.02)
+
+
+def weights(root):
+    import torch
+
+    (path,) = (root / "nnUNet_results" / ROUNDS[0]).glob("*/fold_0/checkpoint_final.pth")
+    return torch.load(path, weights_only=False, map_location="cpu")["network_weights"]
+
+
+@pytest.mark.slow
+def test_real_commands_killed_at_every_stage_end_in_the_weights_of_a_clean_run(root, tmp_path_factory):
+    clean = tmp_path_factory.mktemp("clean")
+    shutil.copytree(root, clean, dirs_exist_ok=True)
+    process = launch(clean)
+    assert process.wait() == 0, (clean / "log.txt").read_text(errors="replace")[-3000:]
+
+    for text in ("Epoch 1", "Predicting u_01", "Preprocessing cases", "This split has 6 training", "Epoch 3"):
+        (root / "log.txt").write_text("")
+        process = launch(root)
+        wait_for(root, process, text)
+        if text == "This split has 6 training":
+            os.killpg(process.pid, signal.SIGSTOP)  # or the short training could end before the second command looks
+            os.kill(process.pid, signal.SIGKILL)  # it alone: the training lives, and keeps others out
+            process.wait()
+            second = launch(root)
+            assert second.wait() == 2
+            assert "is working on" in (root / "log.txt").read_text(errors="replace")
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process = launch(root)
+    assert process.wait() == 0, (root / "log.txt").read_text(errors="replace")[-3000:]
+
+    ours, theirs = weights(root), weights(clean)
+    assert ours.keys() == theirs.keys()
+    assert all(bool((ours[key] == theirs[key]).all()) for key in ours)
+    for case in CASES:
+        one, other = (nib.load(raw(where) / f"labelsTr/{case}.nii.gz") for where in (root, clean))
+        assert np.array_equal(np.asarray(one.dataobj), np.asarray(other.dataobj))
+        assert np.asarray(one.dataobj).any()
