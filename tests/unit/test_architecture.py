@@ -52,6 +52,7 @@ STANDARD_LIBRARY_ONLY = {
     "locks",
     "parallel",
     "files",
+    "findings",
     "commands",
 }
 WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"step", "methods", "_nnunet_ext"}

@@ -398,3 +398,13 @@ def test_one_function_links_a_case_with_the_files_that_give_a_tiff_its_spacing(t
     assert outputs("test") == tuple(name.replace("Tr", "Ts") for name in (*channels, "labelsTr/new.json"))
     assert "labelsTr/new.tif" in outputs("labeled")  # reading it will tell that it is missing
     assert outputs("labeled", None) == channels
+
+
+def test_the_name_of_a_new_data_set_is_on_the_disk_when_it_is_told(raw, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        "nnunetv2_dycon.conversion.dataset.sync", lambda folder: synced.append((folder, set(folder.iterdir())))
+    )
+    folder = split(4, 604, 3).folder
+    assert synced[-1][0] == raw
+    assert folder in synced[-1][1]
