@@ -382,10 +382,10 @@ def test_a_missing_label_leaves_its_case_out_and_says_so(raw):
 
 
 def test_one_function_links_a_case_with_the_files_that_give_a_tiff_its_spacing(tmp_path):
-    images = [tmp_path / f"p_0001_000{channel}.tif" for channel in range(2)]
-    label = tmp_path / "labels" / "p_0001.tif"
+    images = [tmp_path / f"p.1_0001_000{channel}.tif" for channel in range(2)]
+    label = tmp_path / "labels" / "p.1_0001.tif"
     label.parent.mkdir()
-    for path in (*images, label, tmp_path / "p_0001.json", label.with_suffix(".json")):
+    for path in (*images, label, tmp_path / "p.1_0001.json", label.with_suffix(".json")):
         path.touch()
 
     def outputs(role, path=label):
