@@ -10,7 +10,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import whole_folder
+from nnunetv2_dycon.files import first_few, whole_folder
 
 STOCK_TRAINER = "nnUNetTrainer"
 MODEL_FILES = ("plans.json", "dataset.json")
@@ -66,14 +66,16 @@ def export_model(
     output = Path(output)
     if output.exists():
         raise DataError(f"{output} exists: give -o a folder that does not.")
-    missing = [
-        model / f"fold_{fold}" / checkpoint for fold in folds if not (model / f"fold_{fold}" / checkpoint).is_file()
-    ]
+    needed = [model / f"fold_{fold}" / checkpoint for fold in folds]
+    missing = [path for path in needed if not path.is_file()]
     if missing:
         raise DataError(
             f"{missing[0]} does not exist; train it first: nnUNetv2_train {dataset_id} {configuration} "
             f"{missing[0].parent.name.removeprefix('fold_')} -tr {trainer} -p {plans}"
         )
+    lost = [name for name in MODEL_FILES if not (model / name).is_file()]
+    if lost:
+        raise DataError(f"{model} has no {first_few(lost)}; restore what nnUNetv2_train wrote there")
     with whole_folder(output) as whole:
         for name in MODEL_FILES:
             shutil.copyfile(model / name, whole / name)

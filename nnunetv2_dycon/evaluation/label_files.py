@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.metrics import Structure
-from nnunetv2_dycon.files import read_json
+from nnunetv2_dycon.files import first_few, read_json
 
 DATASET_FILE = "dataset.json"
 _NIFTI = (".nii", ".nii.gz")
@@ -250,5 +250,5 @@ def case_files(folder: Path, ending: str) -> dict[str, Path]:
     if any(folder.glob("*.npz")):
         raise DataError(f"{folder} holds probabilities (.npz) and no {ending}; predict without --save_probabilities")
     endings = sorted({re.sub(r"^[^.]*", "", path.name) for path in folder.iterdir()} - {""})
-    there = f", only {', '.join(endings[:3])}" if endings else ""
+    there = f", only {first_few(endings)}" if endings else ""
     raise DataError(f"{folder} holds no file ending in {ending}{there}; give the folder with the label maps")

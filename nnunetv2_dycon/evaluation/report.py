@@ -29,6 +29,7 @@ from nnunetv2_dycon.evaluation.tables import (
     markdown,
     results_csv,
 )
+from nnunetv2_dycon.files import write_bytes, write_text
 
 REPORT_FILE = "report.html"
 
@@ -58,7 +59,7 @@ def write_report(
     introduction = _introduction(comparison)
     (folder / "figures").mkdir(exist_ok=True)
     for picture in pictures:
-        (folder / "figures" / f"{picture.name}.png").write_bytes(picture.png)
+        write_bytes(folder / "figures" / f"{picture.name}.png", picture.png)
     contents = {
         REPORT_FILE: html(title, introduction, tables, pictures),
         "report.md": as_markdown(title, introduction, tables, pictures),
@@ -66,7 +67,7 @@ def write_report(
         "results.csv": results_csv(comparison),
     }
     for name, text in contents.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def html(title: str, introduction: Sequence[str], tables: Sequence[Table], pictures: Sequence[Picture]) -> str:

@@ -10,7 +10,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -41,7 +41,7 @@ from nnunetv2_dycon.evaluation.metrics import (
     recall,
     score_case,
 )
-from nnunetv2_dycon.files import write_text
+from nnunetv2_dycon.files import first_few, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -175,18 +175,11 @@ def _check_names(
             "give the truth of these cases, or rename the files"
         )
     if extra:
-        raise DataError(
-            f"{predictions[extra[0]]} has no truth in {truth_folder}{_more(extra)}; add it or remove the file"
-        )
+        names = first_few([predictions[case].name for case in extra])
+        raise DataError(f"{prediction_folder}: {names} has no truth in {truth_folder}; add it or remove the file")
     if missing and not chill:
-        raise DataError(
-            f"{prediction_folder} has no {truths[missing[0]].name}{_more(missing)}; "
-            "predict it, or type --chill to score the others alone"
-        )
-
-
-def _more(cases: Sequence[str]) -> str:
-    return f" (and {len(cases) - 1} more)" if len(cases) > 1 else ""
+        names = first_few([truths[case].name for case in missing])
+        raise DataError(f"{prediction_folder} has no {names}; predict it, or type --chill to score the others alone")
 
 
 # ---- summaries -------------------------------------------------------------------------------------------------
@@ -376,8 +369,11 @@ def check_writable(folder: Path) -> None:
 
 
 def _write(folder: Path, texts: Mapping[str, str]) -> None:
-    for name, text in texts.items():
-        write_text(folder / name, text)
+    """Write all files or none: they get their names when all are complete."""
+    with ExitStack() as stack:
+        for name, text in texts.items():
+            part = stack.enter_context(whole_file(folder / name, "give -o another folder"))
+            part.write_bytes(text.encode())
 
 
 def _cannot_write(folder: Path, error: OSError) -> DataError:
