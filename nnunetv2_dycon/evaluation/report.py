@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file that needs nothing else, and its parts as Markdown, LaTeX, CSV and PNG."""
+"""The report of a comparison: one self-contained HTML file, and its parts as Markdown, LaTeX, CSV and PNG."""
 
 import base64
 from collections.abc import Sequence
@@ -42,13 +42,13 @@ def write_report(
     Parameters
     ----------
     folder : Path
-        Where to write.
+        An existing folder.
     title : str
         Heading of the report.
     comparison : Comparison
-        Numbers.
+        Methods with their scores.
     images : Images
-        Voxels, for overlays and calibration.
+        Folders of truth and images, for overlays and calibration.
     published : sequence of dict
         Rows of published_results.json for the main table.
     """
@@ -71,7 +71,7 @@ def write_report(
 
 
 def html(title: str, introduction: Sequence[str], tables: Sequence[Table], pictures: Sequence[Picture]) -> str:
-    """Return the report as one HTML file, pictures inside, readable without scripts.
+    """Return the report as one HTML page with embedded pictures and no scripts.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def _introduction(comparison: Comparison) -> list[str]:
 
 
 def _verdict(comparison: Comparison) -> str:
-    """Return in one sentence which differences of the mean Dice to the baseline hold."""
+    """Return the differences of the mean Dice to the baseline in words."""
     kinds: dict[str, list[str]] = {"higher": [], "lower": [], "no difference that holds": []}
     for method in comparison.methods[1:]:
         result = comparison.results[method.name, ALL, "dice"]
@@ -138,6 +138,6 @@ def _verdict(comparison: Comparison) -> str:
         kinds[kind].append(method.short)
     found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     return (
-        f"Mean Dice against {comparison.methods[0].short}, by the rule below. {found[0].upper()}{found[1:]}. What does "
-        "not hold may be there and too small for these cases and runs to show."
+        f"Mean Dice against {comparison.methods[0].short}, by the rule below. {found[0].upper()}{found[1:]}. A "
+        "difference that does not hold may still exist, too small to show in these cases and runs."
     )

@@ -208,7 +208,7 @@ def test_an_upper_bound_may_have_more_labelled_cases_and_closes_the_table(root):
         "| DyCON",
         "| nnU-Net_upper-bound",
     ]
-    assert "of the mean Dice from nnU-Net (0) to it (100)" in "".join(lines)
+    assert "of the mean Dice from nnU-Net (0) to nnU-Net_upper-bound (100)" in "".join(lines)
 
 
 def test_a_best_checkpoint_that_was_chosen_on_the_test_cases_is_refused(root):

@@ -173,7 +173,7 @@ def test_reliability_gives_the_worked_example(raw):
     assert (count[8], count[6], count[5], count.sum()) == (1, 1, 1, 3)
     assert confidence[[8, 6, 5]].tolist() == [0.8, 0.6, 0.5]
     assert right[[8, 6, 5]].tolist() == [1, 0, 0]
-    with pytest.raises(DataError, match=r"shape \(3, 4\) do not fit 3 labels and a truth of shape \(5,\)"):
+    with pytest.raises(DataError, match=r"shape \(3, 4\) do not match 3 labels and a truth of shape \(5,\)"):
         reliability_counts(probabilities, np.zeros(5, int), labels)
 
 

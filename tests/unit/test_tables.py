@@ -134,7 +134,7 @@ def test_published_rows_are_marked_with_their_protocol_and_source(compared):
     assert len(added) == len(published) > 0
     assert all(row[0].text.endswith(" ‡") and not any(cell.best for cell in row) for row in added)
     assert {row[1].text for row in added} == {"8"}
-    assert "another protocol" in table.notes[-1]
+    assert "another evaluation protocol" in table.notes[-1]
     assert all(row["protocol"] in table.notes[-1] and row["source"] in table.notes[-1] for row in published)
     assert {len(row) for row in table.rows} == {len(table.header)}
 
