@@ -174,7 +174,7 @@ def test_the_summary_of_a_worked_example(folders: tuple[Path, Path]) -> None:
     base = replace(row, label="1", diagonal_mm=100.0)
     none = {"hd95_mm": None, "asd_mm": None, "assd_mm": None}
     rows = [
-        replace(base, dice=0.9, hd95_mm=2.0, lesion_tp=2, lesion_fp=1, lesion_fn=0, lesion_f1=0.8),
+        replace(base, dice=0.9, hd95_mm=2.0, lesion_tp=2, lesion_fp=2, lesion_fn=0, lesion_f1=2 / 3),
         replace(base, dice=0.6, hd95_mm=6.0, lesion_tp=0, lesion_fp=0, lesion_fn=1, lesion_f1=0.0),
         replace(base, status="missed", dice=0.0, **none),
         replace(base, status="false_alarm", dice=0.0, **none),
@@ -195,7 +195,7 @@ def test_the_summary_of_a_worked_example(folders: tuple[Path, Path]) -> None:
         "q3": 5.0,
         "penalized_mean": 52.0,
     }
-    assert of_class["lesions"] == {"tp": 2, "fp": 1, "fn": 1, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    assert of_class["lesions"] == {"tp": 2, "fp": 2, "fn": 1, "precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7}
     rows += [replace(row, label="2", hd95_mm=8.0) for row in rows[:1]]
     assert summarize(rows)["mean_over_classes"]["hd95_mm"] == {"mean": 6.0, "penalized_mean": 30.0}
 
