@@ -9,7 +9,7 @@ import pytest
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation import compare as module
 from nnunetv2_dycon.evaluation.compare import compare
-from nnunetv2_dycon.evaluation.facts import write_run_file
+from nnunetv2_dycon.evaluation.facts import read_run_file, write_run_file
 from nnunetv2_dycon.evaluation.predict import predict
 from nnunetv2_dycon.evaluation.runs import Place, find_runs
 from nnunetv2_dycon.evaluation.scores import evaluate, read_scores
@@ -189,13 +189,17 @@ def test_a_prediction_is_nnunets_command_and_is_whole_or_absent(root, monkeypatc
     for part in (["-m", str(folder.parent)], ["-f", "0"], ["-chk", "checkpoint_final.pth"], ["-npp", "1", "-nps", "1"]):
         assert " ".join(part) in " ".join(arguments)
     assert {"--disable_tta", "--save_probabilities", "-device"} <= set(arguments)
-    assert (student.predictions / "run.json").is_file()
+    assert read_run_file(student.predictions) == student.facts
     predict(teacher, root / "imagesTs", mirroring=True)
     export = commands[1]
     assert " ".join(export[1][:5]) == f"export -d {DATASET} -tr {OURS.format(0)}"
     assert " ".join(export[1]).count("--weights teacher") == 1
     assert export[2] == {"nnUNet_results": str(root / "nnUNet_results")}
     assert "--disable_tta" not in commands[2][1]
+    best = make_training(root, STOCK.format(0), ours=False, checkpoint="checkpoint_best.pth")
+    (run,) = find_runs(str(best), Place(DATASET, checkpoint="checkpoint_best.pth"), ("student",), True)
+    predict(run, root / "imagesTs", mirroring=True)
+    assert "-chk checkpoint_best.pth" in " ".join(commands[3][1])
     assert str(folder.parent) not in commands[2][1]  # but the exported model
 
 

@@ -85,6 +85,6 @@ def test_a_training_without_a_teacher_has_a_student_to_export(trainings: list[Pa
     state = torch.load(trainings[0] / "checkpoint_final.pth", weights_only=False)
     del state["ssl"]
     torch.save(state, trainings[0] / "checkpoint_final.pth")
-    with pytest.raises(DataError, match="holds no teacher .*; use --weights student"):
+    with pytest.raises(DataError, match=r"holds no teacher .*; use --weights student"):
         export_model(DATASET, TRAINER, output=tmp_path / "model")
     assert weights(export_model(DATASET, TRAINER, weights="student", output=tmp_path / "model")) == {"fold_0": 10}
