@@ -1,4 +1,4 @@
-"""Model folders that stock nnU-Net predicts with, on a machine without this package."""
+"""Export a model folder for stock nnU-Net, for prediction on a machine without this package."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import whole_folder
+from nnunetv2_dycon.files import first_few, whole_folder
 
 STOCK_TRAINER = "nnUNetTrainer"
 MODEL_FILES = ("plans.json", "dataset.json")
@@ -27,53 +27,57 @@ def export_model(
     output: str | Path = "",
     checkpoint: str = "checkpoint_final.pth",
 ) -> Path:
-    """Write plans, dataset.json and one checkpoint per fold for `nnUNetv2_predict_from_modelfolder -m OUTPUT`.
+    """Write a model folder for `nnUNetv2_predict_from_modelfolder -m OUTPUT`: plans, dataset.json and checkpoints.
 
-    The network is the planned one, so the checkpoints name nnU-Net's own trainer. They hold what prediction needs and
-    nothing else: training cannot be continued from them.
+    The network is the planned one, so the checkpoints name nnU-Net's own trainer. They hold only what prediction needs;
+    training cannot be continued from them.
 
     Parameters
     ----------
     dataset_id : int or str
         Data set number or name.
     trainer : str
-        Trainer name, with options, as trained.
+        Trainer name with options, as trained.
+    configuration, plans : str
+        As in nnU-Net.
     folds : sequence of int or 'all'
         Trained folds.
     weights : {"teacher", "student", "mean"}
-        Whose weights become the model. In co-training the student is the first network and the teacher the second.
-        For the mean both are written, the teachers as further folds, numbered on from the largest: nnU-Net averages
-        the outputs of the folds that it is given, so it has to be given all of them.
+        Network to export. In co-training the student is the first network and the teacher the second. "mean" exports
+        both, the teachers as further folds with the next numbers: nnU-Net averages the outputs of the folds in -f, so
+        give it all of them.
     output : path
-        Folder to write; it may not exist yet.
+        Folder to write; it must not exist.
     checkpoint : str
         File name of the checkpoint in each fold.
 
     Returns
     -------
     Path
-        The folder that was written, whole or not at all.
+        `output`, which is written completely or not at all.
 
     Raises
     ------
     DataError
-        If a checkpoint is missing, cannot be read or holds no teacher, or `output` exists or cannot be written.
+        If a file of the training is missing, cannot be read or has no teacher, or `output` exists or cannot be written.
     """
     try:
         model = Path(get_output_folder(dataset_id, trainer, plans, configuration))
     except (TypeError, RuntimeError) as error:
-        raise DataError(f"dataset {dataset_id}: {error} Check -d, and that nnUNet_results is exported.") from error
+        raise DataError(f"dataset {dataset_id}: {error}; check -d, and that nnUNet_results is exported") from error
     output = Path(output)
     if output.exists():
-        raise DataError(f"{output} exists: give -o a folder that does not.")
-    missing = [
-        model / f"fold_{fold}" / checkpoint for fold in folds if not (model / f"fold_{fold}" / checkpoint).is_file()
-    ]
+        raise DataError(f"{output} exists; give -o a new folder")
+    needed = [model / f"fold_{fold}" / checkpoint for fold in folds]
+    missing = [path for path in needed if not path.is_file()]
     if missing:
         raise DataError(
             f"{missing[0]} does not exist; train it first: nnUNetv2_train {dataset_id} {configuration} "
             f"{missing[0].parent.name.removeprefix('fold_')} -tr {trainer} -p {plans}"
         )
+    lost = [name for name in MODEL_FILES if not (model / name).is_file()]
+    if lost:
+        raise DataError(f"{model} has no {first_few(lost)}; restore what nnUNetv2_train wrote there")
     with whole_folder(output) as whole:
         for name in MODEL_FILES:
             shutil.copyfile(model / name, whole / name)
@@ -85,7 +89,7 @@ def export_model(
 
 
 def _members(folds: Sequence[int | str], weights: str) -> list[tuple[int | str, int | str, str]]:
-    """Return for each fold of the model its number, the trained fold it comes from, and whose weights it has."""
+    """Return for each fold of the model its number, its trained fold, and its network."""
     if weights != "mean":
         return [(fold, fold, weights) for fold in folds]
     student, teacher = MEAN_OF
@@ -101,7 +105,7 @@ def _stock_checkpoint(path: Path, weights: str) -> dict[str, Any]:
     network = checkpoint["network_weights"]
     if weights == "teacher":
         if KEY not in checkpoint:
-            raise DataError(f"{path} holds no teacher (another trainer wrote it): use --weights student.")
+            raise DataError(f"{path} holds no teacher (another trainer wrote it); use --weights student")
         network = checkpoint[KEY]["teacher"]
     return {
         "network_weights": network,

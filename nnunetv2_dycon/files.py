@@ -68,6 +68,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         with writing(path):
             part.mkdir(parents=True)
             yield part
+            for inner in (*part.rglob("*"), part):
+                sync(inner)
             if path.exists():
                 os.rename(path, old)
             os.rename(part, path)

@@ -1,1 +1,1 @@
-"""Scores of predictions against truth, in numbers that can be compared with other tools and papers."""
+"""Scores of predictions against truth, comparable with those of other tools and papers."""

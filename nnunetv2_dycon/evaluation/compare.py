@@ -1,11 +1,10 @@
-"""Several runs on the same test cases: checked to be alike, scored, compared, reported."""
+"""Compare several runs on the same test cases: check that they are comparable, score them, write a report."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.data.datasets import dataset_name
@@ -61,32 +60,33 @@ def compare(
     baseline : str, optional
         The run that the others are compared with; by default the first.
     upper : sequence of str
-        Runs on more labels, usually all: named like `runs`, as a results folder where they are of another data set.
-        They close the table, and the other methods say how much of the way from the baseline to the first they go.
+        Upper bounds: runs on more labels, usually all. Named like `runs`; give the results folder of a run on another
+        data set. They come last in the table, which also shows the share of the gap between baseline and the first
+        upper bound that each method closes.
     output : path
-        Folder to write: report.html, report.md with figures/, tables.tex, results.csv, and scores/ with every case.
+        Folder to write: report.html, report.md with figures/, tables.tex, results.csv, and scores/ of every case.
     configuration, folds, plans, checkpoint
         Which trainings of a trainer name, as in nnU-Net. Several folds are several labelled draws.
     weights : sequence of {"student", "teacher"}
-        Whose predictions; each is a row. The baseline is its first.
+        Networks whose predictions are compared; each is a row. The baseline is its first row.
     predict : bool
-        Predict test cases that have no prediction yet, into `test/` of the fold's folder.
+        Predict the test cases of runs without predictions, into `test/` of the fold's folder.
     mirroring : bool
         Whether these predictions are (or were) averaged over mirrored ones.
     save_probabilities : bool
         Write probabilities with new predictions; the report shows calibration where every run has them.
     device : str, optional
-        For predictions; by default CUDA where there is any.
+        For predictions; by default CUDA if available, else the CPU.
     published : str, optional
         Add published results: the data set's name in published_results.json, or "auto" to find it.
     truth_folder : path, optional
         True label maps of the test cases; by default labelsTs of the raw data set.
     convention : {"mm", "literature"}
-        Of the distances.
+        Convention of the distances, see `metrics`.
     processes : int, optional
-        Worker processes of the evaluation; by default as many as processors, 8 at most.
+        Worker processes of the evaluation; by default one per processor, at most 8.
     overwrite : bool
-        Replace the folder where it is a report.
+        Replace the output folder if it is a report.
 
     Returns
     -------
@@ -96,9 +96,9 @@ def compare(
     Raises
     ------
     DataError
-        If runs are not alike, not finished or not predicted, or a file cannot be read or written.
+        If runs cannot be compared, are not finished or not predicted, or a file cannot be read or written.
     ConfigError
-        If an option has no possible value.
+        If an option has an invalid value.
     """
     output = Path(output)
     _check_output(output, overwrite)
@@ -114,7 +114,7 @@ def compare(
         for named in (runs, upper)
     )
     reference = find_baseline(runs[0] if baseline is None else baseline, found)
-    rows = choose_published(dataset if published == "auto" else published, _labeled(found)) if published else []
+    others = choose_published(dataset if published == "auto" else published, _labeled(found)) if published else []
     found += [replace(run, upper=True) for run in bounds]
     if len({run.method for run in found}) < 2:
         raise ConfigError("--runs names one method only (seeds of it, or one run); give at least two, or --upper")
@@ -131,10 +131,10 @@ def compare(
             logger.info("%d of %d: %s, %s", number + 1, len(found), run.method, run.predictions)
             scores = whole / "scores" / f"{number:02d}_{run.facts.trainer or run.predictions.name}_{run.facts.weights}"
             scores.mkdir(parents=True)
-            settings: dict[str, Any] = {"convention": convention, "dataset_json": raw / "dataset.json"}
             with _quiet(evaluate.__module__):  # it would name a folder that is moved at the end
-                scored.append((run, evaluate(truth, run.predictions, output=scores, processes=processes, **settings)))
-        write_report(whole, title, make_comparison(scored, reference), images, rows)
+                rows = evaluate(truth, run.predictions, raw / "dataset.json", scores, processes, convention=convention)
+            scored.append((run, rows))
+        write_report(whole, title, make_comparison(scored, reference), images, others)
     return output / REPORT_FILE
 
 
@@ -154,7 +154,7 @@ def _labeled(runs: Sequence[Run]) -> list[int | None]:
 
 
 def _unique(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs, each once: a pattern may name one that is named besides."""
+    """Return the runs without repetitions: a pattern may match a run that is also named."""
     return list({(str(run.predictions.absolute()), run.facts.weights): run for run in reversed(runs)}.values())[::-1]
 
 
@@ -164,7 +164,7 @@ def _predict(
     if not wanted:
         raise DataError(f"{run.name} has no predictions in {run.predictions}; type --predict, or RUN=FOLDER")
     if not images.is_dir():
-        raise DataError(f"{images} does not exist: there is nothing to predict; put the test images there")
+        raise DataError(f"{images} does not exist, so nothing can be predicted; put the test images there")
     logger.info("predicting the test cases with %s, fold %s", run.method, run.facts.fold)
     predict_run(run, images, mirroring=mirroring, device=device, save_probabilities=save_probabilities)
 

@@ -1,10 +1,11 @@
-"""Scores of several runs as numbers side by side: means and spread of each method, and what differences hold.
+"""Mean and spread of each method's scores, and tests of the differences to the baseline.
 
-Means are taken over cases first, then over classes. A method is all runs that differ by seed or labelled draw alone.
-For a test, a case has one value a method: the mean over its runs, then over classes. Distances are those of status
-"ok" in means; where methods are compared, a missed structure and a false alarm cost the image's diagonal. An empty
-structure that is left empty counts as a whole overlap (1) and as no distance (0) against a method that has a false
-alarm there; where neither has one, the case says nothing and is left out and counted.
+A method is all runs that differ by seed or labelled draw alone. A run's mean is taken over cases, then over classes.
+A test compares one value per case and method: the mean over runs, then over classes.
+
+Means use distances of status "ok" only. Tests count a missed structure and a false alarm as the image's diagonal. If
+a structure is absent from the truth and only one of the two methods predicts it, the other one gets overlap 1 and
+distance 0. If neither predicts it, the case is left out of the test and counted.
 """
 
 import math
@@ -21,8 +22,8 @@ from nnunetv2_dycon.evaluation.metrics import DISTANCES, OVERLAPS, Score
 from nnunetv2_dycon.evaluation.runs import Run
 from nnunetv2_dycon.evaluation.statistics import Paired, Ratio, Spread, holds, holm, paired, ratio, spread
 
-METRICS = ("dice", "iou", "hd95_mm", "asd_mm")  # the paper's four
-ALL = ""  # the mean over classes, in place of a label
+METRICS = ("dice", "iou", "hd95_mm", "asd_mm")  # the four of the DyCON paper
+ALL = ""  # stands for the mean over classes where a label is expected
 SEED = 20250
 
 Unit = tuple[str, str]  # case and label
@@ -30,7 +31,7 @@ Unit = tuple[str, str]  # case and label
 
 @dataclass(frozen=True)
 class Method:
-    """Runs that differ by seed or labelled draw alone, and their scores, by (case, label)."""
+    """Runs that differ by seed or labelled draw alone, and the scores of each run by (case, label)."""
 
     name: str
     short: str
@@ -39,28 +40,28 @@ class Method:
 
     @property
     def upper(self) -> bool:
-        """Whether it is an upper bound, which knows more labels than the others."""
+        """Whether it is an upper bound, trained on more labels than the others."""
         return self.runs[0].upper
 
 
 class Result(NamedTuple):
-    """One number of a table, and whether it holds.
+    """A metric's mean for one method, and its difference to the baseline.
 
     Attributes
     ----------
     mean : Spread or None
-        Over runs, of each run's mean over cases (and classes); None where nothing is defined.
+        Spread over runs of the run's mean; None if the metric is undefined everywhere.
     difference : Paired or None
         To the baseline, over cases; None for the baseline itself.
     p : float or None
-        Corrected by Holm's method over all comparisons of the same kind.
+        p of the difference with Holm's correction over all comparisons of the same family.
     holds : bool
         Whether the difference to the baseline is established.
     best : bool
-        Whether this method is ahead of every other but upper bounds, and each of these differences holds; those to the
-        baseline hold as in `holds`.
+        Whether this method is better than every other one except upper bounds, and each of these differences is
+        established.
     left_out : int
-        Cases times classes that the comparison could not use.
+        Pairs of case and class that are left out of the test.
     """
 
     mean: Spread | None
@@ -96,9 +97,9 @@ class Comparison:
     methods : tuple of Method
         The baseline first, upper bounds last.
     labels : dict
-        Names of classes by label, in the order of the data set.
+        Class names by label, in the order of the data set.
     convention : {"mm", "literature"}
-        Of the distances.
+        Convention of the distances.
     """
 
     methods: tuple[Method, ...]
@@ -116,7 +117,7 @@ class Comparison:
         return tuple(sorted({case for case, _ in self.methods[0].scores[0]}))
 
     def status(self, method: Method, status: str) -> int:
-        """Return how many structures of all cases and runs have a status."""
+        """Return the number of structures with a status, over all cases and runs."""
         return sum(score.status == status for scores in method.scores for score in scores.values())
 
     def per_case(self, method: Method, metric: str) -> dict[str, float]:
@@ -129,10 +130,10 @@ class Comparison:
         )
 
     def gap_closed(self, method: Method) -> Ratio | None:
-        """Return how much of the way from the baseline's Dice to the first upper bound's a method goes.
+        """Return the share of the Dice gap between baseline and first upper bound that a method closes.
 
-        Both are mean differences over the same cases, as in the tests. None without an upper bound that is ahead of the
-        baseline, by an interval that leaves out 0.
+        Both differences are means over the same cases, as in the tests. None without an upper bound, or if the interval
+        of its difference to the baseline reaches 0.
         """
         upper = next((m for m in self.methods if m.upper), None)
         if upper is None:
@@ -149,7 +150,7 @@ class Comparison:
     def results(self) -> dict[tuple[str, str, str], Result]:
         """All results by (name of the method, label or `ALL`, metric).
 
-        The comparisons of the mean over classes are one family for Holm's correction, those of single classes another.
+        Holm's correction has two families: comparisons of the mean over classes, and those of single classes.
         """
         found = {}
         for labels in ([ALL], list(self.labels) if len(self.labels) > 1 else []):
@@ -179,9 +180,9 @@ class Comparison:
         }
 
     def _leader(self, label: str, metric: str, held: Mapping[tuple[str, str, str], bool]) -> Method | None:
-        """Return the method that is better than every other one, None where that does not hold.
+        """Return the method that is better than every other one except upper bounds, None if there is no such method.
 
-        `held` are the differences to the baseline that hold, by label and metric.
+        `held` tells, by (method, label, metric), whether the difference to the baseline is established.
         """
         ahead = 1.0 if metric in OVERLAPS else -1.0
         rivals = [method for method in self.methods if not method.upper]
@@ -191,7 +192,7 @@ class Comparison:
             if not all(held[one.name, label, metric] for one in to_baseline):
                 continue
             means = [self._by_case(method, other, label, metric).mean for other in others]
-            if not others or not all(ahead * mean > 0 for mean in means):  # no test is needed
+            if not others or not all(ahead * mean > 0 for mean in means):  # behind another one: no test is needed
                 continue
             rest = [self._difference(method, other, label, metric) for other in others]
             adjusted = holm([d.paired.p if d.paired else None for d in rest])
@@ -200,12 +201,12 @@ class Comparison:
         return None
 
     def _difference(self, method: Method, other: Method, label: str, metric: str) -> _Difference:
-        """Return the difference with interval and test; worked out once for both directions."""
+        """Return the difference with interval and test; computed once for both directions."""
         first, second = sorted((method, other), key=self.methods.index)
         key = (first.name, second.name, label, metric)
         if key not in self._tested:
             by_case = self._by_case(second, first, label, metric)
-            rng = np.random.default_rng(SEED)  # of its own, so that no comparison depends on which others are made
+            rng = np.random.default_rng(SEED)  # a new one, so that a comparison does not depend on the others
             self._tested[key] = _Difference(
                 paired(list(by_case.values.values()), rng), by_case.of_runs, by_case.left_out
             )
@@ -237,7 +238,7 @@ class Comparison:
 
 
 def _turned(found: _Difference) -> _Difference:
-    """Return the same difference seen from the other method."""
+    """Return the difference with its sign changed."""
     of_runs = tuple(-value for value in found.of_runs)
     if found.paired is None:
         return found._replace(of_runs=of_runs)
@@ -247,7 +248,7 @@ def _turned(found: _Difference) -> _Difference:
 
 
 def _run_pairs(method: Method, other: Method) -> list[tuple[int, int]]:
-    """Return pairs of runs of the same seed and draw; where these do not match one to one, all pairs."""
+    """Return pairs of runs with the same seed and labelled draw; all pairs if these do not match one to one."""
     keys = [[(run.facts.seed, run.facts.labeled, run.facts.fold) for run in m.runs] for m in (method, other)]
     if len(set(keys[0])) == len(keys[0]) and sorted(map(repr, keys[0])) == sorted(map(repr, keys[1])):
         return [(i, keys[1].index(key)) for i, key in enumerate(keys[0])]
@@ -255,13 +256,13 @@ def _run_pairs(method: Method, other: Method) -> list[tuple[int, int]]:
 
 
 def _paired_value(score: Score, metric: str) -> float | None:
-    if score.status == "both_empty":  # rightly empty, where another run has a false alarm
+    if score.status == "both_empty":  # correctly empty, while another run has a false alarm
         return 0.0 if metric in DISTANCES else 1.0
     return score.penalized(metric)
 
 
 def _case_means(values: Mapping[Unit, Sequence[float | None]]) -> dict[str, float]:
-    """Return the mean over runs, then over classes, of every case that has a value."""
+    """Return the mean over runs, then over classes, of each case with a value."""
     by_case: dict[str, list[float]] = {}
     for (case, _), of_runs in values.items():
         there = [value for value in of_runs if value is not None]
@@ -271,18 +272,18 @@ def _case_means(values: Mapping[Unit, Sequence[float | None]]) -> dict[str, floa
 
 
 def run_mean(scores: Mapping[Unit, Score], label: str, metric: str, *, penalized: bool = False) -> float | None:
-    """Return a run's mean over cases, then over classes; None if it is defined nowhere.
+    """Return a run's mean over cases, then over classes; None if the metric is undefined everywhere.
 
     Parameters
     ----------
     scores : mapping
-        Of one run, by (case, label).
+        Scores of one run by (case, label).
     label : str
         A class, or `ALL` for the mean over classes.
     metric : str
-        Field of Score.
+        A field of Score.
     penalized : bool
-        Let a missed structure and a false alarm count as the image's diagonal.
+        Count a missed structure and a false alarm as the image's diagonal.
     """
     means = []
     for one in dict.fromkeys(own for _, own in scores):
@@ -303,14 +304,14 @@ def make_comparison(runs: Sequence[tuple[Run, Sequence[Score]]], baseline: str) 
     Parameters
     ----------
     runs : sequence of (Run, scores)
-        Runs of the same method follow from their names.
+        Runs of one name, seeds aside, are one method.
     baseline : str
-        Name of a method.
+        Name of the method that the others are compared with.
 
     Raises
     ------
     DataError
-        If runs were scored on other cases or classes, or with another convention.
+        If the runs' cases, classes or conventions differ.
     """
     first_run, first = runs[0]
     known = {(score.case, score.label): score for score in first}

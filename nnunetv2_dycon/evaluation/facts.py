@@ -1,6 +1,6 @@
-"""Facts of a run, from its own files.
+"""Facts of a run, read from its files.
 
-A fact that they do not hold is None and is shown as "not recorded"; nothing is guessed.
+A fact that is not in these files is None and is shown as "not recorded"; nothing is guessed.
 """
 
 import csv
@@ -27,26 +27,26 @@ _SERIES = {"train_losses": "training loss", "val_losses": "validation loss", "me
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts of a run; None where its files do not hold them.
+    """Facts of a run; None if they are not in its files.
 
     Attributes
     ----------
     labeled, validation, unlabeled_cases : tuple of str or None
-        Names of the cases; `labeled_count` and `unlabeled` may be known where the names are not.
+        Names of the cases. Their numbers, `labeled_count` and `unlabeled`, may be known without the names.
     steps : int or None
-        Optimiser steps; each saw `batch` labelled patches.
+        Optimiser steps, with `batch` labelled patches each.
     mirroring : bool or None
         Whether the test cases were predicted with mirroring.
     seconds_per_step : float or None
-        Median over epochs of an epoch's time by its steps; the epoch's validation is part of it.
+        Duration of an epoch, including its validation, divided by its steps; median over epochs.
     plans : str or None
-        Digest of the planned configuration: equal where network, patch, spacing and intensities are.
+        Digest of the planned configuration: network, patch, spacing and intensities.
     checkpoint_digest : str or None
         Start of the SHA-256 of the checkpoint file.
     settings : dict or None
-        All options of the trainer, those that its name leaves at their defaults included.
+        All options of the trainer, including those at their defaults.
     self_training : int or None
-        Round of self-training; its steps are those of all rounds so far, its pseudo-labelled cases are `unlabeled`.
+        Round of self-training. `steps` counts those of all rounds so far, `unlabeled` the pseudo-labelled cases.
     curves : dict
         Series by epoch: training loss, validation loss, pseudo Dice, teacher's pseudo Dice.
     """
@@ -79,12 +79,12 @@ class Facts:
 
     @property
     def patches(self) -> int | None:
-        """Labelled patches seen."""
+        """Number of labelled patches seen."""
         return None if self.steps is None or self.batch is None else self.steps * self.batch
 
 
 def read_training(folder: Path, checkpoint: str = FINAL) -> Facts:
-    """Return the facts of a finished training from the files that nnU-Net and the trainer left.
+    """Return the facts of a finished training from the files of nnU-Net and the trainer.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def _of_all_rounds(facts: Facts, iterations: int) -> Facts:
 
 def _read_checkpoint(folder: Path, name: str, trainer: str | None, configuration: str | None) -> dict[str, Any]:
     path = folder / name
-    for needed in (FINAL, name):  # the best of a training that goes on may still change
+    for needed in (FINAL, name):  # the best checkpoint of a running training may still change
         if not (folder / needed).is_file():
             there = sorted(file.name for file in folder.glob("checkpoint_*.pth"))
             raise _unfinished(
@@ -198,8 +198,8 @@ def _cases(
 ) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, int | None, int | None]:
     """Return names of labelled and validation cases, number of labelled and of unlabelled ones.
 
-    Our trainers record them in the checkpoint. Otherwise names come from the split file, which is not the run's own:
-    the run's log must agree with it.
+    Our trainers record them in the checkpoint. Otherwise the names come from the split file of the data set, which
+    must agree with the log of the run.
     """
     if recorded is not None:
         names = [tuple(recorded[part]) for part in ("labeled", "validation")]
@@ -255,7 +255,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def resolved_plans(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """Return a planned configuration with all that it inherits.
+    """Return a planned configuration including inherited entries.
 
     Raises
     ------
@@ -271,7 +271,7 @@ def resolved_plans(plans: Mapping[str, Any], configuration: str) -> dict[str, An
 
 
 def plans_digest(plans: Mapping[str, Any], configuration: str) -> str:
-    """Return eight hexadecimal digits that are equal where the plans prepare and build the same."""
+    """Return eight hexadecimal digits that identify the planned preprocessing and network."""
     matters = ("transpose_forward", "image_reader_writer", "foreground_intensity_properties_per_channel")
     content = [resolved_plans(plans, configuration), {key: plans.get(key) for key in matters}]
     return json_digest(content)[:8]
@@ -299,7 +299,7 @@ def read_run_file(folder: Path) -> Facts:
 
 
 def recorded_facts(folder: Path) -> Facts:
-    """Return what a folder of predictions says of itself."""
+    """Return the facts recorded in a folder of predictions."""
     if (folder / RUN_FILE).is_file():
         return read_run_file(folder)
     if not (folder / "plans.json").is_file():  # nnU-Net leaves a copy in every folder of predictions

@@ -1,7 +1,7 @@
 """Pictures of a comparison, as PNG files in memory.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; what a colour says is said by a label,
-a marker or an outline too.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart. A label, a marker or an outline
+always repeats the information of a colour.
 """
 
 import io
@@ -27,14 +27,13 @@ from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
 from nnunetv2_dycon.evaluation.metrics import DISTANCES
 from nnunetv2_dycon.evaluation.tables import column_title
 
-WIDTH = 12.4  # inches; at 100 dots an inch a laptop's page
+WIDTH = 12.4  # inches; at 100 dots per inch the width of a laptop's screen
 DPI = 100
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = "os^DvPX"
 MOST_OVERLAYS = 6
 BINS = 10
-# Light, middle and dark, so that they differ without hue: true positive, false positive, false negative, and a voxel
-# that got the label of another structure.
+# They differ in lightness, so that they can be told apart without hue.
 GREEN, RED, BLUE, YELLOW = "#7FD34E", "#D62728", "#1B2FB8", "#FFE94A"
 _KINDS = (
     (GREEN, "true positive"),
@@ -45,7 +44,7 @@ _KINDS = (
 
 
 class Picture(NamedTuple):
-    """A PNG file with its name, title, text for those who do not see it, and caption."""
+    """A PNG file with its name, title, alternative text and caption."""
 
     name: str
     title: str
@@ -55,7 +54,7 @@ class Picture(NamedTuple):
 
 
 class Images(NamedTuple):
-    """Where the voxels are: folder of truth, folder of images (None: no image), and how to read label maps."""
+    """Folder of truth, folder of images (None: there are no images), and the labels of the data set."""
 
     truth: Path
     images: Path | None
@@ -63,7 +62,7 @@ class Images(NamedTuple):
 
 
 def box_plots(comparison: Comparison) -> Picture:
-    """Return one box a method and metric, with every case as a dot."""
+    """Return a picture with one box per method and metric, and every case as a dot."""
     methods = comparison.methods
     figure, axes = _figure(1, len(METRICS), 1.3 + 0.5 * len(methods), sharey=True)
     jitter = np.random.default_rng(0)
@@ -101,7 +100,7 @@ def box_plots(comparison: Comparison) -> Picture:
 
 
 def paired_lines(comparison: Comparison) -> Picture:
-    """Return one line per case through all methods, and the line of the means."""
+    """Return a picture with one line per case through all methods, and the line of the means."""
     methods, cases = comparison.methods, comparison.cases
     figure, axes = _figure(1, len(METRICS), 3.5 + 0.12 * len(methods))
     for axis, metric in zip(axes, METRICS, strict=True):
@@ -117,7 +116,7 @@ def paired_lines(comparison: Comparison) -> Picture:
                 marker = MARKERS[at % len(MARKERS)]
                 axis.plot([at], [mean], marker, color=_color(at), markeredgecolor="black", markersize=8, zorder=3)
         axis.set(ylabel=_axis_title(metric, comparison), xticks=range(len(methods)), xlim=(-0.4, len(methods) - 0.6))
-        axis.set_xticklabels([str(at + 1) for at in range(len(methods))])  # names of any length are in the legend
+        axis.set_xticklabels([str(at + 1) for at in range(len(methods))])  # the legend has the names, which may be long
         axis.grid(axis="y", alpha=0.3)
     handles = [
         Line2D([], [], color="0.6", linewidth=0.9, label="one test case"),
@@ -139,7 +138,7 @@ def paired_lines(comparison: Comparison) -> Picture:
 
 
 def training_curves(comparison: Comparison) -> Picture | None:
-    """Return losses and pseudo Dice by epoch of every training; None where no run has a log."""
+    """Return a picture of losses and pseudo Dice by epoch of every training; None if no run has a log."""
     panels = ("training loss", "validation loss", "pseudo Dice")
     trainings: dict[tuple, tuple[int, Any]] = {}
     for at, method in enumerate(comparison.methods):
@@ -169,7 +168,7 @@ def training_curves(comparison: Comparison) -> Picture | None:
         "Training",
         _png(figure),
         f"Curves of {', '.join(panels)} by epoch for {len(trainings)} trainings of {', '.join(filter(None, handles))}.",
-        "One line a training. Pseudo Dice: mean over classes of the patches of the validation cases in an epoch.",
+        "One line per training. Pseudo Dice: mean over classes, on patches of the validation cases in an epoch.",
     )
 
 
@@ -177,10 +176,10 @@ def training_curves(comparison: Comparison) -> Picture | None:
 
 
 def calibration(comparison: Comparison, images: Images) -> Picture | None:
-    """Return how often voxels of a given confidence are right; None where no run has probabilities.
+    """Return a picture of accuracy against confidence; None if no run has probabilities, or for regions.
 
-    Voxels count that are foreground in truth or prediction: the background would hide everything else. Regions that
-    overlap have no confidence of one label, and give no picture.
+    Only voxels that are foreground in truth or prediction count, since the many background voxels would hide them.
+    Overlapping regions have no single confidence per voxel.
     """
     if any(len(structure.values) > 1 for structure in images.labels.structures):
         return None
@@ -210,12 +209,12 @@ def calibration(comparison: Comparison, images: Images) -> Picture | None:
         _png(figure),
         f"Reliability diagram: share of right voxels against confidence. Expected calibration error: {said}.",
         f"Voxels that are foreground in truth or prediction, {BINS} bins, all cases and runs with probabilities. Below "
-        "the diagonal a method is too sure. ECE: expected calibration error, the mean distance to the diagonal.",
+        "the diagonal a method is overconfident. ECE: expected calibration error, the mean distance to the diagonal.",
     )
 
 
 def _reliability(method: Method, comparison: Comparison, images: Images) -> tuple[NDArray, NDArray, NDArray] | None:
-    """Return voxels, sum of confidences and right voxels by bin; None where a run lacks a case's probabilities."""
+    """Return the sums of `reliability_counts` over cases; None if a run lacks the probabilities of a case."""
     totals = np.zeros((3, BINS))
     for run in method.runs:
         for case in comparison.cases:
@@ -236,26 +235,26 @@ def _probabilities(path: Path) -> NDArray:
 
 
 def reliability_counts(probabilities: NDArray, truth: NDArray, labels: Labels) -> NDArray[np.float64]:
-    """Return voxels, sum of confidences and right voxels by bin of confidence, shape (3, BINS).
+    """Return number of voxels, sum of confidences and number of right voxels by confidence, shape (3, BINS).
 
     Parameters
     ----------
     probabilities : array, shape (C, X, Y, Z)
-        As nnU-Net saves them: background and the labels in their order.
+        As nnU-Net saves them: background, then the labels in order.
     truth : array, shape (X, Y, Z)
         Label values.
     labels : Labels
-        Of the data set.
+        Labels of the data set.
 
     Raises
     ------
     DataError
-        If the shapes do not fit.
+        If the shapes do not match.
     """
     values = np.array([0, *sorted(structure.values[0] for structure in labels.structures)])
     if probabilities.shape[0] != len(values) or math.prod(probabilities.shape[1:]) != truth.size:
         raise DataError(
-            f"probabilities of shape {probabilities.shape} do not fit {len(values)} labels and a truth of shape "
+            f"probabilities of shape {probabilities.shape} do not match {len(values)} labels and a truth of shape "
             f"{truth.shape}; predict again with --save_probabilities"
         )
     flat = probabilities.reshape(len(values), -1)
@@ -271,7 +270,7 @@ def reliability_counts(probabilities: NDArray, truth: NDArray, labels: Labels) -
 
 
 def overlays(comparison: Comparison, images: Images) -> Picture:
-    """Return the best, median and worst case, by mean Dice over methods, with the first run of each method."""
+    """Return a picture of the best, median and worst case by mean Dice over methods, with each method's first run."""
     methods = comparison.methods[:MOST_OVERLAYS]
     dice = [comparison.per_case(method, "dice") for method in comparison.methods]
     mean = {case: float(np.mean([d[case] for d in dice if case in d])) for case in comparison.cases if case in dice[0]}
@@ -305,9 +304,9 @@ def overlays(comparison: Comparison, images: Images) -> Picture:
         f"Slices of the cases {', '.join(f'{case} ({title})' for title, case in chosen.items())} with truth and the "
         f"predictions of {', '.join(m.short for m in methods)}: true positive green, false negative blue, false "
         "positive red.",
-        f"Cases by mean Dice over all methods; shown is {which}, in the slice with the largest structure. The Dice "
-        "next to a method is its mean over runs and classes of the whole case. A false negative lies inside the solid "
-        "outline, a false positive inside the dashed one."
+        f"Cases by mean Dice over all methods. Shown: {which}, in the slice with the most labelled voxels. The Dice "
+        "next to a method is the mean over its runs and classes in the whole case. False negatives lie inside the "
+        "solid outline, false positives inside the dashed one."
         + (f" Only the first {MOST_OVERLAYS} methods are shown." if len(comparison.methods) > MOST_OVERLAYS else ""),
     )
 
@@ -359,7 +358,7 @@ def _image(images: Images, case: str, shape: tuple[int, ...]) -> NDArray:
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """Return the part of a slice around the structures, with some of their surroundings."""
+    """Return the box around the structures of a slice, with a margin."""
     box = []
     for axis in range(2):
         at = np.flatnonzero(mask.any(axis=1 - axis))
@@ -417,7 +416,7 @@ def _every(at: int, series: Sequence[float]) -> dict[str, Any]:
 
 
 def _wrapped(text: str) -> str:
-    """Return a name in lines that fit above a narrow panel, broken after an underscore where there is one."""
+    """Return a name in lines that fit above a narrow panel, broken after underscores if possible."""
     spaced = textwrap.fill(text.replace("_", "_ "), 22, break_long_words=True, break_on_hyphens=False)
     return spaced.replace("_ ", "_")
 

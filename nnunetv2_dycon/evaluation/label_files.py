@@ -1,4 +1,4 @@
-"""Label maps on disk, whole and with labels that the data set knows, in any format that nnU-Net's readers read."""
+"""Read label maps in any format of nnU-Net's readers, and check that they are complete and have known labels."""
 
 import contextlib
 import io
@@ -15,25 +15,25 @@ from numpy.typing import NDArray
 
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.metrics import Structure
-from nnunetv2_dycon.files import read_json
+from nnunetv2_dycon.files import first_few, read_json
 
 DATASET_FILE = "dataset.json"
 _NIFTI = (".nii", ".nii.gz")
-_MILLIMETERS = {"meter": 1000.0, "micron": 0.001}  # as SimpleITK reads them; else they are taken for mm
+_MILLIMETERS = {"meter": 1000.0, "micron": 0.001}  # as SimpleITK reads them; without a unit: mm
 _NIFTI_READERS = ("SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient")
 
 
 class LabelMap(NamedTuple):
-    """A label map and where it lies.
+    """A label map and its geometry.
 
     Attributes
     ----------
     labels : unsigned integer array, shape (X, Y, Z), or (X, Y) for a 2D image
         Axes in the order of nnU-Net's arrays.
     spacing : tuple of float
-        Voxel size in mm, one number an axis.
+        Voxel size in mm, one number per axis.
     origin, direction : array or None
-        As the file has them; None in formats that have none.
+        As in the file; None in formats without them.
     """
 
     labels: NDArray
@@ -43,22 +43,22 @@ class LabelMap(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The entries of a dataset.json about label maps.
+    """The labels and the file format of a data set, from its dataset.json.
 
     Attributes
     ----------
     structures : tuple of Structure
-        nnU-Net's regions if there are any, else its labels; without the background.
+        nnU-Net's regions if the data set has them, else its labels; without the background.
     values : frozenset of int
-        Values that a truth may hold.
+        Values that are allowed in the truth.
     ignore : int or None
-        The value of voxels that count nowhere; no prediction may hold it.
+        The value of voxels that are not scored; not allowed in predictions.
     ending : str
         File ending.
     reader : type or None
         nnU-Net's reader; None for NIfTI.
     reorient : bool
-        Whether nnU-Net turns the axes of this data set's files before it compares them.
+        Whether nnU-Net reorients the files of this data set.
     """
 
     structures: tuple[Structure, ...]
@@ -70,19 +70,19 @@ class Labels(NamedTuple):
 
 
 def read_labels(path: Path, folder: Path) -> Labels:
-    """Labels, ignore label and file format that a dataset.json names.
+    """Return labels, ignore label and file format from a dataset.json.
 
     Parameters
     ----------
     path : Path
         The dataset.json.
     folder : Path
-        Where label maps are: for .tif, nnU-Net's choice of a reader depends on what is in the first.
+        Folder of label maps: for .tif, nnU-Net chooses the reader by the first file.
 
     Raises
     ------
     DataError
-        If the file cannot be read, or has no labels or endings that can be used.
+        If the file cannot be read, or its labels or file ending cannot be used.
     """
     content = read_json(path, "give another with -djfile")
     try:
@@ -105,7 +105,7 @@ def read_labels(path: Path, folder: Path) -> Labels:
 
 
 def _structures(named: Mapping[str, Any], spans: Mapping[str, tuple[int, ...]]) -> tuple[Structure, ...]:
-    """As nnU-Net's label manager: as soon as one entry has several values, all entries are regions."""
+    """Return the structures as nnU-Net's label manager: if one entry has several values, all are regions."""
     if not any(len(span) > 1 for span in spans.values()):
         return tuple(Structure(str(s[0]), name, s) for name, s in sorted(spans.items(), key=lambda i: i[1]) if s[0])
     return tuple(
@@ -133,14 +133,14 @@ def read_label_map(path: Path, labels: Labels, *, truth: bool) -> LabelMap:
     path : Path
         The file.
     labels : Labels
-        The labels of dataset.json.
+        Labels of the data set.
     truth : bool
         Whether the ignore label is allowed.
 
     Raises
     ------
     DataError
-        If the file is unreadable or truncated, or holds anything but the data set's label values.
+        If the file is unreadable or truncated, or holds other values than the labels of the data set.
     """
     try:
         values, spacing, origin, direction = (_read_nifti if labels.reader is None else _read_other)(path, labels)
@@ -159,7 +159,7 @@ def read_label_map(path: Path, labels: Labels, *, truth: bool) -> LabelMap:
 
 
 def _read_nifti(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...], NDArray, NDArray]:
-    """Read without nnU-Net's readers: these take a truncated file for a whole one and need the memory of floats."""
+    """Read a NIfTI file without nnU-Net's readers, which accept truncated files and need the memory of floats."""
     image = nibabel.load(path)
     if labels.reorient:
         image = nibabel.as_closest_canonical(image)
@@ -179,18 +179,18 @@ def _read_other(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...],
     spacing = tuple(map(float, properties["spacing"]))
     where = properties.get("sitk_stuff", {})
     values = values[0] if len(values) == 1 else values
-    # the first axis that nnU-Net gives to a 2D image, with a spacing of 999 times the largest
+    # nnU-Net gives a 2D image a first axis with 999 times the largest spacing
     if len(values) == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
         values, spacing = values[0], spacing[1:]
     return values, spacing, *(np.asarray(where[key]) if key in where else None for key in ("origin", "direction"))
 
 
 def _as_labels(values: NDArray, path: Path, known: Collection[int]) -> NDArray:
-    """Return the values in the smallest unsigned type, refused if they are not known labels."""
+    """Return the values in the smallest unsigned type; raises DataError for unknown labels."""
     top = max(known)
     small = np.min_scalar_type(top)
     out = None if values.dtype == small else np.empty(values.shape, small)
-    for at, part in enumerate(values):  # by slices: a file of floats is large enough
+    for at, part in enumerate(values):  # by slices, to save memory
         if part.dtype.kind == "f" and not np.array_equal(part, np.rint(part)):
             odd = part[part != np.rint(part)].flat[0]
             raise DataError(f"{path} holds {odd:g}, so probabilities or intensities; give label maps")
@@ -215,9 +215,9 @@ def _unknown(path: Path, value: float, known: Collection[int]) -> DataError:
 
 
 def same_geometry(truth: LabelMap, prediction: LabelMap) -> str | None:
-    """Return how the prediction's geometry differs from the truth's, None if it is the same.
+    """Return how the geometry of the prediction differs from that of the truth, None if it does not.
 
-    Headers lose digits on their way through formats: spacing may differ by a thousandth, an entry of the direction
+    Conversion between formats rounds headers, so spacing may differ by a thousandth, an entry of the direction
     by 0.001, the origin by a tenth of the smallest voxel size.
     """
     if truth.labels.shape != prediction.labels.shape:
@@ -235,12 +235,12 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def case_files(folder: Path, ending: str) -> dict[str, Path]:
-    """Label maps of a folder by case name, sorted.
+    """Return the label maps of a folder by case name, sorted.
 
     Raises
     ------
     DataError
-        If there is no such folder, or no such file in it.
+        If the folder does not exist, or has no label map.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give the folder with the label maps")
@@ -250,5 +250,5 @@ def case_files(folder: Path, ending: str) -> dict[str, Path]:
     if any(folder.glob("*.npz")):
         raise DataError(f"{folder} holds probabilities (.npz) and no {ending}; predict without --save_probabilities")
     endings = sorted({re.sub(r"^[^.]*", "", path.name) for path in folder.iterdir()} - {""})
-    there = f", only {', '.join(endings[:3])}" if endings else ""
+    there = f", only {first_few(endings)}" if endings else ""
     raise DataError(f"{folder} holds no file ending in {ending}{there}; give the folder with the label maps")

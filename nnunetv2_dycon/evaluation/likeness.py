@@ -1,4 +1,4 @@
-"""Runs that cannot be compared are refused, and methods get short names."""
+"""Check that runs can be compared; find the baseline; give methods short names."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -11,24 +11,24 @@ from nnunetv2_dycon.files import first_few
 
 
 def check_alike(runs: Sequence[Run], cases: Collection[str], predicted: Mapping[str, Collection[str]]) -> None:
-    """Refuse runs that cannot be compared.
+    """Raise DataError if the runs cannot be compared.
 
     Parameters
     ----------
     runs : sequence of Run
-        All that are compared.
+        All runs of the comparison.
     cases : collection of str
         The test cases.
     predicted : mapping of str to collection of str
-        Cases of each folder of predictions, by its path.
+        Cases of each folder of predictions, by path.
 
     Raises
     ------
     DataError
-        If a run has other test cases, was trained or chose its checkpoint on test cases, if runs differ in
-        labelled cases, plans, checkpoint or mirroring, or if runs of one name differ in more than the seed, or in
-        nothing. An upper bound must have all labelled cases of the others, and more, and the plans of one of them.
-        Facts that are not recorded cannot be checked.
+        If a run has other test cases; was trained on test cases or chose its checkpoint on them; if runs differ in
+        labelled cases, plans, checkpoint or mirroring; if runs of one method differ in other options than the seed, or
+        in nothing. An upper bound must have all labelled cases of the others and more, and the plans of one of them.
+        Facts that are not recorded are not checked.
     """
     for run in runs:
         _check_cases(run, set(cases), set(predicted[str(run.predictions)]))
@@ -86,7 +86,7 @@ def _draw(facts: Facts) -> Any:
 
 
 def _check_draws(runs: Sequence[Run]) -> None:
-    """Every method must have been trained on the same labelled draws, one or several."""
+    """Raise DataError unless all methods were trained on the same labelled draws, one or several."""
     draws: dict[str, dict[Any, Run]] = {}
     for run in runs:
         if _draw(run.facts) is not None:
@@ -104,7 +104,7 @@ def _check_draws(runs: Sequence[Run]) -> None:
 
 
 def _check_settings(runs: Sequence[Run]) -> None:
-    """Runs of one method must have the same options: a default may have changed from one version to the next."""
+    """Raise DataError if runs of one method differ in an option: its default may have changed between versions."""
     known: dict[tuple[str, str], tuple[Run, Any]] = {}
     for run in runs:
         for option, value in (run.facts.settings or {}).items():
@@ -118,12 +118,12 @@ def _check_settings(runs: Sequence[Run]) -> None:
 
 
 def _check_repeats(runs: Sequence[Run]) -> None:
-    """Runs of one method are its spread: each must be of a seed or labelled draw of its own, all else equal."""
+    """Raise DataError unless runs of one method differ in seed or labelled draw, and in nothing else."""
     known: dict[Any, Run] = {}
     images: dict[Any, Run] = {}
     for run in runs:
         facts = run.facts
-        # of a folder of predictions nothing may be recorded; then its name has to tell
+        # a folder of predictions may record nothing; then its name must differ
         own = run.predictions.name if facts.trainer is None else (facts.seed, facts.fold, _draw(facts))
         first = known.setdefault((run.method, own), run)
         if first is not run:
@@ -163,12 +163,12 @@ def _count(facts: Facts) -> int | None:
 
 
 def find_baseline(text: str, runs: Sequence[Run]) -> str:
-    """Return the method that a text names.
+    """Return the method with the given name.
 
     Raises
     ------
     DataError
-        If it names none of the runs, or several methods.
+        If no run has this name, or several methods have it.
     """
     named = [run.method for run in runs if text in (run.name, run.facts.trainer, run.method)]
     if not named:
@@ -182,7 +182,7 @@ def find_baseline(text: str, runs: Sequence[Run]) -> str:
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
-    """Return a short name for each method: without nnU-Net's prefix and what all have in common.
+    """Return a short name for each method: without nnU-Net's prefix and the options that all share.
 
     Examples
     --------

@@ -1,10 +1,10 @@
-"""Scores of one prediction: overlap, surface distances, volumes and lesions of every structure of a case.
+"""Scores of one prediction: overlap, surface distances, volumes and lesions of each structure of a case.
 
-Numbers in, numbers out: no file is read. Label maps have shape (X, Y, Z) or (X, Y), spacing in mm along the same axes.
+No file is read. Label maps have shape (X, Y, Z) or (X, Y), spacing in mm along the same axes.
 
-A voxel belongs to the surface if one of its face neighbours is outside the mask; outside the image counts as outside
-the mask, but not along an axis of one voxel: a single slice is a 2D image. Distances are those between voxel centres,
-exact, in float64. Directed distances lead from every surface voxel of one mask to the nearest of the other.
+A voxel is on the surface if one of its face neighbours is outside the mask. Outside the image is outside the mask,
+except along an axis of one voxel: a single slice is a 2D image. Distances are exact, between voxel centres, in float64.
+Directed distances are from each surface voxel of one mask to the nearest surface voxel of the other.
 
 ========  ========================================================  ===============================================
 quantity  convention "mm"                                           convention "literature"
@@ -16,7 +16,7 @@ ASSD      mean over the surface voxels of both, put together        the same
 NSD       share of both surfaces within the tolerance of the other  the same, the tolerance in voxels
 ========  ========================================================  ===============================================
 
-The second column is how MedPy computes, and most papers on semi-supervised segmentation use MedPy without a spacing.
+The second column is MedPy's definition; most papers on semi-supervised segmentation use MedPy without a spacing.
 """
 
 import math
@@ -37,20 +37,20 @@ Box = tuple[slice, ...]
 
 OVERLAPS = ("dice", "iou", "nsd")
 DISTANCES = ("hd95_mm", "asd_mm", "assd_mm")
-_SLAB = 1 << 16  # voxels that are counted at a time; what a count needs is eight times as large as a label map
+_SLAB = 1 << 16  # voxels that are counted at a time: a count needs eight times the memory of a label map
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How to score.
+    """Convention, tolerance and selection of scores.
 
     Attributes
     ----------
     convention : {"mm", "literature"}
         See the table of this module.
     tolerance : float
-        Of NSD, in mm; in voxels with "literature". The default, 2, is of the order in which two observers differ on
-        organs in CT; give a smaller one for small structures.
+        Tolerance of NSD in mm; in voxels with "literature". The default, 2, is a typical difference between two
+        observers on organs in CT; use a smaller one for small structures.
     distances : bool
         Whether to measure HD95, ASD, ASSD and NSD.
     lesions : bool
@@ -59,7 +59,7 @@ class ScoreSettings:
     Raises
     ------
     ConfigError
-        If the convention is not known or the tolerance is not a number from 0 up.
+        If the convention is unknown, or the tolerance is negative or not finite.
     """
 
     convention: Convention = "mm"
@@ -75,7 +75,7 @@ class ScoreSettings:
 
 
 class Structure(NamedTuple):
-    """A class to score: nnU-Net's key ("1", or "(1, 2)" for a region), its name, and the values that make it up."""
+    """A class to score: nnU-Net's key ("1", or "(1, 2)" for a region), its name and its label values."""
 
     label: str
     name: str
@@ -83,7 +83,7 @@ class Structure(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Voxels of one structure by truth and prediction; ignored voxels are in none."""
+    """Numbers of voxels of one structure by truth and prediction, without ignored voxels."""
 
     tp: int
     fp: int
@@ -92,7 +92,7 @@ class Counts(NamedTuple):
 
 
 class Lesions(NamedTuple):
-    """Connected components: of truth, found and not found, and of the prediction, those that meet no truth."""
+    """Numbers of lesions: of the truth, found (tp) and missed (fn), and false ones of the prediction (fp)."""
 
     tp: int
     fp: int
@@ -101,24 +101,24 @@ class Lesions(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One structure of one case; the fields are the columns of the table. None: not defined, or not asked for.
+    """Scores of one structure in one case; the fields are the columns of the table. None: undefined, or not computed.
 
     Attributes
     ----------
     dice, iou : float or None
         In [0, 1]; 0 if one of the masks is empty, None if both are, as in nnU-Net.
     hd95_mm, asd_mm, assd_mm : float or None
-        Distances, for status "ok" only; in voxels if `convention` is "literature".
+        Distances for status "ok"; in voxels if `convention` is "literature".
     nsd : float or None
-        In [0, 1], as `dice` where a mask is empty; at `nsd_tolerance_mm`, in the unit of the distances.
+        In [0, 1], with the tolerance `nsd_tolerance_mm` in the unit of the distances; empty masks as for `dice`.
     volume_truth_ml, volume_pred_ml, volume_error_ml : float or None
         The error is prediction minus truth. None for a 2D image.
     status : {"ok", "both_empty", "missed", "false_alarm"}
-        Both masks there, none, the truth's alone, the prediction's alone.
+        Which of the masks are not empty: both, none, only the truth's, only the prediction's.
     lesion_tp, lesion_fp, lesion_fn, lesion_f1 : int, int, int and float, or None
-        See `count_lesions`; F1 is None without any lesion in both masks.
+        See `count_lesions`; F1 is None if neither mask has a lesion.
     diagonal_mm : float
-        Of the image, in the unit of the distances: what a missing distance costs in a penalised mean.
+        Diagonal of the image in the unit of the distances; replaces undefined distances in penalised means.
     convention : {"mm", "literature"}
         How distances are defined.
     """
@@ -145,7 +145,7 @@ class Score:
     convention: Convention = "mm"
 
     def penalized(self, metric: str) -> float | None:
-        """Return the metric; for a distance, the image's diagonal where one of the masks is empty."""
+        """Return the metric; for a distance, the image's diagonal if exactly one mask is empty."""
         if metric in DISTANCES and self.status in ("missed", "false_alarm"):
             return self.diagonal_mm
         return getattr(self, metric)
@@ -161,27 +161,27 @@ def score_case(
     ignore: int | None = None,
     settings: ScoreSettings | None = None,
 ) -> list[tuple[Score, Counts]]:
-    """Score and voxel counts of every structure.
+    """Return score and voxel counts of each structure.
 
     Parameters
     ----------
     truth, prediction : integer array, shape (X, Y, Z) or (X, Y)
         Label maps, values from 0 up.
     spacing : sequence of float
-        Voxel size in mm, one number an axis.
+        Voxel size in mm, one number per axis.
     structures : sequence of Structure
-        What to score.
+        The structures to score.
     case : str
-        Name for the table.
+        Name of the case.
     ignore : int, optional
-        Value in the truth of voxels that no number takes account of: they are in neither mask.
+        Value in the truth of voxels that are not scored: they are in neither mask.
     settings : ScoreSettings, optional
-        How to score.
+        By default distances in mm and no lesions.
 
     Raises
     ------
     ValueError
-        If shapes or number of axes differ.
+        If the shapes or the numbers of axes differ.
     """
     if truth.shape != prediction.shape or len(spacing) != truth.ndim:
         raise ValueError(f"shapes {truth.shape} and {prediction.shape}, spacing {tuple(spacing)}: one must fit all")
@@ -202,10 +202,11 @@ def score_case(
 
 
 def count_lesions(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> Lesions:
-    """Count lesions: voxels that touch by a face, an edge or a corner are one lesion.
+    """Return numbers of lesions in two masks of the same shape, (X, Y, Z) or (X, Y).
 
-    A lesion of the truth is found (tp) if any voxel of it is predicted, else missed (fn). A lesion of the prediction
-    is false (fp) if it meets no voxel of the truth. Several predicted lesions in one of the truth are one find.
+    A lesion is a connected component; voxels are connected by a face, an edge or a corner. A lesion of the truth is
+    found (tp) if any of its voxels is predicted, else missed (fn). A lesion of the prediction is false (fp) if it
+    overlaps with no lesion of the truth. Several predicted lesions in one of the truth count once.
     """
     found, lesions = _touched(truth, prediction)
     met, predicted = _touched(prediction, truth)
@@ -213,17 +214,17 @@ def count_lesions(truth: NDArray[np.bool_], prediction: NDArray[np.bool_]) -> Le
 
 
 def precision(tp: int, fp: int) -> float | None:
-    """Share of the predicted voxels that are right, None where nothing is predicted."""
+    """Return the share of positives that are true, None without positives."""
     return tp / (tp + fp) if tp + fp else None
 
 
 def recall(tp: int, fn: int) -> float | None:
-    """Share of the true voxels that are found, None where there are none."""
+    """Return the share of the truth that is found, None if the truth is empty."""
     return tp / (tp + fn) if tp + fn else None
 
 
 def f1(tp: int, fp: int, fn: int) -> float | None:
-    """Harmonic mean of precision and recall, 0 if nothing is right, None where there is nothing at all.
+    """Return the harmonic mean of precision and recall: 0 if nothing is right, None if truth and prediction are empty.
 
     Parameters
     ----------
@@ -234,7 +235,7 @@ def f1(tp: int, fp: int, fn: int) -> float | None:
 
 
 class _Pair(NamedTuple):
-    """Where one structure lies in truth and prediction; masks are made when they are needed, and cut to a box."""
+    """One structure in truth and prediction; its masks are made on demand, within a box."""
 
     truth: NDArray
     prediction: NDArray
@@ -292,7 +293,7 @@ def _measure(pair: _Pair, status: Status, unit: Sequence[float], settings: Score
     if status != "ok":
         return {**none, "nsd": 0.0}
     shape = pair.truth.shape
-    boxes: Any = pair.boxes  # both are there
+    boxes: Any = pair.boxes  # not None for status "ok"
     surfaces = [_surface(mask, box, shape) for mask, box in zip(pair.masks(boxes), boxes, strict=True)]
     of_truth, of_prediction = surfaces
     to_truth = _directed(of_prediction, of_truth, shape, unit)

@@ -1,4 +1,4 @@
-"""Predictions of test cases that a run does not have yet, by nnU-Net's own predictor in a process of its own."""
+"""Predict test cases of a run with nnU-Net's own predictor, in a separate process."""
 
 import os
 import subprocess
@@ -23,25 +23,25 @@ _EXPORT = "import sys; from nnunetv2_dycon.commands import main; sys.exit(main()
 def predict(
     run: Run, images: Path, *, mirroring: bool, device: str | None = None, save_probabilities: bool = False
 ) -> None:
-    """Write the run's predictions of all images, whole or not at all, with the facts next to them.
+    """Write the run's predictions of all images together with its facts, all or none.
 
     Parameters
     ----------
     run : Run
-        A training; the teacher's weights are exported first, since stock nnU-Net predicts with the student's.
+        A training. The teacher's weights are exported first, since stock nnU-Net predicts with the student's.
     images : Path
-        Folder of test images.
+        Folder of the test images.
     mirroring : bool
-        Average over mirrored predictions, as nnU-Net does.
+        Average over mirrored images, as nnU-Net does.
     device : str, optional
-        As -device of nnU-Net; by default CUDA where there is any, else the processor.
+        As -device of nnU-Net; by default CUDA if available, else the CPU.
     save_probabilities : bool
-        Write .npz files too, which calibration needs.
+        Also write .npz files, which calibration needs.
 
     Raises
     ------
     DataError
-        If the run is a folder of predictions, or one of nnU-Net's commands ends with an error.
+        If the run is a folder of predictions, or a command of nnU-Net fails.
     """
     if run.training is None:
         raise DataError(f"{run.name} is a folder of predictions: it cannot be predicted; name its training")

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file that needs nothing else, and its parts as Markdown, LaTeX, CSV and PNG."""
+"""The report of a comparison: one self-contained HTML file, and its parts as Markdown, LaTeX, CSV and PNG."""
 
 import base64
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ from nnunetv2_dycon.evaluation.tables import (
     markdown,
     results_csv,
 )
+from nnunetv2_dycon.files import write_bytes, write_text
 
 REPORT_FILE = "report.html"
 
@@ -41,13 +42,13 @@ def write_report(
     Parameters
     ----------
     folder : Path
-        Where to write.
+        An existing folder.
     title : str
         Heading of the report.
     comparison : Comparison
-        Numbers.
+        Methods with their scores.
     images : Images
-        Voxels, for overlays and calibration.
+        Folders of truth and images, for overlays and calibration.
     published : sequence of dict
         Rows of published_results.json for the main table.
     """
@@ -58,7 +59,7 @@ def write_report(
     introduction = _introduction(comparison)
     (folder / "figures").mkdir(exist_ok=True)
     for picture in pictures:
-        (folder / "figures" / f"{picture.name}.png").write_bytes(picture.png)
+        write_bytes(folder / "figures" / f"{picture.name}.png", picture.png)
     contents = {
         REPORT_FILE: html(title, introduction, tables, pictures),
         "report.md": as_markdown(title, introduction, tables, pictures),
@@ -66,11 +67,11 @@ def write_report(
         "results.csv": results_csv(comparison),
     }
     for name, text in contents.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def html(title: str, introduction: Sequence[str], tables: Sequence[Table], pictures: Sequence[Picture]) -> str:
-    """Return the report as one HTML file, pictures inside, readable without scripts.
+    """Return the report as one HTML page with embedded pictures and no scripts.
 
     Parameters
     ----------
@@ -128,7 +129,7 @@ def _introduction(comparison: Comparison) -> list[str]:
 
 
 def _verdict(comparison: Comparison) -> str:
-    """Return in one sentence which differences of the mean Dice to the baseline hold."""
+    """Return the differences of the mean Dice to the baseline in words."""
     kinds: dict[str, list[str]] = {"higher": [], "lower": [], "no difference that holds": []}
     for method in comparison.methods[1:]:
         result = comparison.results[method.name, ALL, "dice"]
@@ -137,6 +138,6 @@ def _verdict(comparison: Comparison) -> str:
         kinds[kind].append(method.short)
     found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     return (
-        f"Mean Dice against {comparison.methods[0].short}, by the rule below. {found[0].upper()}{found[1:]}. What does "
-        "not hold may be there and too small for these cases and runs to show."
+        f"Mean Dice against {comparison.methods[0].short}, by the rule below. {found[0].upper()}{found[1:]}. A "
+        "difference that does not hold may still exist, too small to show in these cases and runs."
     )

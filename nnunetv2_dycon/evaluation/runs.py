@@ -1,6 +1,6 @@
-"""Runs to be compared, found by name.
+"""Find runs by name.
 
-A run is one training with one choice of weights, or a folder of predictions of any origin.
+A run is one training with one choice of weights, or a folder of predictions from anywhere.
 """
 
 import difflib
@@ -27,9 +27,9 @@ from nnunetv2_dycon.folders import environment_folder
 
 @dataclass(frozen=True)
 class Run:
-    """One row of facts: the user's name of the run, its facts, and the folder of its predictions.
+    """The name that the user gave, the facts of the run, and the folder of its predictions.
 
-    `training` is the fold's folder with the checkpoint, None for a folder of predictions; `upper` marks an upper bound,
+    `training` is the fold's folder with the checkpoint, None for a folder of predictions. `upper` marks an upper bound,
     which was trained on more labels than the others.
     """
 
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Name that runs share if they differ by seed or labelled draw alone."""
+        """Name of the method: the same for runs that differ by seed or labelled draw alone."""
         base = self.facts.trainer or self.predictions.name
         base += "" if self.facts.self_training is None else f"_self{self.facts.self_training}"
         base += "_upper-bound" if self.upper else ""
@@ -49,7 +49,7 @@ class Run:
 
 
 class Place(NamedTuple):
-    """Where runs named by trainer are: the names in nnU-Net's results folder, and the checkpoint's file name."""
+    """Where a trainer's trainings are in nnU-Net's results folder, and the file name of the checkpoint."""
 
     dataset: str
     configuration: str = "3d_fullres"
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
 
 def find_runs(text: str, place: Place, weights: Sequence[Weights], mirroring: bool) -> list[Run]:
-    """Return the runs that a text names: one for each fold and choice of weights.
+    """Return the runs of a name: one for each training, fold and choice of weights.
 
     Parameters
     ----------
@@ -67,16 +67,16 @@ def find_runs(text: str, place: Place, weights: Sequence[Weights], mirroring: bo
         A trainer name (`*` stands for anything), a results folder, a folder of predictions, or RUN=FOLDER for the
         predictions of RUN in FOLDER.
     place : Place
-        Where trainings are.
+        Where the trainings are.
     weights : sequence of {"student", "teacher"}
-        Choices; a run without a teacher gives its student alone if that is among them.
+        A run without a teacher gives its student only, if that is among them.
     mirroring : bool
-        Which predictions of a training are meant, where it has its own.
+        Whether to use the predictions with mirroring in the training's own folder, or those without.
 
     Raises
     ------
     DataError
-        If there is nothing of that name, or the training is not finished.
+        If nothing has that name, or a training is not finished.
     """
     name, _, given = text.rpartition("=") if "=" in text and Path(text.rpartition("=")[2]).is_dir() else (text, "", "")
     trainings = _trainings(name, place)
@@ -114,7 +114,7 @@ def _check_recorded(recorded: Facts, facts: Facts, predictions: Path) -> None:
 
 
 def _trainings(name: str, place: Place) -> list[Path] | None:
-    """Return the folds' folders of the trainings of that name; None for a folder of predictions."""
+    """Return the fold folders of the trainings of that name; None for a folder of predictions."""
     folder = Path(name)
     if folder.is_dir():
         if all((folder.parent / file).is_file() for file in TRAINING_FILES) and folder.name.startswith("fold_"):

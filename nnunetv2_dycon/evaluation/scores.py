@@ -1,4 +1,4 @@
-"""Predictions of a folder against their truth: a table of all cases, a summary, and nnU-Net's own summary.json."""
+"""Score a folder of predictions: a table of all cases, a summary, and nnU-Net's summary.json."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -41,7 +41,7 @@ from nnunetv2_dycon.evaluation.metrics import (
     recall,
     score_case,
 )
-from nnunetv2_dycon.files import write_text
+from nnunetv2_dycon.files import first_few, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -73,24 +73,24 @@ def evaluate(
 ) -> list[Score]:
     """Score every case of a folder of predictions.
 
-    Writes scores.csv (all cases), scores.json (what `summarize` returns) and nnU-Net's summary.json, all or none;
-    with the literature's convention the first two are scores_literature.csv and scores_literature.json.
+    Writes scores.csv (all cases), scores.json (the result of `summarize`) and nnU-Net's summary.json, all or none.
+    With convention "literature" the first two are named scores_literature.csv and scores_literature.json.
 
     Parameters
     ----------
     truth_folder, prediction_folder : path
         Folders of label maps with the same file names.
     dataset_json : path, optional
-        Names labels, regions, the ignore label and the file ending. By default dataset.json in the folder of the
-        predictions, where nnU-Net leaves a copy, else next to the folder of the truth.
+        Gives labels, regions, the ignore label and the file ending. By default nnU-Net's copy in the folder of the
+        predictions, else dataset.json next to the folder of the truth.
     output : path, optional
-        Folder for the three files; by default that of the predictions.
+        Folder for the three files; by default the folder of the predictions.
     processes : int, optional
-        Worker processes; one per processor, at most 8, by default.
+        Worker processes; by default one per processor, at most 8.
     convention, tolerance, lesions, distances
         See `ScoreSettings`.
     chill : bool
-        Score the predictions that are there, where the truth has more cases.
+        Accept missing predictions and score the others, as in nnU-Net.
 
     Returns
     -------
@@ -100,9 +100,9 @@ def evaluate(
     Raises
     ------
     DataError
-        If folders or files do not fit together, or a file cannot be read or written.
+        If folders or files do not match, or a file cannot be read or written.
     ConfigError
-        If an option has no possible value.
+        If an option has an invalid value.
     """
     settings = ScoreSettings(convention, tolerance, distances, lesions)
     truth_folder, prediction_folder = Path(truth_folder), Path(prediction_folder)
@@ -175,46 +175,40 @@ def _check_names(
             "give the truth of these cases, or rename the files"
         )
     if extra:
-        raise DataError(
-            f"{predictions[extra[0]]} has no truth in {truth_folder}{_more(extra)}; add it or remove the file"
-        )
+        names = first_few([predictions[case].name for case in extra])
+        raise DataError(f"{prediction_folder}: {names} has no truth in {truth_folder}; add it or remove the file")
     if missing and not chill:
-        raise DataError(
-            f"{prediction_folder} has no {truths[missing[0]].name}{_more(missing)}; "
-            "predict it, or type --chill to score the others alone"
-        )
-
-
-def _more(cases: Sequence[str]) -> str:
-    return f" (and {len(cases) - 1} more)" if len(cases) > 1 else ""
+        names = first_few([truths[case].name for case in missing])
+        raise DataError(f"{prediction_folder} has no {names}; predict it, or type --chill to score the others alone")
 
 
 # ---- summaries -------------------------------------------------------------------------------------------------
 
 
 def summarize(rows: Collection[Score]) -> dict[str, Any]:
-    """Statistics of every structure over its cases, and their means over structures.
+    """Return statistics of each structure over its cases, and means over structures.
 
     Parameters
     ----------
     rows : collection of Score
-        Of one evaluation.
+        Rows of one evaluation.
 
     Returns
     -------
     dict
-        "convention", "nsd_tolerance_mm", "version", "classes", "mean_over_classes". A class has name, number of cases
-        n, cases by status, and for each metric n, mean, sd (of a sample), median and the quartiles q1 and q3 of the
-        cases in which it is defined: Dice, IoU and NSD wherever one of the masks is not empty, so that the mean Dice
-        is nnU-Net's, distances only for status "ok". Distances have a penalized_mean besides, in which missed and
-        false alarms count as the image's diagonal. Where lesions were counted there are their numbers over all
-        cases, with precision, recall and F1 from these. In "mean_over_classes" every class that has a mean counts
-        the same. In the literature's convention keys end in "_voxels" instead of "_mm".
+        Keys "convention", "nsd_tolerance_mm", "version", "classes", "mean_over_classes". A class has its name, the
+        number of cases n, the number of cases by status, and for each metric n, mean, sd (of a sample), median and
+        quartiles q1 and q3 over the cases in which the metric is defined. Dice, IoU and NSD are defined unless both
+        masks are empty, so that the mean Dice is nnU-Net's; distances are defined for status "ok". A distance also has
+        a penalized_mean, which counts missed structures and false alarms as the image's diagonal. If lesions were
+        counted, "lesions" has their numbers over all cases, with precision, recall and F1 from these.
+        "mean_over_classes" averages the classes in which the metric has a mean. In the convention "literature" keys
+        end in "_voxels" instead of "_mm".
 
     Raises
     ------
     DataError
-        If there are no rows, or some of another evaluation.
+        If there are no rows, or if they are from several evaluations.
     """
     protocols = sorted({(row.convention, row.nsd_tolerance_mm) for row in rows})
     if len(protocols) != 1:
@@ -267,12 +261,12 @@ def _statistics(values: Sequence[float | None]) -> dict[str, Any]:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     numbers = [math.nan if value is None else value for value in values]
-    # nnU-Net's function, to its last digit
+    # the function that nnU-Net uses, for the same last digit
     return None if all(map(math.isnan, numbers)) else float(np.nanmean(numbers))
 
 
 def nnunet_summary(cases: Sequence[tuple[Path, Path, Scored]]) -> dict[str, Any]:
-    """Return what nnU-Net's evaluation writes to summary.json; its own code would import torch in every worker.
+    """Return the content of nnU-Net's summary.json; its own code would import torch in every worker.
 
     Parameters
     ----------
@@ -289,7 +283,7 @@ def nnunet_summary(cases: Sequence[tuple[Path, Path, Scored]]) -> dict[str, Any]
     ]
     labels, keys = per_case[0]["metrics"], _nnunet_metrics(Counts(0, 0, 0, 0))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a structure that no case has: nan, as nnU-Net writes it
+        warnings.simplefilter("ignore", RuntimeWarning)  # a structure that is in no case is nan, as in nnU-Net
         means = {
             label: {key: float(np.nanmean([case["metrics"][label][key] for case in per_case])) for key in keys}
             for label in labels
@@ -309,7 +303,7 @@ def _nnunet_metrics(counts: Counts) -> dict[str, float]:
 
 
 def column(field: str, convention: Convention) -> str:
-    """Return the name of a field in files: a field in voxels is not called mm."""
+    """Return the name of a field in files: `_voxels` instead of `_mm` for the convention "literature"."""
     return field if convention == "mm" or not field.endswith("_mm") else field.removesuffix("mm") + "voxels"
 
 
@@ -321,12 +315,12 @@ def _csv(rows: Sequence[Score]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_columns(rows[0].convention))
-    writer.writerows(map(astuple, rows))  # numbers with all their digits, None as nothing
+    writer.writerows(map(astuple, rows))  # numbers with all digits, None as an empty cell
     return text.getvalue()
 
 
 def read_scores(path: str | Path) -> list[Score]:
-    """Return the rows of a table that `evaluate` has written.
+    """Return the rows of a table that `evaluate` wrote.
 
     Raises
     ------
@@ -354,18 +348,18 @@ def read_scores(path: str | Path) -> list[Score]:
 
 
 def _kind(hint: Any) -> type:
-    """Return what makes a value of a cell: `float` for `float | None`, `str` for a literal."""
+    """Return the type that converts a cell: `float` for `float | None`, `str` for a literal."""
     kind = get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
     return kind if kind in (int, float) else str
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, and refuse before the work what could not be written after it.
+    """Make a folder, and check before the work that files can be written to it.
 
     Raises
     ------
     DataError
-        If nothing can be written there.
+        If it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -376,8 +370,11 @@ def check_writable(folder: Path) -> None:
 
 
 def _write(folder: Path, texts: Mapping[str, str]) -> None:
-    for name, text in texts.items():
-        write_text(folder / name, text)
+    """Write all files or none: they get their names when all are complete."""
+    with ExitStack() as stack:
+        for name, text in texts.items():
+            part = stack.enter_context(whole_file(folder / name, "give -o another folder"))
+            part.write_bytes(text.encode())
 
 
 def _cannot_write(folder: Path, error: OSError) -> DataError:

@@ -1,7 +1,7 @@
 """Differences between methods: intervals, tests, and the rule by which a difference is established.
 
-Numbers in, numbers out. The unit is the test case: folds are too few to test on (with five, no two-sided p is below
-0.0625), and seeds are a second factor, which is shown apart.
+No file is read. The tests are over test cases. Folds are too few (five cannot give a two-sided p below 0.0625), and
+seeds are a second factor, which is reported separately.
 """
 
 import math
@@ -16,7 +16,7 @@ LEVEL = 0.95
 RESAMPLES = 9999
 FEWEST_FOR_P = 6  # with five pairs the smallest possible two-sided p is 0.0625
 FEWEST_FOR_INTERVAL = 3
-_SMALLEST = 1e-12  # differences below it are rounding
+_SMALLEST = 1e-12  # smaller differences are rounding errors
 
 
 class Spread(NamedTuple):
@@ -30,18 +30,18 @@ class Spread(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Comparison of a method with another over the same cases.
+    """Difference between two methods over the same cases.
 
     Attributes
     ----------
     n : int
-        Cases.
+        Number of cases.
     mean : float
         Mean over cases of this method minus the other.
     low, high : float or None
         Bootstrap interval of the mean at `LEVEL`; None with fewer than `FEWEST_FOR_INTERVAL` cases.
     p : float or None
-        Of Wilcoxon's signed-rank test, two-sided, not corrected; None with fewer than `FEWEST_FOR_P` cases.
+        Two-sided p of Wilcoxon's signed-rank test, not corrected; None with fewer than `FEWEST_FOR_P` cases.
     """
 
     n: int
@@ -60,7 +60,7 @@ class Ratio(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Return how values of several runs lie; None if there is none.
+    """Return mean, standard deviation and range of several runs' values; None without values.
 
     Examples
     --------
@@ -74,19 +74,19 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def paired(differences: Sequence[float], rng: np.random.Generator) -> Paired | None:
-    """Interval and test of differences case by case; None if there is none.
+    """Return mean, interval and test of paired differences; None without differences.
 
     Parameters
     ----------
     differences : sequence of float
-        This method minus the other, one number per case, all finite.
+        This method minus the other, one finite number per case.
     rng : Generator
         Draws the resamples.
 
     Raises
     ------
     ValueError
-        If a difference is not finite: undefined ones have to be left out, and counted, before.
+        If a difference is not finite.
     """
     d = np.asarray(differences, dtype=np.float64)
     if not np.isfinite(d).all():
@@ -99,13 +99,20 @@ def paired(differences: Sequence[float], rng: np.random.Generator) -> Paired | N
 
 
 def bootstrap_interval(d: NDArray[np.float64], rng: np.random.Generator) -> tuple[float, float]:
-    """Bias-corrected and accelerated (BCa) bootstrap interval of the mean, at `LEVEL`, from `RESAMPLES` resamples.
+    """Return the bias-corrected and accelerated (BCa) bootstrap interval of the mean at `LEVEL`.
+
+    Parameters
+    ----------
+    d : array, shape (n,)
+        Differences, one per case.
+    rng : Generator
+        Draws the `RESAMPLES` resamples.
 
     References
     ----------
     Efron, "Better bootstrap confidence intervals", JASA 82 (1987); scipy's implementation.
     """
-    if np.ptp(d) < _SMALLEST:  # nothing to resample, and the acceleration would be 0 / 0
+    if np.ptp(d) < _SMALLEST:  # all are equal, and the acceleration would be 0 / 0
         return float(d[0]), float(d[0])
     found = stats.bootstrap(
         (d,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="BCa", rng=rng, vectorized=True
@@ -114,16 +121,16 @@ def bootstrap_interval(d: NDArray[np.float64], rng: np.random.Generator) -> tupl
 
 
 def ratio(parts: Sequence[float], wholes: Sequence[float], rng: np.random.Generator) -> Ratio:
-    """Ratio of two means over the same cases with its percentile bootstrap interval, cases drawn jointly.
+    """Return the ratio of two means over the same cases with its percentile bootstrap interval.
 
-    Not BCa: its jackknife has no meaning where a resample's denominator comes near 0.
+    Both means are resampled with the same cases. BCa is not used: its jackknife fails if a denominator is near 0.
 
     Parameters
     ----------
-    parts, wholes : array, shape (n,)
-        Paired numbers of the same cases.
-    rng : numpy.random.Generator
-        Source of the bootstrap.
+    parts, wholes : sequence of float
+        Numerators and denominators, one per case, in the same order.
+    rng : Generator
+        Draws the resamples.
     """
     a, b = (np.asarray(values, dtype=np.float64) for values in (parts, wholes))
     drawn = rng.integers(a.size, size=(RESAMPLES, a.size))
@@ -133,9 +140,9 @@ def ratio(parts: Sequence[float], wholes: Sequence[float], rng: np.random.Genera
 
 
 def signed_rank(d: NDArray[np.float64]) -> float | None:
-    """Two-sided p of Wilcoxon's signed-rank test, zero differences left out; 1 if all are zero.
+    """Return the two-sided p of Wilcoxon's signed-rank test of differences, shape (n,).
 
-    None with fewer than `FEWEST_FOR_P` cases.
+    Zero differences are left out; p is 1 if all are zero, and None with fewer than `FEWEST_FOR_P` cases.
     """
     if d.size < FEWEST_FOR_P:
         return None
@@ -143,7 +150,7 @@ def signed_rank(d: NDArray[np.float64]) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjust p-values by Holm's step-down method; None stays None and does not count.
+    """Return p-values adjusted by Holm's step-down method; None stays None and is not counted.
 
     References
     ----------
@@ -166,17 +173,17 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def holds(difference: Paired | None, adjusted_p: float | None, of_runs: Iterable[float] = ()) -> bool:
     """Return whether a difference is established.
 
-    The interval leaves 0 out, the corrected p is below 1 - `LEVEL`, and no pair of runs (seeds, labelled draws)
-    points the other way: a test over cases knows nothing of other seeds.
+    Three conditions: the interval excludes 0, the corrected p is below 1 - `LEVEL`, and the difference has the same
+    sign for every pair of runs. The third is needed since a test over cases does not see the variation between seeds.
 
     Parameters
     ----------
     difference : Paired or None
-        Over cases.
+        Difference over cases.
     adjusted_p : float or None
-        Of the same comparison, corrected for all that were made.
+        p with Holm's correction.
     of_runs : iterable of float
-        The same mean difference for pairs of runs.
+        The mean difference of each pair of runs.
     """
     if difference is None or difference.low is None or difference.high is None or adjusted_p is None:
         return False

@@ -34,7 +34,7 @@ _LATEX |= {"−": "$-$", **{sign: f"\\{sign}" for sign in "%_#&${}"}}
 
 
 class Cell(NamedTuple):
-    """Text of a cell, and its marks: ahead of all others (bold), differs from the baseline (star)."""
+    """Text of a cell, and its marks: better than all others (bold), differs from the baseline (star)."""
 
     text: str
     best: bool = False
@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table to be rendered; `notes` stand below it."""
+    """A table before rendering; `notes` are printed below it."""
 
     title: str
     header: tuple[str, ...]
@@ -54,10 +54,10 @@ class Table(NamedTuple):
 
 
 def main_table(comparison: Comparison, published: Sequence[dict[str, Any]] = ()) -> Table:
-    """Return method, cases and the paper's four metrics; published rows are marked as another protocol.
+    """Return the table of methods with numbers of cases and the four metrics; published rows are marked.
 
-    Where a structure was missed or invented there are their numbers and HD95 with the image's diagonal in their place;
-    with an upper bound, how much of the gap to it each method closes.
+    With missed structures or false alarms it also has their numbers, and HD95 that counts each as the image's diagonal.
+    With an upper bound it also has the share of the gap that each method closes.
     """
     bounded = any(method.upper for method in comparison.methods)
     counted = any(comparison.status(m, s) for m in comparison.methods for s in ("missed", "false_alarm"))
@@ -90,7 +90,7 @@ def main_table(comparison: Comparison, published: Sequence[dict[str, Any]] = ())
 
 
 def class_table(comparison: Comparison) -> Table | None:
-    """Return average Dice and ASD and the Dice of each class; None where there is one class only."""
+    """Return average Dice, average ASD and the Dice of each class; None for a single class."""
     if len(comparison.labels) < 2:
         return None
     rows = []
@@ -102,12 +102,12 @@ def class_table(comparison: Comparison) -> Table | None:
         rows.append(tuple(cells))
     header = ("Method", "Average Dice (%) ↑", f"Average ASD ({comparison.unit}) ↓")
     names = (f"{name} (%) ↑" for name in comparison.labels.values())
-    note = "Dice of each class; marks as above, p corrected over all classes, metrics and methods."
+    note = "Dice of each class. Marks as above; p is corrected over all classes, metrics and methods."
     return Table("Classes", (*header, *names), rows, (note,))
 
 
 def difference_table(comparison: Comparison) -> Table:
-    """Return the paired differences to the baseline with interval, corrected p and whether they hold."""
+    """Return the paired differences to the baseline with interval, corrected p and whether each one holds."""
     rows = []
     for method in comparison.methods[1:]:
         for metric in METRICS:
@@ -124,17 +124,18 @@ def difference_table(comparison: Comparison) -> Table:
             rows.append((Cell(method.short), *map(Cell, texts), Cell(str(result.left_out))))
     header = ("Method", "Metric", "Difference", f"{LEVEL:.0%} interval", "p (Holm)", "Holds", "Cases", "Left out")
     notes = (
-        f"Method minus {comparison.methods[0].short}, case by case (mean over runs and classes). Interval: BCa "
-        "bootstrap over cases. p: Wilcoxon's signed-rank test, two-sided, Holm's correction over this table; none "
-        f"under six cases. A difference holds if the interval leaves out 0, p is below {1 - LEVEL:.2f} and no pair of "
-        "runs points the other way. The test knows these runs alone: with few of them it says little about other "
-        "seeds and labelled draws. Left out: cases times classes that are rightly empty in all runs of the two.",
+        f"Method minus {comparison.methods[0].short} in each case (mean over runs and classes). Interval: BCa "
+        "bootstrap over cases. p: two-sided Wilcoxon signed-rank test with Holm's correction over this table; none "
+        f"with fewer than six cases. A difference holds (is established) if the interval excludes 0, p is below "
+        f"{1 - LEVEL:.2f}, and it has the same sign for every pair of runs. The test uses these runs only: a few runs "
+        "say little about other seeds and labelled draws. Left out: pairs of case and class that are empty in the "
+        "truth and in all predictions of both methods.",
     )
     return Table(f"Differences to {comparison.methods[0].short}", header, rows, notes)
 
 
 def facts_table(comparison: Comparison) -> Table:
-    """Return what is known of each run."""
+    """Return the facts of each run."""
     rows = []
     for method in comparison.methods:
         for run in method.runs:
@@ -167,8 +168,8 @@ def facts_table(comparison: Comparison) -> Table:
     )
     header += ("Mirroring", "Seed", "Seconds per step", "Hardware", "Fold", "Plans", "Versions")
     notes = (
-        "Seconds per step: median over epochs, the epoch's validation included. Plans: digest of the planned "
-        f"network and preprocessing. {UNKNOWN.capitalize()}: the run's files do not say.",
+        "Seconds per step: median over epochs, including the epoch's validation. Plans: digest of the planned "
+        f"network and preprocessing. {UNKNOWN.capitalize()}: not in the run's files.",
     )
     return Table("Runs", header, rows, notes)
 
@@ -179,7 +180,7 @@ def _case_cells(method: Method) -> list[Cell]:
 
 
 def column_title(metric: str, unit: str) -> str:
-    """Return a metric's heading with its unit and the direction that is better."""
+    """Return a metric's heading with its unit and an arrow in the direction that is better."""
     return f"{TITLES[metric]} (%) ↑" if metric in OVERLAPS else f"{TITLES[metric]} ({unit}) ↓"
 
 
@@ -200,7 +201,7 @@ def _signed(value: float, metric: str) -> str:
 
 
 def _printed(value: float, form: str) -> str:
-    """Return a number with the minus sign of print, and without a sign where it is 0 as printed."""
+    """Return a number with a typographic minus sign, and without a sign if it is printed as 0."""
     text = format(value, form)
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
@@ -213,51 +214,51 @@ def _share(closed: Ratio) -> str:
 def _reading(comparison: Comparison) -> str:
     return (
         f"{len(comparison.cases)} test cases. Mean over cases, then classes, then runs; ± standard deviation over runs "
-        f"(seeds and labelled draws). Bold: ahead of every other method and each difference holds. *: the difference "
-        f"to {comparison.methods[0].short} holds (see the table of differences)."
+        f"(seeds and labelled draws). Bold: better than every other method, and each difference holds. *: the "
+        f"difference to {comparison.methods[0].short} holds (see the table of differences)."
     )
 
 
 def _gap(comparison: Comparison) -> str:
     upper = next(method for method in comparison.methods if method.upper)
     return (
-        f"{upper.short} is an upper bound, trained on more labels, and no rival of the others. Gap closed: of the mean "
-        f"Dice from {comparison.methods[0].short} (0) to it (100), with a {LEVEL:.0%} bootstrap interval over cases; "
-        "none where the interval of that difference has 0."
+        f"{upper.short} is an upper bound: it was trained on more labels and does not compete with the others. Gap "
+        f"closed: position of the mean Dice from {comparison.methods[0].short} (0) to {upper.short} (100), with a "
+        f"{LEVEL:.0%} bootstrap interval over cases; none if the interval of that difference includes 0."
     )
 
 
 def _distances(comparison: Comparison) -> str:
     if comparison.convention == "mm":
-        text = "Distances in mm; HD95 is the larger of the two directions, ASD leads from prediction to truth."
+        text = "Distances in mm; HD95 is the larger of the two directions, ASD is from prediction to truth."
     else:
-        text = "Distances in voxels with MedPy's definitions, as most papers print them."
+        text = "Distances in voxels with MedPy's definitions, as in most papers."
     return (
-        f"{text} Means are over structures that both masks have; comparisons count a missed and an invented one as the "
-        "diagonal."
+        f"{text} Means use structures that are in truth and prediction; tests count a missed structure and a false "
+        "alarm as the image's diagonal."
     )
 
 
 def read_published() -> list[dict[str, Any]]:
-    """Return the published results: facts with their source."""
+    """Return the published results with their sources."""
     text = files("nnunetv2_dycon.evaluation").joinpath("published_results.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 
 def choose_published(name: str, labeled: Sequence[int | None]) -> list[dict[str, Any]]:
-    """Return published rows of a data set; those with as many labelled cases as the runs, where there are any.
+    """Return published rows of a data set: those with as many labelled cases as the runs, or all if none has.
 
     Parameters
     ----------
     name : str
-        A name in the file, or one of nnU-Net's that holds it, such as Dataset503_LA.
+        A name in published_results.json, or nnU-Net's name that contains it, such as Dataset503_LA.
     labeled : sequence of int or None
         Numbers of labelled cases of the runs.
 
     Raises
     ------
     ConfigError
-        If there is no such data set.
+        If the data set has no published results.
     """
     rows = read_published()
     known = dict.fromkeys(row["dataset"] for row in rows)
@@ -271,7 +272,7 @@ def choose_published(name: str, labeled: Sequence[int | None]) -> list[dict[str,
 
 
 def _same_name(word: str, key: str) -> bool:
-    return word == key or (len(key) > 3 and word.startswith(key))  # PancreasNIH; but LA is in no longer word
+    return word == key or (len(key) > 3 and word.startswith(key))  # PancreasNIH; LA is too short to be a beginning
 
 
 def _published_row(row: dict[str, Any], header: Sequence[str]) -> tuple[Cell, ...]:
@@ -288,7 +289,7 @@ def _published_note(rows: Sequence[dict[str, Any]]) -> str:
         origins.setdefault(f"{row['protocol']}; {row['source']}", []).append(row["method"])
     sources = (f"{', '.join(dict.fromkeys(methods))}: {origin}" for origin, methods in origins.items())
     return (
-        f"{OTHER_PROTOCOL} Published under another protocol (other networks, checkpoints, crops, mostly distances in "
+        f"{OTHER_PROTOCOL} Published with another evaluation protocol (networks, checkpoints, crops; most distances in "
         f"voxels): not comparable with the rows above. {'. '.join(sources)}."
     )
 
@@ -338,7 +339,7 @@ def _escape(text: str) -> str:
 
 
 def results_csv(comparison: Comparison) -> str:
-    """Return every result, one per line, numbers with all their digits; overlaps are fractions."""
+    """Return all results as CSV, one per line, numbers with all digits; overlaps are fractions."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import pytest
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation import compare as module
 from nnunetv2_dycon.evaluation.compare import compare
-from nnunetv2_dycon.evaluation.facts import write_run_file
+from nnunetv2_dycon.evaluation.facts import read_run_file, write_run_file
 from nnunetv2_dycon.evaluation.predict import predict
 from nnunetv2_dycon.evaluation.runs import Place, find_runs
-from nnunetv2_dycon.evaluation.scores import read_scores
+from nnunetv2_dycon.evaluation.scores import evaluate, read_scores
+from nnunetv2_dycon.evaluation.tables import choose_published
 from tests.madeup_runs import (
     CASES,
     DATASET,
     LABELED,
     VALIDATION,
+    dataset_json,
     make_dataset,
     make_predictions,
     make_training,
@@ -108,6 +111,63 @@ def test_missing_predictions_are_made_where_they_are_asked_for(root, monkeypatch
     report(root, STOCK.format(0), OURS.format(0), predict=True)
     options = {"mirroring": True, "device": None, "save_probabilities": False}
     assert calls == [("nnUNetTrainerDyCON (student)", "imagesTs", options)]
+    shutil.rmtree(root / "report")
+    given = {"mirroring": False, "device": "cpu", "save_probabilities": True}
+    report(root, STOCK.format(0), OURS.format(0), predict=True, **given)
+    assert [call[2] for call in calls[1:]] == [given, given]
+
+
+def test_compare_looks_for_trainings_where_it_is_told(root, monkeypatch):
+    places = []
+    monkeypatch.setattr(module, "find_runs", lambda text, *rest: places.append((text, *rest)) or [])
+    options = {"configuration": "2d", "folds": (0, 1), "plans": "P", "checkpoint": "checkpoint_best.pth"}
+    with pytest.raises(DataError, match="names none of the runs"):
+        report(root, "a", upper=["b"], weights=("teacher",), mirroring=False, **options)
+    place = Place(DATASET, "2d", "P", (0, 1), "checkpoint_best.pth")
+    assert places == [(text, place, ("teacher",), False) for text in "ab"]
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Arguments of `write_report`, which writes nothing."""
+    calls = []
+    monkeypatch.setattr(module, "write_report", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+def test_compare_scores_by_the_data_sets_own_labels_and_the_convention_given(root, written):
+    folders = [make_predictions(root / name, shift) for name, shift in (("a", 1), ("b", 2))]
+    for folder in folders:  # nnU-Net leaves a copy of the training's, whose names may differ
+        (folder / "dataset.json").write_text(json.dumps(dataset_json() | {"labels": {"background": 0, "x": 1, "y": 2}}))
+    report(root, *map(str, folders), convention="literature")
+    ((_, title, comparison, images, published),) = written
+    assert (title, comparison.convention, comparison.unit) == ("Comparison on Made", "literature", "voxels")
+    assert comparison.labels == {"1": "left", "2": "right"}
+    assert (images.images, published) == (root / "nnUNet_raw" / DATASET / "imagesTs", [])
+    expected = evaluate(
+        images.truth, folders[0], root / "nnUNet_raw" / DATASET / "dataset.json", root / "s", 1, convention="literature"
+    )
+    assert list(comparison.methods[0].scores[0].values()) == expected
+
+
+def test_the_truth_may_be_in_another_folder(root, written):
+    truth = make_predictions(root / "truth", 2)
+    runs = [str(make_predictions(root / name, shift)) for name, shift in (("a", 2), ("b", 0))]
+    report(root, *runs, truth_folder=truth)
+    ((_, _, comparison, images, _),) = written
+    assert images.truth == truth
+    assert {score.dice for score in comparison.methods[0].scores[0].values()} == {1.0}
+
+
+def test_published_rows_are_chosen_by_the_runs_labelled_cases_and_reported(root, monkeypatch):
+    asked, row = [], choose_published("LA", [8])[:1]
+    monkeypatch.setattr(module, "choose_published", lambda *arguments: asked.append(arguments) or row)
+    trained(root, STOCK.format(0), 1)
+    trained(root, OURS.format(0), 0)
+    page = report(root, STOCK.format(0), OURS.format(0), published="LA")
+    assert asked == [("LA", [3, 3])]
+    assert f"| {row[0]['method']} ‡ | 8 | 72 |" in (page.parent / "report.md").read_text()
+    assert (page.parent / "tables.tex").read_text().count(r"\begin{tabular}") == 4
 
 
 # ---- prediction by nnU-Net's commands, with a stand-in for the process
@@ -129,13 +189,17 @@ def test_a_prediction_is_nnunets_command_and_is_whole_or_absent(root, monkeypatc
     for part in (["-m", str(folder.parent)], ["-f", "0"], ["-chk", "checkpoint_final.pth"], ["-npp", "1", "-nps", "1"]):
         assert " ".join(part) in " ".join(arguments)
     assert {"--disable_tta", "--save_probabilities", "-device"} <= set(arguments)
-    assert (student.predictions / "run.json").is_file()
+    assert read_run_file(student.predictions) == student.facts
     predict(teacher, root / "imagesTs", mirroring=True)
     export = commands[1]
     assert " ".join(export[1][:5]) == f"export -d {DATASET} -tr {OURS.format(0)}"
     assert " ".join(export[1]).count("--weights teacher") == 1
     assert export[2] == {"nnUNet_results": str(root / "nnUNet_results")}
     assert "--disable_tta" not in commands[2][1]
+    best = make_training(root, STOCK.format(0), ours=False, checkpoint="checkpoint_best.pth")
+    (run,) = find_runs(str(best), Place(DATASET, checkpoint="checkpoint_best.pth"), ("student",), True)
+    predict(run, root / "imagesTs", mirroring=True)
+    assert "-chk checkpoint_best.pth" in " ".join(commands[3][1])
     assert str(folder.parent) not in commands[2][1]  # but the exported model
 
 
@@ -208,7 +272,7 @@ def test_an_upper_bound_may_have_more_labelled_cases_and_closes_the_table(root):
         "| DyCON",
         "| nnU-Net_upper-bound",
     ]
-    assert "of the mean Dice from nnU-Net (0) to it (100)" in "".join(lines)
+    assert "of the mean Dice from nnU-Net (0) to nnU-Net_upper-bound (100)" in "".join(lines)
 
 
 def test_a_best_checkpoint_that_was_chosen_on_the_test_cases_is_refused(root):

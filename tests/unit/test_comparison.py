@@ -12,11 +12,16 @@ CASES = [f"c{i}" for i in range(8)]
 
 
 def score(case, label="1", dice=0.5, distance=2.0, status="ok", **other):
-    """Return a score whose empty masks have what `score_case` gives them."""
+    """Return a score whose metrics all differ; with empty masks they are those of `score_case`."""
     if status != "ok":
         distance = None
         dice = None if status == "both_empty" else 0.0
-    fields = {"iou": dice, "hd95_mm": distance, "asd_mm": distance, "assd_mm": distance, "nsd": dice}
+    iou = None if dice is None else dice / (2 - dice)
+    surfaces = {
+        "asd_mm": None if distance is None else distance / 2,
+        "assd_mm": None if distance is None else distance / 3,
+    }
+    fields = {"iou": iou, "hd95_mm": distance, **surfaces, "nsd": dice}
     volumes = dict.fromkeys(("volume_truth_ml", "volume_pred_ml", "volume_error_ml"), 1.0)
     rest = {"nsd_tolerance_mm": 2.0, "diagonal_mm": 100.0, "name": f"name {label}", **volumes, **fields, **other}
     return Score(case=case, label=label, dice=dice, status=status, **rest)
@@ -128,6 +133,15 @@ def test_an_upper_bound_is_no_rival():
     assert not bounded(0.1, 0.0, 0.075).results["u_upper-bound (student)", ALL, "dice"].best
 
 
+def test_the_gap_is_that_of_dice_whatever_the_other_metrics_are():
+    runs = [
+        (a_run(name, upper=name == "u"), [score(c, dice=d + shift, iou=0.5) for c, d in zip(CASES, DICE, strict=True)])
+        for name, shift in (("a", 0.0), ("b", 0.05), ("u", 0.1))
+    ]
+    compared = make_comparison(runs, "a (student)")
+    assert compared.gap_closed(compared.methods[1]).value == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("shifts", [(0.0, 0.0, 0.05), (-0.1, 0.0, 0.05)])
 def test_there_is_no_gap_to_a_bound_that_is_not_ahead(shifts):
     compared = bounded(*shifts)
@@ -154,6 +168,25 @@ def test_seeds_are_paired_by_their_number():
     assert result(make_comparison([*a, *b], "a (student)"), "b").holds
     unmatched = [(a_run("b", seed=s + 5), found) for s, (_, found) in enumerate(b)]
     assert not result(make_comparison([*a, *unmatched], "a (student)"), "b").holds  # all pairs then
+
+
+def test_a_case_has_the_mean_over_runs_then_classes_and_a_pair_of_runs_the_mean_over_cases():
+    def run(one, other):
+        return [*scores([one] * 8), *scores([other] * 8, "2")]
+
+    a = [(a_run("a", seed=seed), run(0.5, 0.25 + 0.25 * seed)) for seed in (0, 1)]
+    b = [(a_run("b", seed=seed), run(0.75, 0.5 + 0.5 * seed)) for seed in (0, 1)]
+    compared = make_comparison([*a, *b], "a (student)")
+    assert compared.per_case(compared.methods[0], "dice") == dict.fromkeys(CASES, (0.5 + (0.25 + 0.5) / 2) / 2)
+    assert compared._difference(*compared.methods[::-1], ALL, "dice").of_runs == (0.25, 0.375)
+
+
+def test_classes_are_a_family_of_their_own_for_holms_correction():
+    low, high = ([*scores(np.add(DICE, s)), *scores(np.add(DICE, s), "2")] for s in (0.0, 0.1))
+    compared = make_comparison([(a_run("a"), low), (a_run("b"), high)], "a (student)")
+    smallest = 2 / 2**8  # of eight cases, all ahead; distances are equal
+    assert result(compared, "b").p == pytest.approx(4 * smallest)
+    assert result(compared, "b", label="2").p == pytest.approx(8 * smallest)
 
 
 def test_five_cases_have_no_p_and_no_mark():

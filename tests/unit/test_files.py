@@ -85,3 +85,63 @@ def test_digests_follow_content_alone(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert files.file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert files.json_digest({"a": 1, "b": 2}) == files.json_digest({"b": 2, "a": 1}) != files.json_digest({"a": 2})
+
+
+def test_a_folder_replaces_the_previous_one_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").write_text("")
+    with files.whole_folder(path) as part:
+        (part / "fold_0").mkdir()
+        (part / "fold_0" / "new").write_text("text")
+        inode = (part / "fold_0" / "new").stat().st_ino
+        assert os.listdir(path) == ["old"]
+    assert [str(file.relative_to(path)) for file in sorted(path.rglob("*"))] == ["fold_0", "fold_0/new"]
+    assert (path / "fold_0" / "new").stat().st_ino == inode  # renamed, not copied
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_that_fails_leaves_the_previous_one_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").write_text("")
+
+    def fill(error: BaseException | None) -> None:
+        with files.whole_folder(path) as part:
+            (part / "new").write_text("")
+            if error:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(KeyboardInterrupt())
+    rename = os.rename
+
+    def refuse_the_new_one(source: Path, target: Path) -> None:
+        if (Path(source) / "new").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", refuse_the_new_one)
+    with pytest.raises(DataError, match=r"cannot write .*model: Input/output error"):
+        fill(None)
+    assert os.listdir(path) == ["old"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folders_files_reach_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch) -> None:
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def noted_fsync(handle: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.split(".")[-1])
+        fsync(handle)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "fsync", noted_fsync)
+    monkeypatch.setattr(files.os, "rename", noted_rename)
+    with files.whole_folder(tmp_path / "model") as part:
+        (part / "fold_0").mkdir()
+        (part / "fold_0" / "a").write_text("text")
+    assert events == ["fold_0", "a", "model", "rename", tmp_path.name]

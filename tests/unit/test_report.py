@@ -18,10 +18,11 @@ from nnunetv2_dycon.evaluation.figures import (
     training_curves,
 )
 from nnunetv2_dycon.evaluation.label_files import read_labels
-from nnunetv2_dycon.evaluation.report import as_markdown, html
+from nnunetv2_dycon.evaluation.report import _introduction, as_markdown, html
 from nnunetv2_dycon.evaluation.scores import evaluate
 from nnunetv2_dycon.evaluation.tables import Cell, Table
-from tests.madeup_runs import CASES, a_run, make_dataset, make_predictions, write_volume
+from tests.madeup_runs import CASES, a_run, make_dataset, make_predictions, make_truth, write_volume
+from tests.unit.test_comparison import score
 
 TABLE = Table("Title <1>", ("Method", "Dice"), [(Cell("<script>"), Cell("1.0", True, True))], ("note & more",))
 PICTURE = Picture("boxes", "Boxes", b"\x89PNG", 'alt "text"', "caption")
@@ -89,6 +90,15 @@ def test_markdown_names_the_picture_files():
     assert text.startswith("# Title\n\nintroduction\n\n## Title <1>")
 
 
+def test_the_report_says_which_differences_of_dice_hold():
+    def run(shift):
+        return [score(f"c{i}", dice=0.5 + 0.01 * i + shift * (1 + 0.01 * i), iou=0.5) for i in range(16)]
+
+    runs = [(a_run(name), run(shift)) for name, shift in (("a", 0.0), ("up", 0.1), ("down", -0.1), ("same", 0.0))]
+    text = _introduction(make_comparison(runs, "a (student)"))[-1]
+    assert "against a, by the rule below. Higher: up; lower: down; no difference that holds: same. " in text
+
+
 # ---- pictures
 
 
@@ -123,6 +133,50 @@ def test_overlays_name_best_median_and_worst_case(raw, tmp_path):
     assert dice[named[2]] == worst
     assert dice[named[1]] == sorted(dice.values(), reverse=True)[len(CASES) // 2]
     assert picture.png.startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures in place of their files."""
+    made = []
+    monkeypatch.setattr(figures, "_png", lambda figure: made.append(figure) or b"")
+    return made
+
+
+def test_overlays_show_each_methods_errors_and_dice(raw, tmp_path, drawn, monkeypatch):
+    comparison, images = compared(raw, tmp_path)
+    colored, found = figures._colored, []
+    monkeypatch.setattr(figures, "_colored", lambda *arguments: found.append(arguments) or colored(*arguments))
+    picture = overlays(comparison, images)
+    cases = re.findall(r"(test_\d+) \(", picture.alt)
+    for row, case in enumerate(cases):
+        (truth, of_a), (same_truth, of_b) = found[2 * row : 2 * row + 2]
+        assert (truth == of_a).all()  # the first method is always right
+        assert (same_truth == truth).all()
+        assert (of_b != truth).any()
+        for method, axis in zip(comparison.methods, drawn[0].axes[3 * row + 1 : 3 * row + 3], strict=True):
+            dice = np.mean([s.dice for unit, s in method.scores[0].items() if unit[0] == case])
+            assert axis.get_title() == f"{method.short}\nDice {100 * dice:.1f} %"
+
+
+def test_boxes_and_lines_are_those_of_each_methods_cases(raw, tmp_path, drawn):
+    comparison, _ = compared(raw, tmp_path)
+    figures.box_plots(comparison)
+    figures.paired_lines(comparison)
+    dice = [[100 * comparison.per_case(m, "dice")[case] for case in CASES] for m in comparison.methods]
+    dots = [line for line in drawn[0].axes[0].lines if len(line.get_xdata()) == len(CASES)]
+    assert np.array([line.get_xdata() for line in dots]) == pytest.approx(np.array(dice))
+    lines = drawn[1].axes[0].lines
+    assert np.array([line.get_ydata() for line in lines[: len(CASES)]]) == pytest.approx(np.transpose(dice))
+    assert list(lines[len(CASES)].get_ydata()) == pytest.approx(np.mean(dice, axis=1))
+
+
+def test_curves_are_in_the_panel_of_their_series(raw, tmp_path, drawn):
+    comparison, _ = compared(raw, tmp_path)
+    series = {"training loss": [1.0, 0.5], "validation loss": [0.9, 0.6], "pseudo Dice": [0.1, 0.3]}
+    runs = [(a_run(name, curves=series), evaluated(comparison)) for name in ("a", "b")]
+    training_curves(make_comparison(runs, "a (student)"))
+    assert [axis.lines[0].get_ydata().tolist() for axis in drawn[0].axes] == list(series.values())
 
 
 def test_overlays_do_without_images_and_with_an_empty_case(raw, tmp_path):
@@ -173,7 +227,7 @@ def test_reliability_gives_the_worked_example(raw):
     assert (count[8], count[6], count[5], count.sum()) == (1, 1, 1, 3)
     assert confidence[[8, 6, 5]].tolist() == [0.8, 0.6, 0.5]
     assert right[[8, 6, 5]].tolist() == [1, 0, 0]
-    with pytest.raises(DataError, match=r"shape \(3, 4\) do not fit 3 labels and a truth of shape \(5,\)"):
+    with pytest.raises(DataError, match=r"shape \(3, 4\) do not match 3 labels and a truth of shape \(5,\)"):
         reliability_counts(probabilities, np.zeros(5, int), labels)
 
 
@@ -203,6 +257,13 @@ def test_a_test_image_that_cannot_be_shown_is_named(raw, tmp_path, how):
             write_volume(path, np.zeros((3, 3, 3), np.float32))
     with pytest.raises(DataError, match=r"_0000\.nii\.gz cannot be shown"):
         overlays(comparison, images)
+
+
+def test_calibration_counts_all_cases(raw, tmp_path, drawn):
+    comparison, images = compared(raw, tmp_path, probabilities=True)
+    totals = figures._reliability(comparison.methods[0], comparison, images)
+    foreground = sum(int((make_truth(case) > 0).sum()) for case in CASES)
+    assert [total.sum() for total in totals] == pytest.approx([foreground, 0.8 * foreground, foreground])
 
 
 def test_without_probabilities_and_logs_two_pictures_fall_away(raw, tmp_path):

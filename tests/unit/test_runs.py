@@ -60,6 +60,16 @@ def test_facts_of_our_trainer_are_those_of_its_files(root):
     assert facts.curves["teacher's pseudo Dice"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
+def test_steps_and_batch_are_those_that_the_trainer_recorded(root):
+    folder = make_training(root, DYCON)
+    state = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    state["ssl"]["step"] = 17  # some were skipped
+    state["ssl"]["settings"]["batch"] = 6
+    torch.save(state, folder / "checkpoint_final.pth")
+    facts = read_training(folder)
+    assert (facts.steps, facts.batch, facts.patches) == (17, 6, 102)
+
+
 def test_facts_of_a_stock_trainer_leave_open_what_it_does_not_record(root):
     facts = read_training(make_training(root, "nnUNetTrainer", ours=False))
     assert (facts.unlabeled, facts.steps, facts.seed, facts.has_teacher) == (0, 20, None, False)
@@ -320,6 +330,8 @@ def test_what_would_be_averaged_as_seeds_but_is_none_is_refused():
     with pytest.raises(DataError, match=r"dycon/out and bcp/out would be two runs of out"):
         alike(*folders)
     alike(*(Run(name, nothing, Path(name)) for name in ("bcp_seed0", "bcp_seed1", "dycon")))
+    other = {"labeled": ("x", "y"), "fold": "1"}  # a draw of fewer labelled cases leaves more unlabelled ones
+    alike(*(a_run(name, seed=0, unlabeled=n, **draw) for name in "ab" for n, draw in ((9, {}), (10, other))))
     with pytest.raises(DataError, match=r"would be runs of b \(student\), but with 9 and 72 unlabelled images"):
         alike(a_run("a"), a_run("b", seed=0, unlabeled=72), a_run("b", seed=1, unlabeled=9))
 

@@ -1,5 +1,6 @@
 """Folders of label maps are scored as nnU-Net scores them, in every format, and what does not fit is refused."""
 
+import errno
 import json
 import math
 import multiprocessing.dummy
@@ -173,7 +174,7 @@ def test_the_summary_of_a_worked_example(folders: tuple[Path, Path]) -> None:
     base = replace(row, label="1", diagonal_mm=100.0)
     none = {"hd95_mm": None, "asd_mm": None, "assd_mm": None}
     rows = [
-        replace(base, dice=0.9, hd95_mm=2.0, lesion_tp=2, lesion_fp=1, lesion_fn=0, lesion_f1=0.8),
+        replace(base, dice=0.9, hd95_mm=2.0, lesion_tp=2, lesion_fp=2, lesion_fn=0, lesion_f1=2 / 3),
         replace(base, dice=0.6, hd95_mm=6.0, lesion_tp=0, lesion_fp=0, lesion_fn=1, lesion_f1=0.0),
         replace(base, status="missed", dice=0.0, **none),
         replace(base, status="false_alarm", dice=0.0, **none),
@@ -194,7 +195,7 @@ def test_the_summary_of_a_worked_example(folders: tuple[Path, Path]) -> None:
         "q3": 5.0,
         "penalized_mean": 52.0,
     }
-    assert of_class["lesions"] == {"tp": 2, "fp": 1, "fn": 1, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    assert of_class["lesions"] == {"tp": 2, "fp": 2, "fn": 1, "precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7}
     rows += [replace(row, label="2", hd95_mm=8.0) for row in rows[:1]]
     assert summarize(rows)["mean_over_classes"]["hd95_mm"] == {"mean": 6.0, "penalized_mean": 30.0}
 
@@ -222,6 +223,27 @@ def test_files_go_where_o_says_and_nowhere_else(folders: tuple[Path, Path], tmp_
         "summary.json",
     ]
     assert sorted(path.name for path in prediction.iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+
+
+def test_the_three_files_are_written_together_or_not_at_all(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth, prediction = folders
+    evaluate(truth, prediction, processes=1)
+    before = {path.name: path.read_bytes() for path in prediction.iterdir()}
+    write(prediction / "a.nii.gz", label_map(0))
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if path.name.endswith("summary.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match=r"cannot write .*summary.json: No space left .*, or give -o another folder"):
+        evaluate(truth, prediction, processes=1)
+    after = {path.name: path.read_bytes() for path in prediction.iterdir()}
+    assert {**after, "a.nii.gz": b""} == {**before, "a.nii.gz": b""}
 
 
 def test_processes_change_nothing_and_none_of_them_needs_torch(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -411,6 +433,10 @@ def renamed(folder: Path) -> None:
 
 BAD = {
     "missing": (lambda folder: (folder / "b.nii.gz").unlink(), "predicted has no b.nii.gz; .*--chill"),
+    "two missing": (
+        lambda folder: [(folder / f"{case}.nii.gz").unlink() for case in "ab"],
+        "predicted has no a.nii.gz, b.nii.gz; .*--chill",
+    ),
     "extra": (lambda folder: write(folder / "d.nii.gz", label_map(1)), "d.nii.gz has no truth .*remove"),
     "no common name": (renamed, "share no file name"),
     "shape": (broken(lambda a: (label_map(10)[:-1], a)), r"a.nii.gz has shape \(9, 8, 6\) instead of \(9, 8, 7\)"),

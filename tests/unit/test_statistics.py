@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from nnunetv2_dycon.evaluation import statistics
-from nnunetv2_dycon.evaluation.statistics import bootstrap_interval, holds, holm, paired, signed_rank, spread
+from nnunetv2_dycon.evaluation.statistics import (
+    LEVEL,
+    Paired,
+    bootstrap_interval,
+    holds,
+    holm,
+    paired,
+    ratio,
+    signed_rank,
+    spread,
+)
 
 # Worked by hand: differences 1 to 8 with 3 negative. The smaller rank sum is 3; of the 256 sign patterns those with a
 # sum of at most 3 are {}, {1}, {2}, {3}, {1, 2}: p = 2 * 5 / 256.
@@ -105,6 +115,22 @@ def test_a_difference_holds_where_interval_p_and_all_runs_agree():
     assert not holds(d, 0.03, [0.1, -0.02])
     assert not holds(d._replace(low=-0.01), 0.03)
     assert not holds(None, 0.03)
+
+
+def test_at_its_boundaries_a_difference_does_not_hold():
+    better, worse = Paired(8, 0.1, 0.05, 0.2, 0.01), Paired(8, -0.1, -0.2, -0.05, 0.01)
+    limit = 1 - LEVEL
+    for d, sign in ((better, 1), (worse, -1)):
+        assert holds(d, np.nextafter(limit, 0), [sign * 1e-9])
+        assert not holds(d, limit, [sign * 1e-9])
+        assert not holds(d, 0.01, [sign * 0.1, 0.0])
+    assert not holds(better._replace(low=0.0), 0.01)
+    assert not holds(worse._replace(high=0.0), 0.01)
+
+
+def test_the_ratio_is_that_of_the_means():
+    assert ratio([1.0, 2.0], [4.0, 4.0], rng()).value == 3 / 8
+    assert ratio([1.0, 1.0], [4.0, 4.0], rng()) == (0.25, 0.25, 0.25)
 
 
 def test_a_worse_method_holds_too():

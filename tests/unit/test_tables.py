@@ -1,8 +1,10 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nnunetv2_dycon.errors import ConfigError
@@ -42,7 +44,9 @@ def test_the_main_table_has_the_papers_columns(compared):
     expected = ("Method", "Labelled", "Unlabelled", "Runs", "Dice (%) ↑", "IoU (%) ↑", "HD95 (mm) ↓", "ASD (mm) ↓")
     assert table.header == expected
     # 0.675 and 0.685: mean 68.00, deviation 0.01 / sqrt 2
-    assert texts(table)[0] == ["nnU-Net", "3", "0", "2", "68.00 ± 0.71", "68.00 ± 0.71", "2.00 ± 0.00", "2.00 ± 0.00"]
+    one, other = (np.mean([d / (2 - d) for d in np.add(DICE, shift)]) for shift in (0.0, 0.01))
+    iou = f"{50 * (one + other):.2f} ± {100 * (other - one) / 2**0.5:.2f}"
+    assert texts(table)[0] == ["nnU-Net", "3", "0", "2", "68.00 ± 0.71", iou, "2.00 ± 0.00", "1.00 ± 0.00"]
     assert texts(table)[1][:5] == ["DyCON", "3", "72", "2", "72.85 ± 0.00"]
     assert (table.rows[1][4].best, table.rows[1][4].star) == (True, True)
     assert (table.rows[0][4].best, table.rows[0][4].star) == (False, False)
@@ -85,8 +89,8 @@ def test_missed_structures_are_counted_beside_the_distances():
     table = main_table(make_comparison([(a_run("a"), scores(DICE)), (a_run("b"), missed)], "a (student)"))
     assert table.header[8:] == ("HD95 with penalty (mm) ↓", "Missed per run", "False alarms per run")
     assert [row[6:] for row in texts(table)] == [
-        ["2.00", "2.00", "2.00", "0", "0"],
-        ["2.00", "2.00", "14.25", "1", "0"],
+        ["2.00", "1.00", "2.00", "0", "0"],
+        ["2.00", "1.00", "14.25", "1", "0"],
     ]
 
 
@@ -103,7 +107,29 @@ def test_classes_have_a_column_each_and_one_class_has_no_table(compared):
     both = [*scores(DICE), *scores([0.5] * 8, "2")]
     table = class_table(make_comparison([(a_run("a"), both), (a_run("b"), both)], "a (student)"))
     assert table.header[1:] == ("Average Dice (%) ↑", "Average ASD (mm) ↓", "name 1 (%) ↑", "name 2 (%) ↑")
-    assert texts(table)[0] == ["a", "58.75", "2.00", "67.50", "50.00"]
+    assert texts(table)[0] == ["a", "58.75", "1.00", "67.50", "50.00"]
+
+
+def test_classes_have_the_marks_of_their_own_differences():
+    low = [*scores(DICE), *scores(DICE, "2")]
+    high = [*scores([d + 0.1 + 0.001 * i for i, d in enumerate(DICE)]), *scores(DICE, "2")]
+    middle = [*scores([d + 0.05 for d in DICE]), *scores(DICE, "2")]
+    names = [f"c{i}" for i in range(8, 16)]  # p of twelve comparisons is small enough with sixteen cases
+    low, middle, high = (
+        [*run, *(replace(s, case=c) for s, c in zip(run, names * 2, strict=True))] for run in (low, middle, high)
+    )
+    runs = [(a_run(name), run) for name, run in (("a", low), ("b", middle), ("c", high))]
+    table = class_table(make_comparison(runs, "a (student)"))
+    assert [[cell.star for cell in row[1:]] for row in table.rows] == [
+        [False] * 4,
+        [True, False, True, False],
+        [True, False, True, False],
+    ]
+    assert [[cell.best for cell in row[1:]] for row in table.rows] == [
+        [False] * 4,
+        [False] * 4,
+        [True, False, True, False],
+    ]
 
 
 def test_differences_have_interval_p_and_verdict(compared):
@@ -117,6 +143,32 @@ def test_differences_have_interval_p_and_verdict(compared):
 def test_under_six_cases_p_is_left_open():
     few = [(a_run(name), scores(DICE)[:5]) for name in "ab"]
     assert texts(difference_table(make_comparison(few, "a (student)")))[0][2:6] == ["0.00", "0.00 to 0.00", "–", "no"]
+
+
+def test_the_interval_goes_from_its_lower_to_its_upper_end():
+    uneven = [d + 0.02 + 0.01 * i for i, d in enumerate(DICE)]
+    compared = make_comparison([(a_run("a"), scores(DICE)), (a_run("b"), scores(uneven))], "a (student)")
+    found = compared.results["b (student)", "", "dice"].difference
+    assert texts(difference_table(compared))[0][3] == f"+{100 * found.low:.2f} to +{100 * found.high:.2f}"
+    assert found.low < found.high
+
+
+def test_each_fact_is_in_its_column():
+    facts = {"steps": 20, "batch": 2, "seconds_per_step": 0.25, "hardware": "GPU", "versions": {"torch": "2"}}
+    runs = [(a_run(name, fold="3", seed=7, **facts), scores(DICE)) for name in "ab"]
+    table = facts_table(make_comparison(runs, "a (student)"))
+    assert table.header[:7] == (
+        "Method",
+        "Weights",
+        "Labelled",
+        "Unlabelled",
+        "Steps",
+        "Labelled patches seen",
+        "Checkpoint",
+    )
+    assert texts(table)[0][:7] == ["a", "student", "3", "0", "20", "40", "checkpoint_final.pth"]
+    assert table.header[7:] == ("Mirroring", "Seed", "Seconds per step", "Hardware", "Fold", "Plans", "Versions")
+    assert texts(table)[0][7:] == ["yes", "7", "0.25", "GPU", "3", "aaaaaaaa", "torch 2"]
 
 
 def test_facts_that_are_not_recorded_are_called_so(compared):
@@ -134,7 +186,7 @@ def test_published_rows_are_marked_with_their_protocol_and_source(compared):
     assert len(added) == len(published) > 0
     assert all(row[0].text.endswith(" ‡") and not any(cell.best for cell in row) for row in added)
     assert {row[1].text for row in added} == {"8"}
-    assert "another protocol" in table.notes[-1]
+    assert "another evaluation protocol" in table.notes[-1]
     assert all(row["protocol"] in table.notes[-1] and row["source"] in table.notes[-1] for row in published)
     assert {len(row) for row in table.rows} == {len(table.header)}
 
@@ -206,3 +258,12 @@ def test_the_csv_has_all_digits_of_every_result(compared):
     assert (float(first["low"]), float(first["p_holm"])) == (found.difference.low, found.p)
     assert (first["unit"], first["holds"], first["runs"], first["cases"]) == ("1", "True", "2", "8")
     assert {row["unit"] for row in rows if row["metric"] == "hd95"} == {"mm"}
+
+
+def test_the_csv_tells_a_difference_that_holds_from_the_best_method():
+    shifted = [scores([d + shift + 0.001 * i for i, d in enumerate(DICE)]) for shift in (0.0, 0.05, 0.1)]
+    more = [[*run, *(replace(s, case=f"d{s.case}") for s in run)] for run in shifted]
+    compared = make_comparison([(a_run(n), run) for n, run in zip("abc", more, strict=True)], "a (student)")
+    rows = csv.DictReader(io.StringIO(results_csv(compared)))
+    marks = {row["method"]: (row["holds"], row["best"]) for row in rows if row["metric"] == "dice"}
+    assert marks == {"a": ("False", "False"), "b": ("True", "False"), "c": ("True", "True")}
