@@ -51,7 +51,7 @@ def work(rank: int, root: str, name: str, poisoned: int | None) -> None:
     begin(again)
     left["resumed"] = again.network.module.state_dict()
     left["next patches"] = [next(again.dataloader_train)["data"].clone() for _ in range(3)]
-    left["next noise"] = torch.rand(8, generator=again.generator)
+    left["next noise"] = torch.rand(8, generator=again.step.generator)
     torch.save(left, f"{root}/{rank}.pt")
     dist.destroy_process_group()
 
