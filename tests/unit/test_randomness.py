@@ -1,9 +1,11 @@
 """Seeds of processes: where several draw at the same time, none draws what another does."""
 
+import random
 from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
@@ -77,3 +79,39 @@ def test_a_training_that_goes_on_in_loader_processes_draws_new_patches(trainer, 
 
     assert common(again, before) > 6  # the same start gives the same patches, in whatever order
     assert common(after, before) == 0
+
+
+class Marked:
+    """Transforms whose last act writes a draw of torch's and one of Python's random state into a corner."""
+
+    def __init__(self, inner) -> None:
+        self.inner = inner
+
+    def __call__(self, **sample):
+        sample = self.inner(**sample)
+        sample["image"][0, 0, 0, :2] = torch.tensor([torch.rand(()), random.random()])
+        return sample
+
+
+@pytest.mark.parametrize("seed", ["", "_seed1"])
+def test_two_loader_processes_draw_and_augment_nothing_alike(trainer, monkeypatch, seed: str) -> None:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    stock = nnUNetTrainer.get_training_transforms
+    monkeypatch.setattr(nnUNetTrainer, "get_training_transforms", staticmethod(lambda *a, **k: Marked(stock(*a, **k))))
+    t = begin(trainer(f"nnUNetTrainerMeanTeacher_epochs2_iters2{seed}"))
+    try:
+        batches = [next(t.dataloader_train) for _ in range(16)]
+    finally:
+        t.dataloader_train._finish()
+        t.dataloader_val._finish()
+    assert t.dataloader_train.num_processes == 2
+    draws = []
+    for half in ("data", "unlabeled"):
+        patches = [patch.numpy() for batch in batches for patch in batch[half]]
+        draws += [float(number) for patch in patches for number in patch[0, 0, 0, :2]]  # of the augmentation
+        for patch in patches:
+            patch[0, 0, 0, :2] = 0
+        assert len({patch.tobytes() for patch in patches}) == len(patches) == 32, half
+    assert len(set(draws)) == len(draws) == 2 * 2 * 32

@@ -1,5 +1,6 @@
 """The engine against stock nnU-Net and against itself; every method by parametrisation."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -388,6 +389,67 @@ def test_training_stops_with_the_case_ids_when_the_loss_stays_not_finite(trainer
         steps(t, 10)
 
 
+@pytest.mark.parametrize("method", ["nnUNetTrainerDyCON", "nnUNetTrainerCPS"])
+def test_both_optimizers_follow_nnunets_learning_rate(trainer, method: str) -> None:
+    t = trainer(named(method, "epochs4_iters1_valiters1_lr0p02"))
+    t.on_train_start()
+    rates = []
+    for _ in range(3):
+        run_epochs(t, 1)
+        rates.append([group["lr"] for optimizer in t.step.optimizers for group in optimizer.param_groups])
+    assert t.step.optimizers == [t.optimizer, t.method_optimizer]
+    for epoch, found in enumerate(rates):
+        assert found == pytest.approx([0.02 * (1 - epoch / 4) ** 0.9] * 2)
+
+
+def test_pseudo_dice_of_student_and_teacher_come_from_their_own_counts(trainer) -> None:
+    t = trainer(named("nnUNetTrainerDyCON"))
+    counts = [  # of two batches: two classes each
+        {"tp_hard": [3, 0], "fp_hard": [1, 2], "fn_hard": [0, 0]},
+        {"tp_hard": [5, 1], "fp_hard": [0, 1], "fn_hard": [7, 4]},
+    ]
+    teachers = [
+        {"tp_hard": [2, 0], "fp_hard": [5, 0], "fn_hard": [1, 0]},
+        {"tp_hard": [6, 0], "fp_hard": [0, 0], "fn_hard": [10, 0]},
+    ]
+    outputs = [
+        {"loss": np.array(1.0), **arrays(mine), **{f"teacher_{k}": v for k, v in arrays(its).items()}}
+        for mine, its in zip(counts, teachers, strict=True)
+    ]
+    t.on_validation_epoch_end(outputs)
+    assert t.epoch_row["dice_student_class1"] == pytest.approx(2 * 8 / (2 * 8 + 1 + 7))
+    assert t.epoch_row["dice_student_class2"] == pytest.approx(2 * 1 / (2 * 1 + 3 + 4))
+    assert t.epoch_row["dice_teacher_class1"] == pytest.approx(2 * 8 / (2 * 8 + 5 + 11))
+    assert np.isnan(t.epoch_row["dice_teacher_class2"])  # in no patch and never predicted
+
+
+def arrays(counts: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    return {name: np.array(values, np.float32) for name, values in counts.items()}
+
+
+def test_the_series_are_means_over_the_steps_of_each_epoch(trainer) -> None:
+    t = trainer(named("nnUNetTrainerDyCON", "epochs4_iters3_valiters1_rampup0p5_delay0"))
+    t.on_train_start()
+    logs, clear = [], t.on_train_epoch_end
+    t.on_train_epoch_end = lambda outputs: logs.append([dict(log) for log in t.step.log]) or clear(outputs)
+    run_epochs(t, 1)
+    poison(t.method, 1)
+    run_epochs(t, 1)
+    with open(Path(t.output_folder, "ssl_history.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["epoch"]) for row in rows] == [0, 1]
+    assert [len(steps) for steps in logs] == [3, 3]
+    for row, steps_of_epoch in zip(rows, logs, strict=True):
+        for name in {name for log in steps_of_epoch for name in log} - {"skipped_steps"}:
+            values = np.array([float(log.get(name, np.nan)) for log in steps_of_epoch])
+            wanted = values[np.isfinite(values)].mean()
+            assert float(row[name]) == pytest.approx(wanted, rel=1e-6), name
+        assert {"supervised", "in_uncl", "in_uncl_weighted", "fecl_labeled", "ramp", "beta"} < set(row)
+    assert len({log["ramp"] for steps_of_epoch in logs for log in steps_of_epoch}) == 6
+    assert float(rows[0]["ramp"]) == pytest.approx(np.exp(-5 * (1 - np.arange(3) / 6) ** 2).mean())
+    assert [float(row["skipped_steps"]) for row in rows] == [0, 1]  # this one is counted
+
+
 def test_batch_options_set_the_numbers_of_patches(trainer) -> None:
     t = begin(trainer(named("nnUNetTrainerDyCON_batch1_unlabeledbatch3")))
     done = steps(t, 1)[0]
@@ -433,21 +495,25 @@ def test_compiled_student_gives_the_same_losses(trainer, monkeypatch: pytest.Mon
     assert runs[1] == pytest.approx(runs[0], rel=1e-4)
 
 
-def test_training_prepares_missing_unlabeled_images_and_says_so(trainer, tiny: Path, capsys) -> None:
-    folder = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
-    for path in folder.glob("*_unlabeled*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+@pytest.fixture
+def unprepared(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The preprocessed folder of a copy of the tiny data set, its unlabelled images not prepared."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy, ignore=shutil.ignore_patterns("*_unlabeled*", "nnUNet_results"))
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        monkeypatch.setenv(name, str(copy / name))
+    return copy / "nnUNet_preprocessed" / "Dataset901_Tiny"
+
+
+def test_training_prepares_missing_unlabeled_images_and_says_so(trainer, unprepared: Path, capsys) -> None:
     begin(trainer(named("nnUNetTrainerDyCON")))
     said = capsys.readouterr().out
     assert "Preparing them now" in said
     assert "nnUNetv2_dycon preprocess_unlabeled -d 901 -c 3d_fullres" in said
-    assert (folder / "nnUNetPlans_3d_fullres_unlabeled" / "u_00.pkl").is_file()
+    assert (unprepared / "nnUNetPlans_3d_fullres_unlabeled" / "u_00.pkl").is_file()
 
 
-def test_distributed_training_stops_with_the_command_instead(trainer, tiny: Path, monkeypatch) -> None:
-    folder = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny"
-    for path in folder.glob("*_unlabeled*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def test_distributed_training_stops_with_the_command_instead(trainer, unprepared: Path) -> None:
     t = trainer(named("nnUNetTrainerDyCON"))
     t.is_ddp = True
     with pytest.raises(DataError, match="type: nnUNetv2_dycon preprocess_unlabeled -d 901 -c 3d_fullres"):
