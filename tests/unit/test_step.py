@@ -262,6 +262,19 @@ def test_a_pass_names_its_terms_and_two_views_share_the_weight() -> None:
     assert not any(value.requires_grad for value in log.values() if isinstance(value, Tensor))  # no graph is kept
 
 
+def test_both_networks_of_co_training_see_the_same_inputs() -> None:
+    step = made(CPS, CPSSettings(**SMALL, view="bcp"), Net())
+    seen: list[list[Tensor]] = [[], []]
+    for network, inputs_of in zip((step.plain, step.method.teacher.network), seen, strict=True):
+        network.register_forward_hook(
+            lambda module, inputs, output, to=inputs_of: to.append(inputs[0]) if torch.is_grad_enabled() else None
+        )
+    step(loader_batch())
+    assert [len(inputs) for inputs in seen] == [3, 3]  # two mixes, and the labelled patches
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+    assert not torch.equal(seen[0][0], seen[0][1])
+
+
 def test_a_batch_on_the_device_has_no_field_for_labels_of_unlabelled_patches() -> None:
     step = made(MeanTeacher, MeanTeacherSettings(**SMALL), Net(), loss=lambda outputs, target: (outputs, target))
     loaded = loader_batch()

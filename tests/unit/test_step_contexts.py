@@ -23,7 +23,7 @@ class Distributed(DistributedDataParallel):
         nn.Module.__init__(self)
         self.module = module
         self.events: list[tuple[str, bool]] = []
-        self.waiting = False
+        self.waiting, self.waits = False, 0
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.module(x)
@@ -34,15 +34,17 @@ class Distributed(DistributedDataParallel):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         assert not self.waiting
+        self.waits += 1
         self.waiting = True
         yield
         self.waiting = False
 
 
 @pytest.mark.parametrize(
-    ("name", "passes"), [("LabeledOnly", 2), ("MeanTeacher", 4), ("BCP", 3), ("CPS", 2), ("DyCONCPS", 3)]
+    ("name", "passes", "of_others"),
+    [("LabeledOnly", 2, 0), ("MeanTeacher", 4, 0), ("BCP", 3, 0), ("CPS", 2, 2), ("DyCONCPS", 3, 3)],
 )
-def test_gradients_are_exchanged_in_the_final_pass_alone(name: str, passes: int, monkeypatch) -> None:
+def test_gradients_are_exchanged_in_the_final_pass_alone(name: str, passes: int, of_others: int, monkeypatch) -> None:
     kind, settings = METHODS[name]
     asked, averaged = [], []
     monkeypatch.setattr(step_module.ranks, "true_everywhere", lambda value: asked.append(value) or value)
@@ -55,6 +57,7 @@ def test_gradients_are_exchanged_in_the_final_pass_alone(name: str, passes: int,
     step(loader_batch())
     waits = [True] * (passes - 1) + [False]
     assert network.events == [(what, wait) for wait in waits for what in ("forward", "backward")]
+    assert network.waits == passes + of_others - 1
     assert len(asked) == 1
     assert {id(p) for p in averaged} == {id(p) for p in step.method.parameters()}
 
