@@ -11,9 +11,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.networks import unwrap
+from nnunetv2_dycon.randomness import global_states
 from nnunetv2_dycon.trainers import engine
-from nnunetv2_dycon.trainers.state import restore_random_states, state_of
-from tests.training import begin
+from nnunetv2_dycon.trainers.cases import find_unlabeled
+from nnunetv2_dycon.trainers.state import restore, restore_random_states, state_of
+from tests.training import begin, same, seed_all
 from tests.unit.test_trainer import named, poison, run_epochs
 
 
@@ -185,3 +187,30 @@ def test_processes_that_go_on_draw_apart_from_each_other_and_from_their_start(tr
     t.local_rank = 0
     restore_random_states(t, states)
     assert torch.rand(4, generator=t.step.generator).tolist() == drawn[0]  # the first one as it was left
+
+
+@pytest.mark.parametrize("change", [lambda state: state.update(extra=torch.zeros(1)), lambda state: state.popitem()])
+def test_a_checkpoint_with_other_modules_is_refused(trainer, change) -> None:
+    t = begin(trainer(named("nnUNetTrainerDyCON")))
+    state = state_of(t)
+    restore(t, state)
+    change(state["method"])
+    with pytest.raises(ConfigError, match=r"is of another method: (extra|teacher_head\..*) \.\.\."):
+        restore(t, state)
+
+
+def test_the_control_without_a_seed_leaves_the_random_states_to_stock(trainer) -> None:
+    """Loaders that are made move the states as stock's do; with unlabelled patches they are as before."""
+    ends = []
+    for name in ("nnUNetTrainer", named("nnUNetTrainerLabeledOnly"), named("nnUNetTrainerMeanTeacher")):
+        seed_all(5)
+        t = trainer(name)
+        t.initialize()
+        if name != "nnUNetTrainer":
+            t.unlabeled = find_unlabeled(t, 1)
+        before = global_states()
+        t.get_dataloaders()
+        ends.append((before, global_states()))
+    assert same(ends[0], ends[1])
+    assert not same(*ends[1])
+    assert same(*ends[2])
