@@ -13,6 +13,7 @@ from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.dycon import DyCON, DyCONSettings
 from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from nnunetv2_dycon.methods.pseudo_label import PseudoLabelSettings
 from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
 from nnunetv2_dycon.networks import ProjectionHead
 from nnunetv2_dycon.options import Schedule
@@ -157,6 +158,15 @@ def test_mean_teacher_learns_the_probabilities_of_its_average(loss: str) -> None
     assert 0 < alike < 1
     assert found.logged["agreement"].item() == pytest.approx(alike)
     assert set(last().terms) == {"supervised"}
+
+
+@pytest.mark.parametrize(
+    "kind", [MeanTeacherSettings, PseudoLabelSettings, UAMTSettings, CPSSettings, DyCONCPSSettings, DyCONSettings]
+)
+def test_unlabelled_terms_begin_after_the_delay_and_are_full_at_the_end_of_the_ramp(kind: type) -> None:
+    ramp = kind(rampup=0.25, delay=0.1).schedules()["ramp"]
+    assert [ramp(t) for t in (0.0, 0.099, 0.25, 1.0)] == [0.0, 0.0, 1.0, 1.0]
+    assert ramp(0.2) == pytest.approx(math.exp(-5 * 0.2**2))
 
 
 def test_agreement_is_the_share_of_voxels_with_the_same_class() -> None:
