@@ -87,3 +87,49 @@ def test_a_training_that_goes_on_in_loader_processes_draws_new_patches(trainer, 
 
     assert common(again, before) > 6  # the same start gives the same patches, in whatever order
     assert common(after, before) == 0
+
+
+class Marked:
+    """Transforms whose last act writes a draw of torch's and one of Python's random state into a corner."""
+
+    def __init__(self, inner) -> None:
+        self.inner = inner
+
+    def __call__(self, **sample):
+        sample = self.inner(**sample)
+        sample["image"][0, 0, 0, :2] = torch.tensor([torch.rand(()), random.random()])
+        return sample
+
+
+def patches_and_draws(t, number: int) -> tuple[dict[str, list[bytes]], list[float]]:
+    """Return the patches of each half of some batches, and what their augmentation drew."""
+    begin(t)
+    try:
+        batches = [next(t.dataloader_train) for _ in range(number)]
+    finally:
+        t.dataloader_train._finish()
+        t.dataloader_val._finish()
+    patches, draws = {}, []
+    for half in ("data", "unlabeled"):
+        arrays = [patch.numpy() for batch in batches for patch in batch[half]]
+        draws += [float(draw) for array in arrays for draw in array[0, 0, 0, :2]]
+        for array in arrays:
+            array[0, 0, 0, :2] = 0
+        patches[half] = [array.tobytes() for array in arrays]
+    return patches, draws
+
+
+@pytest.mark.parametrize("seed", ["", "_seed1"])
+def test_two_loader_processes_draw_and_augment_nothing_alike(trainer, monkeypatch, seed: str) -> None:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    stock = nnUNetTrainer.get_training_transforms
+    monkeypatch.setattr(nnUNetTrainer, "get_training_transforms", staticmethod(lambda *a, **k: Marked(stock(*a, **k))))
+    t = trainer(f"nnUNetTrainerMeanTeacher_epochs2_iters2{seed}")
+    patches, draws = patches_and_draws(t, 16)
+    assert t.dataloader_train.num_processes == 2
+    assert {half: len(set(found)) for half, found in patches.items()} == {"data": 32, "unlabeled": 32}
+    assert len(set(draws)) == len(draws) == 2 * 2 * 32
+    if seed:  # the same seed draws the same, from every random state and in whatever order
+        assert len({*draws} & {*patches_and_draws(trainer(type(t).__name__), 16)[1]}) > len(draws) / 2

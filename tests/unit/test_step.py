@@ -1,328 +1,368 @@
-"""The step with toy networks: no data set, no nnU-Net."""
+"""The training step with small networks and made-up batches, against sums and schedules written out here."""
 
 import math
-from contextlib import contextmanager
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_dycon import ranks
 from nnunetv2_dycon.errors import DivergedError
+from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.dycon import DyCON, DyCONSettings
+from nnunetv2_dycon.methods.dycon_cps import DyCONCPS
 from nnunetv2_dycon.methods.labeled_only import LabeledOnly
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunetv2_dycon.methods.settings import TeacherSettings
-from nnunetv2_dycon.options import Settings
-from nnunetv2_dycon.schedules import exponential, gaussian_ramp
-from nnunetv2_dycon.step import CLIP_NORM, DataInfo, Method, Step, full_resolution
+from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
+from nnunetv2_dycon.networks import SecondNetwork, Teacher
+from nnunetv2_dycon.options import Schedule
+from nnunetv2_dycon.step import CLIP_NORM, Batch, Cost, Method, Term
 from nnunetv2_dycon.views import View
-from tests.unit.test_recipes import CLASSES, SPACE, Net, UNet, images, seeded
+from tests.passes import costs_of
+from tests.steps import METHODS, SMALL, UNSURE, copied, cross_entropy, equal, loader_batch, made, spoiled
+from tests.unit.test_recipes import CLASSES, Net, UNet, seeded
+
+# --- schedules
 
 
-def loader_batch(seed: int = 0, *, labeled: int = 2, unlabeled: int = 2) -> dict:
-    """What nnU-Net's loader and ours give."""
-    return {
-        "data": images(seed, labeled),
-        "target": torch.randint(0, CLASSES, (labeled, 1, *SPACE), generator=seeded(seed)),
-        "keys": [f"l_{i}" for i in range(labeled)],
-        "unlabeled": images(seed + 100, unlabeled),
-        "unlabeled_keys": [f"u_{i}" for i in range(unlabeled)],
-    }
+def dycon_numbers(t: float, rampup: float, delay: float, beta: tuple[float, float]) -> tuple[float, float]:
+    """Return ramp and beta after the fraction `t` of the training."""
+    ramp = 0.0 if t < delay else math.exp(-5 * (1 - min(1.0, t / rampup)) ** 2)
+    return ramp, beta[0] * (beta[1] / beta[0]) ** t
 
 
-def cross_entropy(outputs: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(full_resolution(outputs), target[:, 0])
-
-
-def made(
-    kind: type[Method], settings: Settings, network: nn.Module, *, loss=cross_entropy, lr: float = 0.1, **how
-) -> Step:
-    """Return the step of a method on a toy network, with plain gradient descent."""
-    method = kind(settings, DataInfo(CLASSES), seed=3)
-    method.build(network)
-    optimizers = [torch.optim.SGD(network.parameters(), lr)]
-    own = [p for p in method.parameters() if p.requires_grad]
-    if own:
-        optimizers.append(torch.optim.SGD(own, lr))
-    how = {"device": torch.device("cpu"), "generator": seeded(6), **how}
-    return Step(network, method, optimizers, loss, **how)
-
-
-def gradients(module: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
-
-
-@pytest.mark.parametrize(("epochs", "iters"), [(1, 8), (4, 2)])
+@pytest.mark.parametrize(("epochs", "iters"), [(1, 40), (8, 5)])
 def test_scheduled_numbers_follow_the_step_and_not_the_epoch(epochs: int, iters: int) -> None:
-    settings = DyCONSettings(epochs=epochs, iters=iters, rampup=0.5, delay=0.2, view="noise", wfecl=0.0)
+    settings = DyCONSettings(
+        epochs=epochs, iters=iters, view="weak", wfecl=0.0, wuncl=2.0, rampup=0.5, delay=0.1, beta=Schedule(0.8, 0.2)
+    )
     step = made(DyCON, settings, Net())
-    for number in range(8):
-        step(loader_batch(number))
-    for number, log in enumerate(step.log):
-        ramp = gaussian_ramp(number / 8, rampup=0.5, delay=0.2)
-        assert log["ramp"] == ramp
-        assert log["beta"] == exponential(number / 8, 0.5, 0.05)
-        assert log["uncl_weight"] == 0.5 * ramp
-        assert log["uncl_weighted"].item() == pytest.approx(0.5 * ramp * log["uncl"].item())
-    assert step.log[0]["ramp"] == 0 < step.log[2]["ramp"] < step.log[3]["ramp"] < step.log[4]["ramp"] == 1
-    assert step.number == 8
+    for number in range(40):
+        step(loader_batch())
+        ramp, beta = dycon_numbers(number / 40, 0.5, 0.1, (0.8, 0.2))
+        log = step.log[-1]
+        assert log["ramp"] == pytest.approx(ramp, rel=1e-12)
+        assert log["beta"] == pytest.approx(beta, rel=1e-12)
+        assert log["uncl_weight"] == pytest.approx(2.0 * ramp, rel=1e-12)
+    assert len({log["beta"] for log in step.log}) == 40  # no stairs
+    assert sum(0 < log["uncl_weight"] < 2 for log in step.log) == 16  # it acts while it rises, steps 4 to 19
+    assert step.number == 40
 
 
-def test_schedules_stay_at_their_end_beyond_the_training() -> None:
-    step = made(DyCON, DyCONSettings(epochs=1, iters=2, view="noise", wfecl=0.0), Net())
-    step.number = 10**6
-    step(loader_batch())
-    assert (step.log[0]["ramp"], step.log[0]["beta"]) == (1.0, pytest.approx(0.05))
+def test_uamts_threshold_and_bcps_start_follow_the_step_too() -> None:
+    uamt = made(UAMT, UAMTSettings(epochs=1, iters=20, samples=1), Net())
+    bcp = made(BCP, BCPSettings(epochs=1, iters=20, pretrain=0.3), Net())
+    for number in range(20):
+        uamt(loader_batch())
+        bcp(loader_batch())
+        threshold = 0.75 + 0.25 * math.exp(-5 * (1 - number / 20) ** 2)
+        assert uamt.log[-1]["threshold"] == pytest.approx(threshold, rel=1e-12)
+        assert ("in_labeled" in bcp.log[-1]) == (number >= 6) != ("paste_labeled" in bcp.log[-1])
 
 
-def test_gradients_of_all_passes_add_up() -> None:
-    settings = MeanTeacherSettings(view="bcp", w=0.7, rampup=0.0, delay=0.0, paste=0.3)
-    step = made(MeanTeacher, settings, Net(), lr=0.0)
-    step(loader_batch())
-    found = gradients(step.network)
-    step.generator.set_state(seeded(6).get_state())
-    step.network.zero_grad()
-    again = made(MeanTeacher, settings, step.network)
-    again.method.teacher = step.method.teacher
-    data = again.moved(loader_batch())
-    total, answer = torch.zeros(()), None
-    for p in again.method.passes(step.network, data):  # one graph of all
-        answer = p.ask(p, data, answer)
-        cost = p.cost(p, step.network(p.view.student), answer, data)
-        total = total + sum(p.view.share * term.weight * term.value for term in cost.terms.values())
+def test_a_training_that_goes_on_takes_up_its_schedules_and_stays_at_their_end() -> None:
+    step = made(DyCON, DyCONSettings(**SMALL, view="weak", wfecl=0.0, rampup=0.5, delay=0.1), Net())
+    for number, t in ((7, 7 / 40), (40, 1.0), (41, 1.0), (1000, 1.0)):
+        step.number = number
+        step(loader_batch())
+        assert (step.log[-1]["ramp"], step.log[-1]["beta"]) == pytest.approx(dycon_numbers(t, 0.5, 0.1, (0.5, 0.05)))
+        assert step.number == number + 1
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_step_follows_the_gradient_of_all_terms_together(name: str) -> None:
+    kind, settings = METHODS[name]
+    lr, half = 0.01, settings.steps // 2
+    step = made(kind, settings, UNet(), lr=lr)
+    step.number = half
+    other = made(kind, settings, UNet())  # the same, for the sum of all terms and its gradient
+    batch = Batch(**{**vars(other.moved(loader_batch())), "generator": seeded(6)})
+    total = sum(
+        term.weight * term.value
+        for cost in costs_of(other.method, other.plain, batch, 0.5)
+        for term in cost().terms.values()
+    )
     total.backward()
-    assert len(step.log[0]) > 8
-    for ours, wanted in zip(found, gradients(step.network), strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+    modules = [other.plain, *other.method.children()]
+    expected = {}
+    for module in modules:
+        norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in module.parameters() if p.grad is not None))
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                expected[parameter] = parameter - lr * parameter.grad * min(1.0, CLIP_NORM / (norm + 1e-6))
+    assert step(loader_batch())["loss"] == pytest.approx(total.item(), rel=1e-5)
+    learners = [step.plain, *(child for child in step.method.children() if not isinstance(child, Teacher))]
+    moved = [p for module in learners for p in module.parameters()]
+    assert len(moved) == len(expected)
+    for parameter, before in zip(moved, expected, strict=True):
+        torch.testing.assert_close(parameter, expected[before], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(parameter, before)
 
 
-def test_a_step_begins_without_the_gradients_of_the_one_before() -> None:
-    found = []
-    for number in (1, 2):
-        step = made(CPS, CPSSettings(rampup=0.0, delay=0.0), Net(), lr=0.0)
-        for _ in range(number):
-            step(loader_batch())
-        found.append([*gradients(step.network), *gradients(step.method.teacher)])
-    assert len(found[0]) == 4
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+class Parts(Method[TeacherSettings]):
+    """A second network and a head next to the student, each with a term of its own and a scale of its gradient."""
+
+    settings_type = TeacherSettings
+    scales: dict[str, float]
+
+    def build(self, student: nn.Module) -> None:
+        self.teacher = SecondNetwork(student, seed=1)
+        self.head = nn.Conv3d(1, 1, 1)
+
+    def passes(self, student: nn.Module, batch: Batch) -> Iterator[Any]:
+        (pair,) = self.pairs(student)
+        yield self.labeled_pass(pair, batch)
+
+    def labeled_terms(self, p: Any, outputs: Tensor, answer: Any, batch: Batch) -> Cost:
+        second, head = self.teacher.network(batch.x_l), self.head(batch.x_l)
+        values = {"network": outputs.square().mean(), "second": second.square().mean(), "head": head.square().mean()}
+        return Cost({name: Term(self.scales[name], value) for name, value in values.items()})
+
+    def after_step(self, student: nn.Module, number: int) -> None:
+        """Leave the second network where its optimiser brought it."""
+
+
+@pytest.mark.parametrize("large", ["network", "second", "head"])
+def test_each_module_is_clipped_on_its_own(large: str) -> None:
+    step = made(Parts, TeacherSettings(**SMALL), Net(), lr=1.0)
+    step.method.scales = {"network": 0.01, "second": 0.01, "head": 0.01, large: 1e4}
+    x = loader_batch()["data"]
+    modules = {"network": step.plain, "second": step.method.teacher.network, "head": step.method.head}
+    before = {name: [p.detach().clone() for p in module.parameters()] for name, module in modules.items()}
+    gradients = {
+        name: torch.autograd.grad(step.method.scales[name] * module(x).square().mean(), list(module.parameters()))
+        for name, module in modules.items()
+    }
+    step(loader_batch())
+    for name, module in modules.items():
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients[name]))
+        assert (norm > 100) == (name == large)
+        share = 12 / norm if name == large else 1.0
+        for old, new, gradient in zip(before[name], module.parameters(), gradients[name], strict=True):
+            torch.testing.assert_close(old - new, share * gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_every_optimizer_steps_at_its_own_rate_and_nothing_of_the_last_step_stays() -> None:
+    """Two steps equal two gradients taken by themselves."""
+    step = made(Parts, TeacherSettings(**SMALL), Net())
+    step.method.scales = {"network": 0.1, "second": 0.2, "head": 0.3}
+    first, second = step.optimizers
+    first.param_groups[0]["lr"], second.param_groups[0]["lr"] = 0.5, 0.25
+    modules = {"network": step.plain, "second": step.method.teacher.network, "head": step.method.head}
+    own = deepcopy(modules)
+    for number in range(2):
+        x = loader_batch(number)["data"]
+        for name, module in own.items():
+            value, weights = step.method.scales[name] * module(x).square().mean(), list(module.parameters())
+            for weight, gradient in zip(weights, torch.autograd.grad(value, weights), strict=True):
+                weight.data -= (0.5 if name == "network" else 0.25) * gradient
+        step(loader_batch(number))
+    for name, module in modules.items():
+        for mine, wanted in zip(module.parameters(), own[name].parameters(), strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
+
+
+# --- the teacher
+
+
+def test_the_teacher_moves_after_the_optimizer_and_towards_the_new_student() -> None:
+    settings = DyCONSettings(**SMALL, **UNSURE, ema=0.6, rampup=0.0, delay=0.0)
+    step = made(DyCON, settings, UNet())
+    pairs = ((step.method.teacher.network, step.plain), (step.method.teacher_head.network, step.method.head))
+    seen = []
+    step.method.teacher.network.decoder.register_forward_hook(
+        lambda module, inputs, output: seen.append(copied(step.method.teacher.network))
+    )
+    for number in range(4):
+        old = [copied(teacher) for teacher, _ in pairs]
+        seen.clear()
+        step(loader_batch(number))
+        assert all(equal(weights, old[0]) for weights in seen)  # it taught with the weights that it had
+        assert seen
+        decay = min(1 - 1 / (number + 1), 0.6)
+        for (teacher, student), before in zip(pairs, old, strict=True):
+            for name, weight in teacher.state_dict().items():
+                wanted = decay * before[name] + (1 - decay) * student.state_dict()[name]
+                torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-7)
+                assert not torch.equal(weight, before[name])
+
+
+# --- steps that are skipped
+
+
+@pytest.mark.parametrize("kind", [DyCON, DyCONCPS])
+def test_a_skipped_step_changes_nothing_and_is_counted(kind: type[Method]) -> None:
+    said: list[str] = []
+    settings = kind.settings_type(**SMALL, **UNSURE, view="weak")
+    step = made(kind, settings, UNet(), warn=said.append)
+    for group in (group for optimizer in step.optimizers for group in optimizer.param_groups):
+        group["momentum"] = 0.9
+    step(loader_batch())
+    kept = copied(step.plain), copied(step.method), [deepcopy(o.state_dict()) for o in step.optimizers]
+    for _ in range(2):
+        assert math.isnan(step(spoiled(loader_batch()))["loss"])
+    assert equal(kept[0], copied(step.plain))
+    assert equal(kept[1], copied(step.method))
+    for before, optimizer in zip(kept[2], step.optimizers, strict=True):
+        now = optimizer.state_dict()["state"]
+        assert all(torch.equal(now[i]["momentum_buffer"], before["state"][i]["momentum_buffer"]) for i in now)
+    step(loader_batch())
+    assert not equal(kept[0], copied(step.plain))
+    assert all(bool(value.isfinite().all()) for value in copied(step.plain).values())  # no gradient of them stayed
+    assert [log["skipped_steps"] for log in step.log] == [0.0, 1.0, 1.0, 0.0]
+    assert step.number == 4
+    assert [line.split(". ")[0] for line in said] == [f"WARNING: loss not finite, step {n} skipped" for n in (1, 2)]
+    assert all("labelled l_0, l_1; unlabelled u_0, u_1" in line for line in said)
+
+
+def test_five_skipped_steps_in_a_row_stop_and_a_good_one_begins_the_count_anew() -> None:
+    step = made(MeanTeacher, MeanTeacherSettings(**SMALL, view="weak"), Net())
+    good, bad = loader_batch(), spoiled(loader_batch())
+    for batch in (*[bad] * 4, good, *[bad] * 4):
+        step(batch)
+    with pytest.raises(DivergedError, match=r"in 5 steps in a row, last with patches from labelled l_0, l_1; unlabel"):
+        step(bad)
+
+
+def test_a_method_without_unlabelled_patches_names_its_labelled_ones() -> None:
+    said: list[str] = []
+    step = made(LabeledOnly, TeacherSettings(**SMALL), Net(), warn=said.append)
+    batch = {name: value for name, value in loader_batch().items() if not name.startswith("unlabeled")}
+    step({**batch, "data": batch["data"] * math.nan})
+    assert said[0].endswith("labelled l_0, l_1; unlabelled none")
+
+
+# --- names and shares
+
+
+def test_a_pass_names_its_terms_and_two_views_share_the_weight() -> None:
+    step = made(CPS, CPSSettings(**SMALL, view="bcp", w=3.0), Net())
+    step.number = 20
+    loss = step(loader_batch())["loss"]
+    (log,) = step.log
+    ways = [f"{way}_cps{ending}" for ending in ("", "_second") for way in ("in", "out")]
+    terms = {"supervised", "supervised_second", *ways}
+    weighted = {f"{name}{kind}" for name in terms - {"supervised"} for kind in ("_weight", "_weighted")}
+    agreements = {name.replace("cps", "agreement") for name in ways}
+    assert set(log) == {*terms, *weighted, *agreements, "ramp", "skipped_steps"}
+    for name in ways:
+        assert log[f"{name}_weight"] == pytest.approx(0.5 * 3.0)
+        assert log[f"{name}_weighted"] == pytest.approx(1.5 * log[name])
+    assert log["supervised_second_weight"] == 1.0
+    total = log["supervised"] + sum(log[f"{name}_weighted"] for name in terms - {"supervised"})
+    assert loss == pytest.approx(total.item(), rel=1e-6)
+    assert len({log[name].item() for name in terms}) == len(terms)
+    assert not any(value.requires_grad for value in log.values() if isinstance(value, Tensor))  # no graph is kept
+
+
+def test_both_networks_of_co_training_see_the_same_inputs() -> None:
+    step = made(CPS, CPSSettings(**SMALL, view="bcp"), Net())
+    seen: list[list[Tensor]] = [[], []]
+    for network, inputs_of in zip((step.plain, step.method.teacher.network), seen, strict=True):
+        network.register_forward_hook(
+            lambda module, inputs, output, to=inputs_of: to.append(inputs[0]) if torch.is_grad_enabled() else None
+        )
+    step(loader_batch())
+    assert [len(inputs) for inputs in seen] == [3, 3]  # two mixes, and the labelled patches
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+    assert not torch.equal(seen[0][0], seen[0][1])
+
+
+def test_a_batch_on_the_device_has_no_field_for_labels_of_unlabelled_patches() -> None:
+    step = made(MeanTeacher, MeanTeacherSettings(**SMALL), Net(), loss=lambda outputs, target: (outputs, target))
+    loaded = loader_batch()
+    coarse = loaded["target"][..., ::2]
+    moved = step.moved({**loaded, "target": [loaded["target"], coarse], "unlabeled_target": loaded["target"]})
+    assert set(vars(moved)) == {"x_l", "y_l", "x_u", "supervised", "now", "generator"}
+    assert torch.equal(moved.x_l, loaded["data"])
+    assert torch.equal(moved.x_u, loaded["unlabeled"])
+    assert torch.equal(moved.y_l, loaded["target"])  # the finest of deep supervision
+    outputs, target = moved.supervised("outputs")
+    assert (outputs, [len(t) for t in target]) == ("outputs", [2, 2])
+    assert torch.equal(target[1], coarse)
+    assert moved.generator is step.generator
+    assert len(made(LabeledOnly, TeacherSettings(), Net()).moved(loaded).x_u) == 0
+
+
+# --- the frame of a view
+
+
+class Shuffled(MeanTeacher):
+    """Mean teacher whose student sees the unlabelled patches in another order, turned round along an axis."""
+
+    def views(self, batch: Batch) -> Iterator[View]:
+        def there(x: Tensor) -> Tensor:
+            return x.roll(1, 0).flip(-1)
+
+        yield View(there(batch.x_u), batch.x_u, restore=lambda y: y.flip(-1).roll(-1, 0))
+
+
+class Deep(nn.Module):
+    """Two outputs, as with deep supervision; a kernel of one voxel, so that order and direction do not matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv3d(1, CLASSES, 1), nn.Conv3d(1, CLASSES, 1)
+        for seed, parameter in enumerate(self.parameters()):
+            nn.init.normal_(parameter, generator=seeded(seed))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.fine(x), self.coarse(x[..., ::2])]
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_outputs_are_restored_before_they_cost_anything(deep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs, frames = [], []
+    for kind in (Shuffled, MeanTeacher):
+        student = Deep() if deep else Net()
+        if not deep:
+            student.conv.weight.data[:] = student.conv.weight.mean((2, 3, 4), keepdim=True)  # alike in both directions
+        step = made(kind, MeanTeacherSettings(**SMALL, view="weak", rampup=0.0, delay=0.0), student)
+        if deep:
+            step.loss = lambda outputs, target: cross_entropy(outputs[0], target)
+        terms = step.method.unlabeled_terms
+
+        def noted(p: Any, outputs: Any, answer: Any, batch: Batch, terms: Any = terms) -> Cost:
+            frames.append(outputs)
+            return terms(p, outputs, answer, batch)
+
+        monkeypatch.setattr(step.method, "unlabeled_terms", noted)
+        with torch.no_grad():
+            step.method.teacher.network.load_state_dict({k: v / 2 for k, v in student.state_dict().items()})
+        step(loader_batch())
+        logs.append(step.log[0])
+    assert logs[0]["consistency"].item() == pytest.approx(logs[1]["consistency"].item(), rel=1e-5)
+    assert logs[1]["consistency"] > 0.01
+    for restored, plain in zip(*frames, strict=True):
+        torch.testing.assert_close(restored, plain, rtol=1e-4, atol=1e-5)
+
+
+# --- what a method may replace
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "network"),
+    ("kind", "settings", "regions"),
     [
-        (LabeledOnly, TeacherSettings(), Net()),
-        (DyCON, DyCONSettings(stage=0, gate=0.0, wfecl=100.0, rampup=0.0, delay=0.0), UNet()),
-        (CPS, CPSSettings(w=100.0, rampup=0.0, delay=0.0), Net()),
+        (LabeledOnly, TeacherSettings(**SMALL, paste=1.0), 1),
+        (BCP, BCPSettings(**SMALL, pretrain=0.0), 4),
+        (BCP, BCPSettings(**SMALL, pretrain=1.0), 1),
+        (DyCON, DyCONSettings(**SMALL, wfecl=0.0, rampup=0.0, delay=0.0), 2),
     ],
-    ids=["student", "head", "second network"],
 )
-def test_each_module_is_clipped_on_its_own(kind: type[Method], settings: Settings, network: nn.Module) -> None:
-    step = made(kind, settings, network, loss=lambda outputs, target: 1e4 * cross_entropy(outputs, target), lr=0.0)
-    if kind is DyCON:  # a head whose gradient is too long
-        with torch.no_grad():
-            step.method.head.project.weight.mul_(1e-4)
-            step.method.head.project.bias.mul_(1e-4)
-    step(loader_batch())
-    modules = [step.network, *(m for m in step.method.children() if gradients(m))]
-    assert len(modules) == (1 if kind is LabeledOnly else 2)
-    for module in modules:
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients(module)))
-        assert norm == pytest.approx(CLIP_NORM, rel=1e-4)
-
-
-def test_every_optimizer_steps_and_the_teacher_follows_the_student_of_after_the_step() -> None:
-    network = UNet()
-    step = made(DyCON, DyCONSettings(stage=0, gate=0.0, rampup=0.0, delay=0.0, ema=0.5, epochs=1, iters=9), network)
-    step.number = 4  # decay min(1 - 1/5, 0.5)
-    before = {k: v.clone() for k, v in network.state_dict().items()}
-    head = {k: v.clone() for k, v in step.method.head.state_dict().items()}
-    step(loader_batch())
-    assert all(not torch.equal(v, before[k]) for k, v in network.state_dict().items())
-    assert any(not torch.equal(v, head[k]) for k, v in step.method.head.state_dict().items())
-    for k, v in step.method.teacher.network.state_dict().items():
-        torch.testing.assert_close(v, (before[k] + network.state_dict()[k]) / 2)
-    for k, v in step.method.teacher_head.network.state_dict().items():
-        torch.testing.assert_close(v, (head[k] + step.method.head.state_dict()[k]) / 2)
-
-
-def test_a_loss_that_is_not_finite_moves_nothing_is_counted_and_stops_after_five() -> None:
-    said: list[str] = []
-    network = Net()
-    step = made(MeanTeacher, MeanTeacherSettings(), network, loss=lambda o, t: o.sum() * math.nan, warn=said.append)
-    before = [p.clone() for p in network.parameters()]
-    for _ in range(4):
-        step(loader_batch())
-    assert [log["skipped_steps"] for log in step.log] == [1.0] * 4
-    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
-    assert said[0] == "WARNING: loss not finite, step 0 skipped. Patches from labelled l_0, l_1; unlabelled u_0, u_1"
-    step.loss = cross_entropy
-    step(loader_batch())  # the count begins anew
-    assert step.log[-1]["skipped_steps"] == 0.0
-    step.loss = lambda o, t: o.sum() * math.inf
-    for _ in range(4):
-        step(loader_batch())
-    with pytest.raises(DivergedError, match="5 steps in a row, last with patches from labelled l_0"):
-        step(loader_batch())
-
-
-def test_gradients_are_exchanged_in_the_final_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under DistributedDataParallel, whose `no_sync` holds for the forward pass too."""
-    network, seen, waiting = Net(), [], []
-
-    @contextmanager
-    def no_sync():
-        waiting.append(True)
-        yield
-        waiting.pop()
-
-    network.no_sync = no_sync
-    network.register_forward_hook(lambda *_: seen.append(bool(waiting)))
-    network.conv.weight.register_hook(lambda _: seen.append(bool(waiting)))
-    averaged: list[int] = []
-    monkeypatch.setattr(ranks, "average_gradients", lambda parameters: averaged.append(len(list(parameters))))
-    step = made(MeanTeacher, MeanTeacherSettings(view="bcp", paste=0.5), network)
-    step.distributed = True
-    step(loader_batch())
-    assert seen == [True, True] * 3 + [False, False]  # forward and backward of both mixes, the pastes, the labelled
-    assert averaged == [len(list(step.method.parameters()))]
-
-
-def test_one_rank_whose_loss_is_not_finite_skips_the_step_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = made(LabeledOnly, TeacherSettings(), Net())
-    step.distributed = True
-    step.network.no_sync = None
-    monkeypatch.setattr(ranks, "true_everywhere", lambda finite: finite & False)
-    before = [p.clone() for p in step.network.parameters()]
-    step(loader_batch())
-    assert step.log[0]["skipped_steps"] == 1.0
-    assert all(torch.equal(a, b) for a, b in zip(before, step.network.parameters(), strict=True))
-
-
-class FakeScaler:
-    """Multiplies the loss by 8 and notes who asks for what."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def scale(self, loss: Tensor) -> Tensor:
-        self.calls.append("scale")
-        return 8 * loss
-
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        self.calls.append("unscale")
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.grad /= 8
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.calls.append("step")
-        optimizer.step()
-
-    def update(self) -> None:
-        self.calls.append("update")
-
-
-def test_a_loss_scaler_changes_nothing_but_the_range_of_gradients() -> None:
-    ends = []
-    for scaler in (None, FakeScaler()):
-        step = made(CPS, CPSSettings(rampup=0.0, delay=0.0), Net(), scaler=scaler)
-        step(loader_batch())
-        ends.append([p.clone() for m in (step.network, step.method) for p in m.parameters()])
-    assert scaler.calls == ["scale"] * 4 + ["unscale"] * 2 + ["step"] * 2 + ["update"]
-    for plain, scaled in zip(*ends, strict=True):
-        torch.testing.assert_close(plain, scaled)
-
-
-def test_forward_passes_and_terms_run_in_the_autocast_context_and_backward_passes_do_not() -> None:
-    inside: list[bool] = []
-    seen: list[tuple[str, bool]] = []
-
-    @contextmanager
-    def context():
-        inside.append(True)
-        yield
-        inside.pop()
-
-    network = Net()
-    network.register_forward_hook(lambda *_: seen.append(("student", bool(inside))))
-    step = made(MeanTeacher, MeanTeacherSettings(), network, autocast=context)
-    step.method.teacher.network.register_forward_hook(lambda *_: seen.append(("teacher", bool(inside))))
-    network.conv.weight.register_hook(lambda _: seen.append(("backward", bool(inside))))
-    step(loader_batch())
-    one = [("student", True), ("backward", False)]
-    assert seen == [("teacher", True), *one, *one]
-
-
-class Turned(LabeledOnly):
-    """The labelled patches upside down for the network, and its outputs turned back."""
-
-    def labeled_pass(self, pair, batch):
-        view = View(batch.x_l.flip(2), restore=lambda x: x.flip(2))
-        return super().labeled_pass(pair, batch)._replace(view=view)
-
-
-def test_outputs_are_restored_before_they_are_compared_with_labels() -> None:
-    network = nn.Conv3d(1, CLASSES, 1)
-    first, second = ({k: v.clone() for k, v in network.state_dict().items()} for _ in range(2))
-    losses = []
-    for kind, start in ((LabeledOnly, first), (Turned, second)):
-        network.load_state_dict(start)
-        losses.append(made(kind, TeacherSettings(), network)(loader_batch())["loss"].item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # a pointwise network sees no difference
-
-
-def test_the_shares_of_views_and_the_endings_of_pairs_are_in_the_log() -> None:
-    step = made(CPS, CPSSettings(view="bcp", w=3.0, rampup=0.0, delay=0.0), Net())
-    step(loader_batch())
-    weights = {name: value for name, value in step.log[0].items() if name.endswith("_weight")}
-    halves = dict.fromkeys(["in_cps_weight", "out_cps_weight", "in_cps_second_weight", "out_cps_second_weight"], 1.5)
-    assert weights == {**halves, "supervised_second_weight": 1.0}
-    assert {"in_agreement", "out_agreement_second", "supervised", "supervised_second"} <= set(step.log[0])
-
-
-@pytest.mark.parametrize(("labeled", "unlabeled"), [(1, 3), (3, 1)])
-def test_fecl_of_each_half_weighs_as_its_share_of_the_patches(labeled: int, unlabeled: int) -> None:
-    settings = DyCONSettings(
-        stage=0, gate=0.0, wfecl=0.4, rampup=0.0, delay=0.0, view="noise", on="all", loss="guarded"
+def test_the_hook_of_region_losses_changes_them_everywhere(
+    kind: type[Method], settings: TeacherSettings, regions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = made(kind, settings, Net())
+    asked = []
+    monkeypatch.setattr(
+        step.method, "region_loss", lambda logits, labels, region: asked.append(region) or logits.sum() * 0
     )
-    step = made(DyCON, settings, UNet())
-    step(loader_batch(labeled=labeled, unlabeled=unlabeled))
-    log = step.log[0]
-    assert log["fecl_unlabeled_weight"] == pytest.approx(0.4 * unlabeled / 4)
-    assert log["fecl_labeled_weight"] == pytest.approx(0.4 * labeled / 4)
-    assert log["uncl_weight"] == pytest.approx(0.5 * unlabeled / 4)
-    assert log["uncl_labeled_weight"] == pytest.approx(0.5 * labeled / 4)
-
-
-def test_a_batch_has_no_unlabelled_patches_for_a_method_that_uses_none() -> None:
-    assert len(made(LabeledOnly, TeacherSettings(), Net()).moved(loader_batch()).x_u) == 0
-    assert len(made(MeanTeacher, MeanTeacherSettings(), Net()).moved(loader_batch()).x_u) == 2
-
-
-def test_the_total_is_the_sum_of_all_weighted_terms() -> None:
-    step = made(CPS, CPSSettings(w=2.0, rampup=0.0, delay=0.0), Net())
-    loss = step(loader_batch())["loss"].item()
-    log = step.log[0]
-    terms = sum(v.item() for k, v in log.items() if k.endswith("_weighted")) + log["supervised"].item()
-    assert loss == pytest.approx(terms, rel=1e-6)
-
-
-def test_the_hook_of_region_losses_changes_them_everywhere() -> None:
-    """Pastes, mixes and what a view of DyCON pasted: one hook."""
-    from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
-
-    ramped = {"rampup": 0.0, "delay": 0.0}
-    for kind, settings, number in (
-        (LabeledOnly, TeacherSettings(paste=1.0), 1),
-        (BCP, BCPSettings(pretrain=0.0), 4),
-        (BCP, BCPSettings(pretrain=1.0), 1),
-        (DyCON, DyCONSettings(wfecl=0.0, **ramped), 2),
-    ):
-        step = made(kind, settings, Net())
-        asked = []
-        step.method.region_loss = lambda logits, labels, region, asked=asked: asked.append(1) or logits.sum() * 0
-        step(loader_batch())
-        assert len(asked) == number
+    step(loader_batch())
+    assert len(asked) == regions

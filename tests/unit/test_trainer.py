@@ -423,6 +423,7 @@ def test_checkpoint_of_another_trainer_starts_the_teacher_from_the_student(train
     assert "teacher and all that the method adds start anew" in capsys.readouterr().out
     begin(t)
     assert same(t.method.teacher.network.state_dict(), weights(stock))
+    assert t.step.number == t.current_epoch * 2 == 2  # the epoch is over; its schedules go on
 
 
 def test_teacher_starts_from_pretrained_weights(trainer, tmp_path: Path) -> None:

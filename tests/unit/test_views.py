@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunetv2_dycon import views
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.views import VIEWS, draw_views
+from nnunetv2_dycon.views import VIEWS, draw_views, paste_labeled
 
 torch.set_num_threads(1)
 
@@ -347,6 +347,19 @@ def test_both_mixes_of_bcp_are_drawn_one_after_the_other_and_share_the_weight(na
         assert torch.equal(view.student, single.student)
         assert torch.equal(view.pasted, single.pasted)
         assert (single.name, single.share) == ("", 1.0)
+
+
+@pytest.mark.parametrize("ignore_label", [None, 2])
+def test_pastes_among_labelled_patches_count_where_they_are_annotated(ignore_label):
+    x, y = batch((3, 2, 6, 9, 12)), torch.randint(-1, 3, (3, 1, 6, 9, 12), generator=seeded(3), dtype=torch.int16)
+    view = paste_labeled(x, y, ignore_label, (0.5, 0.5), generator=seeded())
+    box = (view.student != x)[:, :1]
+    assert all(is_one_box(one[0].numpy()) and one.sum() == 3 * 4 * 6 for one in box)
+    assert torch.equal(view.student, torch.where(box, x[[1, 2, 0]], x))
+    assert torch.equal(view.truth, torch.where(box, y[[1, 2, 0]], y))
+    known = {0, 1, 2} - {ignore_label}
+    assert set(view.truth[view.pasted].tolist()) == known
+    assert not known & set(view.truth[~view.pasted].tolist())
 
 
 def test_a_view_restores_one_output_or_a_list_of_them():
