@@ -69,35 +69,6 @@ def exponential(t: float, start: float, end: float) -> float:
     return start * (end / start) ** t
 
 
-def ema_decay(step: int, decay: float) -> float:
-    """Share of the old teacher that an EMA step keeps, `min(1 - 1 / (step + 1), decay)`.
-
-    The first steps average all students so far, so that the teacher does not remember its random start.
-
-    Parameters
-    ----------
-    step : int
-        Optimiser steps done before this one, counted from 0 (at 0 the teacher becomes the student).
-    decay : float
-        Largest decay, in [0, 1).
-
-    Raises
-    ------
-    ConfigError
-        If step is negative or decay is outside [0, 1).
-
-    Examples
-    --------
-    >>> ema_decay(0, 0.99), ema_decay(3, 0.99), ema_decay(10_000, 0.99)
-    (0.0, 0.75, 0.99)
-    """
-    if step < 0:
-        raise ConfigError(f"step {step} of the teacher's average: give a number of at least 0.")
-    if not 0.0 <= decay < 1.0:
-        raise ConfigError(f"decay {decay} of the teacher's average: give a number of at least 0 and below 1.")
-    return min(1.0 - 1.0 / (step + 1), decay)
-
-
 def _check_fraction(name: str, value: float) -> None:
     """Raise ConfigError unless value is in [0, 1]; NaN is not."""
     if not 0.0 <= value <= 1.0:

@@ -59,7 +59,7 @@ class History:
                 "loss terms as weighted",
                 [n for n in self.columns if n.endswith("_weighted") or n == "supervised"],
             ),
-            ("schedules and shares", [n for n in self.columns if n in SHARES]),
+            ("schedules and shares", [n for n in self.columns if _plain(n) in SHARES]),
             ("pseudo Dice per class", [n for n in self.columns if n.startswith("dice_")]),
         )
         figure, axes = plt.subplots(len(panels), 1, figsize=(11, 12))
@@ -86,6 +86,11 @@ SHARES = (
     "foreground_patches",
     "skipped_steps",
 )
+
+
+def _plain(name: str) -> str:
+    """Return the name without the start of its view (in_, out_) and the end of its pair (_second)."""
+    return name.removeprefix("in_").removeprefix("out_").removesuffix("_second")
 
 
 def unseen_classes(history: History, classes: Sequence[str], *, seen: float = 0.1, unseen: float = 0.01) -> list[str]:

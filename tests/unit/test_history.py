@@ -3,8 +3,10 @@
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_dycon.trainers.history import History, class_names, epoch_means, unseen_classes
@@ -46,6 +48,31 @@ def test_columns_are_in_order_of_appearance_and_a_gap_is_nan(tmp_path: Path) -> 
         assert list(csv.reader(file)) == [["epoch", "b", "a"], ["0.0", "1.0", ""], ["1.0", "0.25", "2.0"]]
     history.plot(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_schedules_and_shares_of_every_view_and_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The curves of a BCP mix have `in_` and `out_` before their names, those of a second network an end."""
+    shown: dict[str, list[str]] = {}
+    save = Figure.savefig
+
+    def noted(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        shown.update({axis.get_title(): [line.get_label() for line in axis.lines] for axis in figure.axes})
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    shares = ["ramp", "patches_kept", "in_agreement", "out_patches_kept", "in_voxels_kept_second"]
+    history = History()
+    history.add(
+        0, dict.fromkeys(["supervised", "in_uncl", "in_uncl_weighted", *shares, "dice_a", "in_uncl_weight"], 0.5)
+    )
+    history.plot(tmp_path / "x.png")
+    assert shown == {
+        "loss terms as weighted": ["supervised", "in_uncl_weighted"],
+        "schedules and shares": shares,
+        "pseudo Dice per class": ["dice_a"],
+    }
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.schedules import ema_decay, exponential, gaussian_ramp
+from nnunetv2_dycon.schedules import exponential, gaussian_ramp
 
 FRACTIONS = st.floats(0.0, 1.0)
 
@@ -65,15 +65,3 @@ def test_beta_refuses_ends_it_cannot_join(ends):
 def test_beta_refuses_a_time_outside_the_training():
     with pytest.raises(ConfigError, match=r"t 1\.5"):
         exponential(1.5, 1.0, 0.5)
-
-
-def test_the_teacher_becomes_the_student_first_then_the_mean_of_all_then_forgets():
-    assert [ema_decay(s, 0.99) for s in (0, 1, 3)] == [0.0, 0.5, 0.75]
-    assert ema_decay(98, 0.99) == pytest.approx(1 - 1 / 99)
-    assert ema_decay(100, 0.99) == 0.99
-
-
-@pytest.mark.parametrize(("step", "decay"), [(-1, 0.9), (0, 1.0), (0, -0.1), (0, math.nan)])
-def test_ema_decay_refuses_a_negative_step_and_a_teacher_that_never_moves(step, decay):
-    with pytest.raises(ConfigError, match="teacher's average"):
-        ema_decay(step, decay)
