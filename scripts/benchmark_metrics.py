@@ -1,8 +1,8 @@
-"""Time and memory of `nnUNetv2_dycon evaluate` next to MedPy, MONAI and nnU-Net's own evaluation, on generated shapes.
+"""Time and memory of `nnUNetv2_dycon evaluate` against MedPy, MONAI and nnU-Net's evaluation, on generated shapes.
 
-Cost: about five minutes on one core, nearly all of it MedPy, and 2 GB of memory; nothing is left behind. Other
-programs' rows need them: pip install medpy monai. Times are seconds of one core's work, medians after a warm-up (MedPy
-at the large size runs once); those of whole commands are by the clock. Ends with 1 if a bar is missed.
+Cost: about five minutes on one core, nearly all of it MedPy, and 2 GB of memory; it leaves nothing behind. The rows of
+MedPy and MONAI need these packages: pip install medpy monai. Times are CPU seconds, medians after a warm-up (MedPy at
+the large size runs once); whole commands are timed by the clock. The exit code is 1 if a bar is missed.
 
     OMP_NUM_THREADS=1 python scripts/benchmark_metrics.py
 """
@@ -33,7 +33,15 @@ ORGANS = 13
 
 
 def ellipsoid(shape: tuple[int, ...], center: tuple[float, ...], radii: tuple[float, ...]) -> NDArray[np.bool_]:
-    """Mask of an ellipsoid with a wavy surface, in voxels."""
+    """Return the mask of an ellipsoid with a wavy surface.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the mask.
+    center, radii : tuple of float
+        In voxels.
+    """
     axes = [((np.arange(n) - c) / r).astype(np.float32) for n, c, r in zip(shape, center, radii, strict=True)]
     x, y, z = np.ix_(*axes)
     return x**2 + y**2 + z**2 <= 1 + 0.1 * np.sin(6 * x) * np.sin(5 * y) * np.cos(4 * z)
@@ -42,7 +50,15 @@ def ellipsoid(shape: tuple[int, ...], center: tuple[float, ...], radii: tuple[fl
 def pair(
     shape: tuple[int, ...], center: tuple[float, ...], radii: tuple[float, ...], blob: bool
 ) -> tuple[NDArray, NDArray]:
-    """Truth and a prediction that is a little displaced and larger, with or without a stray blob in the far corner."""
+    """Return a truth and a prediction that is displaced by 1.5 voxels and 5 % larger.
+
+    Parameters
+    ----------
+    shape, center, radii
+        See `ellipsoid`.
+    blob : bool
+        Add a false positive in the far corner to the prediction.
+    """
     truth = ellipsoid(shape, center, radii).astype(np.uint8)
     moved, larger = tuple(c + 1.5 for c in center), tuple(1.05 * r for r in radii)
     prediction = ellipsoid(shape, moved, larger).astype(np.uint8)
@@ -52,7 +68,7 @@ def pair(
 
 
 def organs() -> tuple[NDArray, NDArray]:
-    """Thirteen organs of all sizes in one CT: label maps of truth and prediction."""
+    """Return label maps of truth and prediction with thirteen organs of several sizes in one CT."""
     rng = np.random.default_rng(0)
     maps = np.zeros((2, *CT), np.uint8)
     for organ in range(ORGANS):
@@ -65,7 +81,17 @@ def organs() -> tuple[NDArray, NDArray]:
 
 
 def seconds(work: Callable[[], object], repeats: int = 5, *, warm: bool = True) -> float:
-    """Median seconds of one core's work."""
+    """Return the median CPU seconds of some work.
+
+    Parameters
+    ----------
+    work : callable
+        Without arguments.
+    repeats : int
+        Number of measurements.
+    warm : bool
+        Call `work` once before.
+    """
     if warm:
         work()
     taken = []
@@ -79,13 +105,23 @@ def seconds(work: Callable[[], object], repeats: int = 5, *, warm: bool = True) 
 def ours(
     truth: NDArray, prediction: NDArray, spacing: tuple[float, ...], classes: range = range(1, 2)
 ) -> Callable[[], object]:
-    """All values of the given classes."""
+    """Return a call of our `score_case`, for all metrics of the given classes.
+
+    Parameters
+    ----------
+    truth, prediction : array of integers, shape (Z, Y, X)
+        Label maps.
+    spacing : tuple of float
+        Voxel size in mm.
+    classes : range
+        Labels to score.
+    """
     structures = [Structure(str(value), "", (value,)) for value in classes]
     return lambda: score_case(truth, prediction, spacing, structures, settings=ScoreSettings())
 
 
 def medpys(truth: NDArray, prediction: NDArray, spacing: tuple[float, ...]) -> Callable[[], object]:
-    """Dice, IoU, HD95, ASD and ASSD; MedPy has no NSD."""
+    """Return a call of MedPy for Dice, IoU, HD95, ASD and ASSD (it does not have NSD); arguments as in `ours`."""
     binary = importlib.import_module("medpy.metric.binary")
     measures = (binary.hd95, binary.asd, binary.assd)
     return lambda: (
@@ -96,8 +132,8 @@ def medpys(truth: NDArray, prediction: NDArray, spacing: tuple[float, ...]) -> C
 
 
 def monais(truth: NDArray, prediction: NDArray, spacing: tuple[float, ...]) -> Callable[[], object]:
-    """Dice, IoU, HD95, ASD, ASSD and NSD."""
-    warnings.simplefilter("ignore", FutureWarning)  # MONAI calls functions of its own that it has deprecated
+    """Return a call of MONAI for Dice, IoU, HD95, ASD, ASSD and NSD; arguments as in `ours`."""
+    warnings.simplefilter("ignore", FutureWarning)  # MONAI calls its own deprecated functions
     metrics, torch = importlib.import_module("monai.metrics"), importlib.import_module("torch")
     torch.set_num_threads(1)
     p, t = (torch.from_numpy(mask)[None, None] for mask in (prediction, truth))
@@ -116,7 +152,17 @@ def monais(truth: NDArray, prediction: NDArray, spacing: tuple[float, ...]) -> C
 
 
 def write_folders(root: Path, cases: int, shape: tuple[int, ...], spacing: tuple[float, ...]) -> None:
-    """Label maps as nnU-Net writes them, dataset.json, and as much of a plans.json as nnU-Net's evaluation reads."""
+    """Write truth and predictions, dataset.json, and the part of plans.json that nnU-Net's evaluation reads.
+
+    Parameters
+    ----------
+    root : Path
+        Folder to write into.
+    cases : int
+        Number of cases.
+    shape, spacing
+        Of each case, in voxels and mm.
+    """
     for number in range(cases):
         center = tuple(n / 2 + number % 5 for n in shape)
         masks = pair(shape, center, tuple(n / 3.5 for n in shape), blob=number % 4 == 0)
@@ -131,7 +177,7 @@ def write_folders(root: Path, cases: int, shape: tuple[int, ...], spacing: tuple
 
 
 def command_seconds(name: str, *arguments: str | Path) -> float:
-    """Median seconds of a whole command by the clock."""
+    """Return the median seconds of a whole command, by the clock."""
     taken = []
     for _ in range(3):
         start = time.perf_counter()
@@ -141,11 +187,11 @@ def command_seconds(name: str, *arguments: str | Path) -> float:
 
 
 def peak_bytes(root: Path) -> int:
-    """What reading and scoring one case needs beyond a process that has scored a small one before."""
+    """Return the additional memory of reading and scoring one case, in a process that has scored a small one."""
     labels = read_labels(root / "dataset.json", root / "truth")
     small = pair((20, 20, 20), (10, 10, 10), (5, 5, 5), blob=False)
     ours(*small, (1, 1, 1))()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; Linux only
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak; Linux only
     before = peak_now()
     truth, prediction = (
         read_label_map(root / folder / "case_00.nii.gz", labels, truth=folder == "truth")
@@ -156,26 +202,38 @@ def peak_bytes(root: Path) -> int:
 
 
 def peak_now() -> int:
-    """Largest resident size of this process since it was last set back, in bytes."""
+    """Return the largest resident size of this process since the last reset, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
-class Report:
-    """Prints measured numbers next to their bars and remembers whether all were met."""
+class Bars:
+    """Prints each result with its bar, and remembers whether all were met."""
 
     met = True
 
-    def add(self, what: str, figure: float, bar: float, *, least: bool, note: str = "") -> None:
-        """Print one row; `least` tells a lower from an upper bar."""
-        good = figure >= bar if least else figure <= bar
+    def add(self, name: str, value: float, bar: float, *, least: bool, note: str = "") -> None:
+        """Print one row.
+
+        Parameters
+        ----------
+        name : str
+            Of the row.
+        value, bar : float
+            The result and its bar.
+        least : bool
+            The bar is a lower one.
+        note : str
+            Printed after the bar.
+        """
+        good = value >= bar if least else value <= bar
         self.met &= good
         sign = ">=" if least else "<="
-        print(f"{'ok  ' if good else 'MISS'}  {what:<66} {figure:8.2f} {sign} {bar:<6g} {note}", flush=True)
+        print(f"{'ok  ' if good else 'MISS'}  {name:<66} {value:8.2f} {sign} {bar:<6g} {note}", flush=True)
 
 
-def against_others(report: Report) -> None:
-    """The same values by others' packages."""
+def against_others(bars: Bars) -> None:
+    """Compare with the same metrics of other packages."""
     sizes = {
         "CT 128x512x512, 0.2 M voxels": (CT, CT_SPACING, (60, 200, 250), (14, 60, 60), 100, 1),
         "CT 128x512x512, 2.8 M voxels": (CT, CT_SPACING, (60, 250, 220), (40, 130, 130), 100, 1),
@@ -194,11 +252,11 @@ def against_others(report: Report) -> None:
                 slow = package == "MedPy" and repeats == 1
                 theirs = seconds(work, repeats=repeats, warm=not slow)
                 note = f"({own:.3f} s, {package} {theirs:.2f} s)"
-                report.add(f"{label}: times {package}", theirs / own, least, least=True, note=note)
+                bars.add(f"{label}: times {package}", theirs / own, least, least=True, note=note)
 
 
-def against_classes(report: Report) -> None:
-    """A CT with thirteen organs, scored for all and for one of them."""
+def against_classes(bars: Bars) -> None:
+    """Compare a CT with thirteen organs, scored for all of them, with one organ."""
     truth, prediction = organs()
     everything = seconds(ours(truth, prediction, CT_SPACING, range(1, ORGANS + 1)))
     organ = range(1, ORGANS + 1)
@@ -207,38 +265,38 @@ def against_classes(report: Report) -> None:
         seconds(ours((truth == v).view(np.uint8), (prediction == v).view(np.uint8), CT_SPACING), repeats=3)
         for v in organ
     )
-    note = f"({everything:.3f} s, {one:.3f} s for one; {alone:.3f} s where the others are not in the label maps)"
-    report.add("CT, 13 classes: times one class of the same label maps", everything / one, 4, least=False, note=note)
+    note = f"({everything:.3f} s, {one:.3f} s for one; {alone:.3f} s without the others in the label maps)"
+    bars.add("CT, 13 classes: times one class of these label maps", everything / one, 4, least=False, note=note)
 
 
 def main() -> int:
-    """Print all figures; returns 1 if a bar is missed."""
-    report = Report()
-    against_others(report)
+    """Print all results; return 1 if a bar is missed."""
+    bars = Bars()
+    against_others(bars)
 
-    against_classes(report)
+    against_classes(bars)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_folders(root / "la", 20, LA, LA_SPACING)
         gt, pred, dataset = (root / "la" / name for name in ("truth", "predicted", "dataset.json"))
         common = (gt, pred, "-djfile", dataset, "-o")
         taken = command_seconds("nnUNetv2_dycon", "evaluate", *common, root / "out", "-np", "2")
-        report.add("20 LA-sized cases, whole command, 2 processes: seconds", taken, 20, least=False)
+        bars.add("20 LA-sized cases, whole command, 2 processes: seconds", taken, 20, least=False)
         for processes in ("1", "2"):
             options = ("-np", processes, "--disable_distances")
             dice = command_seconds("nnUNetv2_dycon", "evaluate", *common, root / "out", *options)
             plans = ("-pfile", root / "la" / "plans.json", "-np", processes)
             stock = command_seconds("nnUNetv2_evaluate_folder", *common, root / "stock.json", *plans)
-            what = f"the same, Dice alone, -np {processes}: times nnUNetv2_evaluate_folder"
-            report.add(what, dice / stock, 1, least=False, note=f"({dice:.2f} s, {stock:.2f} s)")
+            name = f"the same, Dice alone, -np {processes}: times nnUNetv2_evaluate_folder"
+            bars.add(name, dice / stock, 1, least=False, note=f"({dice:.2f} s, {stock:.2f} s)")
 
         write_folders(root / "ct", 1, CT, CT_SPACING)  # with a blob: the prediction's box is most of the image
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak = pool.apply(peak_bytes, (root / "ct",))
         note = f"({peak / 2**20:.0f} MB)"
-        what = "CT with a stray blob, peak memory: label volumes of a byte per voxel"
-        report.add(what, peak / np.prod(CT), 4, least=False, note=note)
-    return 0 if report.met else 1
+        name = "CT with a stray blob, peak memory: label volumes of one byte per voxel"
+        bars.add(name, peak / np.prod(CT), 4, least=False, note=note)
+    return 0 if bars.met else 1
 
 
 if __name__ == "__main__":

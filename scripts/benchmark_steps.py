@@ -1,13 +1,12 @@
 """Cost of one training step of every trainer against stock nnU-Net: floating-point operations, time and memory.
 
-Takes a data set that is planned and preprocessed, unlabelled images included, as for a training on a CPU:
+The data set must be planned and preprocessed, unlabelled images included, as for a training on a CPU:
 
     nnUNet_n_proc_DA=0 python scripts/benchmark_steps.py -d 501 -c 3d_fullres
 
-Operations are counted by torch (convolutions and matrix products, forward and backward) and are what
-time is compared with. Time is CPU seconds of one thread, the trainers taking turns, medians after a first step. Memory
-is the exact peak of torch's allocator within a step, weights and optimiser state not counted. All at the end of a
-training, when every term acts.
+torch counts the operations: convolutions and matrix products, forward and backward. Time is the median CPU seconds of
+one thread after a first step; the trainers take turns. Memory is the exact peak of torch's allocator within a step,
+without weights and optimiser state. All are measured at the end of a training, when every term acts.
 """
 
 import argparse
@@ -29,13 +28,13 @@ from tests.memory import peak_bytes
 
 
 def arguments() -> argparse.Namespace:
-    """Return what was typed."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-d", required=True, help="id or name of the data set")
     parser.add_argument("-c", required=True, help="configuration")
     parser.add_argument("-p", default="nnUNetPlans", help="plans")
     parser.add_argument("-tr", nargs="+", help="trainers in addition to stock, with options (default: all)")
-    parser.add_argument("--steps", type=int, default=5, help="steps that the median is of")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps")
     return parser.parse_args()
 
 
@@ -48,20 +47,19 @@ def begin(name: str, args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]
     trainer.on_train_start()
     trainer.on_epoch_start()
     trainer.on_train_epoch_start()
-    if hasattr(trainer, "step"):  # stock has no ramp
-        trainer.step.number = 10**6
+    trainer.step = 10**6  # stock does not read it
     return trainer, [next(trainer.dataloader_train) for _ in range(args.steps + 1)]
 
 
 def seconds(trainer: Any, batch: dict[str, Any]) -> float:
-    """CPU seconds of one step."""
+    """Return the CPU seconds of one step."""
     start = time.process_time()
     trainer.train_step(batch)
     return time.process_time() - start
 
 
 def operations(fn: Callable[[], object]) -> int:
-    """Floating-point operations of what calling `fn` computes."""
+    """Return the floating-point operations of a call of `fn`."""
     with FlopCounterMode(display=False) as counter:
         fn()
     return counter.get_total_flops()

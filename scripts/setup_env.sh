@@ -1,8 +1,8 @@
-# Sourced by demo.sh and test.sh. Costs minutes and up to 7 GB the first time, nothing afterwards.
+# Sourced by demo.sh and test.sh. The first call takes minutes and up to 7 GB, later ones nothing.
 #
 # setup_env REPOSITORY [VENV] leaves in $PYTHON an interpreter with this package, editable, and its test tools.
-# It takes VENV if given, else the active virtual environment, else REPOSITORY/.venv, made when it is not there.
-# A finished installation is marked in the environment and used again until pyproject.toml or setup.py change.
+# It takes VENV if given, else the active virtual environment, else REPOSITORY/.venv, which it makes if necessary.
+# It installs again only after pyproject.toml or setup.py have changed.
 
 find_python() {
     local candidate
@@ -33,12 +33,12 @@ setup_env() {
         return 0
     fi
     rm -f "$stamp"
-    echo "Installing nnU-Net and this package into $venv. This is the long part the first time."
+    echo "Installing nnU-Net and this package into $venv. The first time takes longest."
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-        echo "No NVIDIA GPU here. The wheels that pip takes by default may bring CUDA libraries all the same (4 GB);"
-        echo "to avoid them, install a CPU build of torch and torchvision into an environment, activate it, start anew."
+        echo "No NVIDIA GPU here. The wheels that pip takes by default may still bring CUDA libraries (4 GB);"
+        echo "to avoid them, install a CPU build of torch and torchvision into an environment, activate it, start again."
     fi
-    # torch and torchvision are resolved in one command, so that they fit each other
+    # one command, so that pip resolves matching torch and torchvision
     if ! "$PYTHON" -m pip install --editable "$repository[test]"; then
         echo "error: the installation failed; pip says why above. Start this command again to go on." >&2
         return 1

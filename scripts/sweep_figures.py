@@ -1,9 +1,9 @@
 """Figures of sweeps: Dice and HD95 against gamma and K (top-k), and bars for frameworks with and without DyCON.
 
-They are like Figs. 5, 6 and 7 of the paper's supplement, with the spread over runs. Cost: seconds. It reads every
-scores.json below the given folders, where `evaluate`, `compare` and the workflow leave it, in a folder named after the
-run: TRAINER_student, or 03_TRAINER_teacher. It writes sweep_gamma.png, sweep_topk.png and frameworks.png, each where
-there are at least two values to show, and a .csv next to each with the numbers in it.
+They are like Figs. 5, 6 and 7 of the paper's supplement, with the spread over runs. Cost: seconds. The script reads
+every scores.json below the given folders. `evaluate`, `compare` and the workflow leave it in a folder named after the
+run: TRAINER_student, or 03_TRAINER_teacher. The script writes sweep_gamma.png, sweep_topk.png and frameworks.png, each
+if there are at least two values to show, and a .csv with the same numbers next to each.
 
     python scripts/sweep_figures.py experiments/hippocampus/scores -o figures
 """
@@ -27,7 +27,7 @@ from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.evaluation.figures import COLORS, MARKERS
 
 SWEEPS = {"gamma": "γ, focal exponent of FeCL", "topk": "K, hardest teacher negatives of FeCL"}
-# Framework -> trainer without and with DyCON.
+# framework: trainer without and with DyCON
 FRAMEWORKS = {
     "mean teacher": ("nnUNetTrainerMeanTeacher", "nnUNetTrainerDyCON"),
     "co-training": ("nnUNetTrainerCPS", "nnUNetTrainerDyCONCPS"),
@@ -51,17 +51,17 @@ class Score(NamedTuple):
         return self.trainer.split("_")[0]
 
     def without(self, *options: str) -> str:
-        """Trainer name without some options: what runs of one method share."""
+        """Return the trainer name without some options, which runs of one method share."""
         kept = [part for part in self.trainer.split("_") if option_of(part)[0] not in options]
         return "_".join(kept)
 
     def value(self, option: str) -> float | None:
-        """Value of an option that is a number; None where the name does not have it."""
+        """Return the value of a numeric option; None if the name does not have it."""
         values = [text for name, text in map(option_of, self.trainer.split("_")[1:]) if name == option]
         return float(values[0].replace("p", ".")) if values else None
 
 
-Rows = list[tuple[str, str, float, float, float]]  # group, what is on the x axis, value there, Dice, HD95
+Rows = list[tuple[str, str, float, float, float]]  # group, label on the x axis, value there, Dice, HD95
 
 
 def option_of(part: str) -> tuple[str, str]:
@@ -77,12 +77,12 @@ def option_of(part: str) -> tuple[str, str]:
 
 
 def read_scores(folders: Iterable[Path]) -> list[Score]:
-    """Return a score for every scores.json; HD95 counts a missed structure as the image's diagonal.
+    """Return one score per scores.json; HD95 counts a missed structure as the image's diagonal.
 
     Raises
     ------
     DataError
-        If there is none, or a file is none of ours, or has distances in voxels, or runs are there twice.
+        If there is no scores.json, one cannot be read or has distances in voxels, or runs are there twice.
     """
     found, places = {}, defaultdict(set)
     for folder in folders:
@@ -110,7 +110,7 @@ def read_scores(folders: Iterable[Path]) -> list[Score]:
 
 
 def sweep_rows(scores: Sequence[Score], option: str, defaults: dict[str, float]) -> Rows:
-    """Return the runs that differ in one option alone, and in seed and draw, where it has two values or more.
+    """Return the runs that differ only in one option, seed and draw, if the option has two or more values.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def sweep_rows(scores: Sequence[Score], option: str, defaults: dict[str, float])
     option : str
         Name of the option.
     defaults : dict
-        Its default for each trainer that has it: what a name without the option means.
+        The option's default for each trainer that has it.
     """
     groups: dict[str, Rows] = defaultdict(list)
     for one in scores:
@@ -151,12 +151,12 @@ def framework_rows(scores: Sequence[Score]) -> Rows:
 
 
 def draw_sweep(rows: Rows, title: str) -> Figure:
-    """Return two panels, Dice and HD95: a line through the means, bars of one standard deviation, a dot per run."""
+    """Return two panels, Dice and HD95: a line through the means, bars of one standard deviation, one dot per run."""
     figure, axes = _panels()
     everywhere = sorted({row[2] for row in rows})
     groups = list(dict.fromkeys(row[0] for row in rows))
     for at, group in enumerate(groups):
-        apart = (at - (len(groups) - 1) / 2) * 0.012 * (everywhere[-1] - everywhere[0])  # so that no bar hides another
+        apart = (at - (len(groups) - 1) / 2) * 0.012 * (everywhere[-1] - everywhere[0])  # no bar hides another
         color, marker = COLORS[at % len(COLORS)], MARKERS[at % len(MARKERS)]
         values = sorted({row[2] for row in rows if row[0] == group})
         for axis, column in zip(axes, (3, 4), strict=True):
@@ -174,7 +174,7 @@ def draw_sweep(rows: Rows, title: str) -> Figure:
 
 
 def draw_frameworks(rows: Rows) -> Figure:
-    """Return two panels, Dice and HD95, with two bars a framework; hatching tells them apart without colour."""
+    """Return two panels, Dice and HD95, with two bars per framework; hatching distinguishes them without colour."""
     groups = list(dict.fromkeys(row[0] for row in rows))
     figure, axes = _panels(max(11.0, 2.4 * len(groups)))
     for axis, column in zip(axes, (3, 4), strict=True):
@@ -203,7 +203,7 @@ def _panels(width: float = 11.0) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _mean_and_spread(runs: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each list; one run has no spread, which is drawn as none."""
+    """Return mean and standard deviation of each list; the latter is 0 for a single run."""
     return [statistics.fmean(one) for one in runs], [statistics.stdev(one) if len(one) > 1 else 0.0 for one in runs]
 
 
@@ -231,7 +231,19 @@ def defaults_of(option: str) -> dict[str, float]:
 
 
 def write(rows: Rows, figure: Figure, path: Path, x: str) -> None:
-    """Write the picture, and next to it the numbers that it shows."""
+    """Write the picture, and a .csv with its numbers.
+
+    Parameters
+    ----------
+    rows : Rows
+        The runs.
+    figure : Figure
+        The picture of them.
+    path : Path
+        Of the picture.
+    x : str
+        Column name of the values on the x axis.
+    """
     figure.savefig(path)
     with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         shown = [(group, name, dice, hd95) for group, name, _, dice, hd95 in rows]
@@ -240,7 +252,7 @@ def write(rows: Rows, figure: Figure, path: Path, x: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw what the runs allow; 2 where there is nothing to draw."""
+    """Draw every picture that the runs allow; return 2 if there is none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders with scores.json, at any depth")
     parser.add_argument("-o", dest="output", type=Path, required=True, help="folder to write")

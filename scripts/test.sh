@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets up an environment and runs every check: style, fast tests, slow tests. About half an hour on two cores,
+# Sets up an environment and runs every check: style, types, fast tests, slow tests. About half an hour on two cores,
 # installation included; leaves .venv behind. Exit code 0 only if everything passed.
 #
 # usage: scripts/test.sh [--venv DIR] [--fast]
-#   --venv DIR  environment to use or to make (otherwise the active one, otherwise .venv)
+#   --venv DIR  environment to use or to make (default: the active one, else .venv)
 #   --fast      without the slow tests
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -20,9 +20,9 @@ done
 setup_env "$repository" "$venv"
 cd "$repository"
 
-# Two cores spin against each other when every process takes both; pools of tests need no display.
+# Processes that all take every core slow each other down.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE MPLBACKEND=agg
-# Tests make their own folders; those of the user are not for them.
+# Tests make their own folders and never use those of the user.
 unset nnUNet_raw nnUNet_preprocessed nnUNet_results
 
 failed=()
@@ -35,7 +35,7 @@ check ruff format --check .
 check mypy
 # Two at a time; the tests of one file stay together and share its fixtures.
 check pytest -n 2 --dist loadfile
-# Tests marked data want real scans and tests marked gpu a GPU: run them by name where these are.
+# Tests marked data need real scans, and tests marked gpu a GPU: run them by name.
 [ $slow = no ] || check pytest -m "slow and not data and not gpu"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -229,7 +229,7 @@ class Experiments:
 
     # ---- what is done --------------------------------------------------------------------------------------
 
-    def forget_what_is_gone(self, done: Path) -> list[Path]:
+    def forget_deleted(self, done: Path) -> list[Path]:
         """Remove notes of stages whose result is no longer on disk, and return them.
 
         Parameters

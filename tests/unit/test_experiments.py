@@ -258,7 +258,7 @@ def test_notes_of_what_is_no_longer_on_disk_are_removed(tmp_path, monkeypatch):
     for path in (*notes, kept, tmp_path / "nnUNet_raw" / data.folder / "dataset.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert found.forget_what_is_gone(done) == [notes[1]]
+    assert found.forget_deleted(done) == [notes[1]]
     assert [note.exists() for note in notes] == [True, False, True]
 
 
