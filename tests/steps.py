@@ -17,7 +17,7 @@ from nnunetv2_dycon.methods.settings import TeacherSettings
 from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
 from nnunetv2_dycon.options import Settings
 from nnunetv2_dycon.step import DataInfo, Method, Step
-from tests.unit.test_recipes import CLASSES, SPACE, images, seeded
+from tests.recipes import CLASSES, SPACE, images, seeded
 
 UNSURE = {"anchors": 0, "gate": 0.0, "stage": 0}  # of DyCON: every patch counts, every voxel is a patch
 SMALL = {"epochs": 1, "iters": 40}

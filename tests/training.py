@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunetv2_dycon.networks import unwrap
+from nnunetv2_dycon.step import Term
+
 DATASET_ID = 901
 
 
@@ -72,3 +75,58 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     return one == other or (one != one and other != other)
+
+
+SHORT = "epochs6_iters2_valiters1_save3"
+AVERAGING = (
+    "nnUNetTrainerLabeledOnly",
+    "nnUNetTrainerMeanTeacher",
+    "nnUNetTrainerDyCON",
+    "nnUNetTrainerDyCONPaper",
+    "nnUNetTrainerDyCON_viewcutmix_lossguarded_lambdah0p1",
+    "nnUNetTrainerDyCON_viewnoise_lossliteral",
+    "nnUNetTrainerMeanTeacher_viewintensity_lossce_dice",
+    "nnUNetTrainerDyCON_feclonlabeled_lossguarded_focusuncertain",
+    "nnUNetTrainerPseudoLabel",
+    "nnUNetTrainerUAMT_viewcutmix",
+    "nnUNetTrainerBCP",
+)
+CO_TRAINING = ("nnUNetTrainerCPS", "nnUNetTrainerCPS_viewcopy_paste", "nnUNetTrainerDyCONCPS_onall_lossguarded")
+METHODS = (*AVERAGING, *CO_TRAINING)
+USING_UNLABELED = METHODS[1:]
+
+
+def named(method: str, options: str = SHORT) -> str:
+    return f"{method}_{options}"
+
+
+def weights(trainer) -> dict:
+    return {k: v.clone() for k, v in unwrap(trainer.network).state_dict().items()}
+
+
+def run_epochs(trainer, number: int) -> None:
+    """The body of nnU-Net's run_training for some epochs, as if it were killed afterwards."""
+    for _ in range(number):
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        trainer.on_train_epoch_end(
+            [trainer.train_step(next(trainer.dataloader_train)) for _ in range(trainer.num_iterations_per_epoch)]
+        )
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val)) for _ in range(1)])
+        trainer.on_epoch_end()
+
+
+def poison(method, number: int) -> None:
+    """Make the last pass of the unlabelled patches not finite for some steps."""
+    inner, left = method.unlabeled_terms, [2 * number]  # DyCON's view has two passes
+
+    def spoiled(*arguments):
+        cost = inner(*arguments)
+        left[0] -= 1
+        if left[0] < 0 or left[0] % 2:
+            return cost
+        return cost._replace(terms={k: Term(1.0, term.value * float("nan")) for k, term in cost.terms.items()})
+
+    method.unlabeled_terms = spoiled

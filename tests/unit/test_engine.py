@@ -15,8 +15,7 @@ from nnunetv2_dycon.randomness import global_states
 from nnunetv2_dycon.trainers import engine
 from nnunetv2_dycon.trainers.cases import find_unlabeled
 from nnunetv2_dycon.trainers.state import restore, restore_random_states, state_of
-from tests.training import begin, same, seed_all
-from tests.unit.test_trainer import named, poison, run_epochs
+from tests.training import begin, named, poison, run_epochs, same, seed_all
 
 
 @pytest.mark.parametrize("method", ["nnUNetTrainerDyCON", "nnUNetTrainerCPS"])

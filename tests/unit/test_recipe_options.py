@@ -21,7 +21,7 @@ from nnunetv2_dycon.step import DataInfo, Method, agreement
 from tests import oracles
 from tests.oracles import relative_error
 from tests.passes import costs_of
-from tests.unit.test_recipes import CLASSES, SPACE, Decoder, Net, UNet, batch, check, made, seeded
+from tests.recipes import CLASSES, SPACE, Decoder, Net, UNet, batch, check, made, seeded
 
 GRID = (2, 2, 3)
 IGNORED = CLASSES

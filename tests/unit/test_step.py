@@ -23,8 +23,8 @@ from nnunetv2_dycon.options import Schedule
 from nnunetv2_dycon.step import CLIP_NORM, Batch, Cost, Method, Term
 from nnunetv2_dycon.views import View
 from tests.passes import costs_of
+from tests.recipes import CLASSES, Net, UNet, seeded
 from tests.steps import METHODS, SMALL, UNSURE, copied, cross_entropy, equal, loader_batch, made, spoiled
-from tests.unit.test_recipes import CLASSES, Net, UNet, seeded
 
 # --- schedules
 

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_dycon import step as step_module
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from tests.recipes import Net, UNet
 from tests.steps import METHODS, SMALL, copied, cross_entropy, equal, loader_batch, made, spoiled
-from tests.unit.test_recipes import Net, UNet
 
 
 class Distributed(DistributedDataParallel):
