@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,31 @@ def text_digest(text: str) -> str:
 def json_digest(content: Any) -> str:
     """Return the SHA-256 of a JSON value in hexadecimal, whatever the order of its keys."""
     return text_digest(json.dumps(content, sort_keys=True))
+
+
+def check_case_names(names: Iterable[object], source: str | Path, error: type[UserError] = DataError) -> None:
+    """Refuse case names that could lead out of the folder of their files.
+
+    Parameters
+    ----------
+    names : iterable
+        Names as they were read.
+    source : str or Path
+        The file or option that they come from, for the message.
+    error : type
+        Class of the error.
+
+    Raises
+    ------
+    UserError
+        Of the class `error`, for the first name that is not a text of one path component.
+    """
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\"):
+            raise error(
+                f"{source} names a case {name!r:.80}, but a case name is part of a file name: it is not empty and has "
+                "no slash, backslash, tab or line end; rename the case"
+            )
 
 
 def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") -> str:

@@ -21,7 +21,7 @@ from nnunetv2_dycon.conversion.volumes import (
 )
 from nnunetv2_dycon.data.roles import image_sidecar, label_sidecar
 from nnunetv2_dycon.errors import DataError, WriteError
-from nnunetv2_dycon.files import read_json, write_json
+from nnunetv2_dycon.files import check_case_names, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,9 @@ class Task(ABC):
     role: str
     ending: str
     work: Path
+
+    def __post_init__(self) -> None:
+        check_case_names([self.name], "the source data")
 
     @property
     @abstractmethod

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_dycon.errors import ConfigError, SplitError
-from nnunetv2_dycon.files import read_json
+from nnunetv2_dycon.files import check_case_names, read_json
 
 PUBLISHED = Path(__file__).with_name("published")
 
@@ -150,6 +150,7 @@ def _names(path: Path, key: str, ids: Any, canonical: Callable[[str], str]) -> t
     if not isinstance(ids, list) or not all(isinstance(text, str | int) for text in ids):
         raise SplitError(f'{path}: "{key}" must be a list of ids; mend it')
     names = tuple(canonical(str(text).strip()) for text in ids)
+    check_case_names(names, path, SplitError)
     _no_case_twice(path, key, names)
     return names
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from nnunetv2.paths import nnUNet_raw
@@ -20,7 +21,7 @@ from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
 from nnunetv2_dycon.data.roles import channel_names, image_sidecar, read_roles, unlabeled_name_problems
 from nnunetv2_dycon.data.splits import Splits, benchmark_cases, fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
-from nnunetv2_dycon.files import first_few, read_json, write_json
+from nnunetv2_dycon.files import check_case_names, first_few, read_json, write_json
 from nnunetv2_dycon.folders import environment_folder
 
 BENCHMARK_NOTE = (
@@ -259,6 +260,11 @@ def find_configuration(
     dataset_json = _load_json(base / name / "dataset.json", command)
     manager = PlansManager(loaded)
     settings = manager.get_configuration(configuration)
+    if Path(settings.data_identifier).name != settings.data_identifier:
+        raise DataError(
+            f"the plans of {name} keep {configuration} in {settings.data_identifier!r}, which is not a folder name; "
+            f"type: {command}"
+        )
     folder, manifest = unlabeled_folder(base / name, settings.data_identifier)
     return Configuration(
         dataset=name,
@@ -352,13 +358,32 @@ def _recorded(config: Configuration, manifest: Manifest) -> dict[str, dict[str, 
 
 
 def read_manifest(config: Configuration) -> Manifest:
-    """Return the manifest; without one that can be used an empty one, by which all cases are new."""
+    """Return the manifest; without one that can be used an empty one, by which all cases are new.
+
+    Raises
+    ------
+    DataError
+        If a case name in it is not part of a file name: files outside the folder would be taken for prepared ones.
+    """
     empty = {"format": FORMAT, "dataset": config.dataset, "plans": None, "cases": {}}
     try:
         manifest = read_json(config.manifest)
     except DataError:
         return empty
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else empty
+    if not _is_manifest(manifest):
+        return empty
+    check_case_names(manifest["cases"], config.manifest)
+    return manifest
+
+
+def _is_manifest(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and content.get("format") == FORMAT
+        and isinstance(content.get("plans"), dict | NoneType)
+        and isinstance(content.get("cases"), dict)
+        and all(isinstance(record, dict) and {"from", "files"} <= record.keys() for record in content["cases"].values())
+    )
 
 
 def write_manifest(config: Configuration, manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_dycon.data.manifest import ELSEWHERE, SUFFIXES
 from nnunetv2_dycon.data.roles import channel_names
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import place, writing
+from nnunetv2_dycon.files import check_case_names, place, writing
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def _save(
 
 
 def remove_case(folder: Path, case: str) -> None:
-    """Delete the files of a prepared case."""
+    """Delete the files of a prepared case; DataError for a name that is not part of a file name."""
+    check_case_names([case], folder)
     for suffix in reversed(SUFFIXES):  # first the file that marks a complete case
         (folder / (case + suffix)).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from nnunetv2.utilities.utils import (
 )
 
 from nnunetv2_dycon.errors import SplitError
+from nnunetv2_dycon.files import check_case_names
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def read_roles(raw_folder: str | Path, dataset_json: Mapping[str, Any]) -> Roles
     ------
     SplitError
         If a name has two roles; the message names one file of each.
+    DataError
+        If a name in dataset.json is not part of a file name.
     """
     raw, ending = Path(raw_folder), dataset_json["file_ending"]
     labeled, label_files = _training_cases(raw, dataset_json)
@@ -70,6 +73,7 @@ def read_roles(raw_folder: str | Path, dataset_json: Mapping[str, Any]) -> Roles
 def _training_cases(raw: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[str, tuple[Path, ...]], dict[str, Path]]:
     if "dataset" not in dataset_json:
         return _image_files(raw / "imagesTr", dataset_json["file_ending"]), {}
+    check_case_names(dataset_json["dataset"], raw / "dataset.json")
     # a copy, because nnU-Net writes absolute paths into the dictionary that it gets
     listed = get_filenames_of_train_images_and_targets(str(raw), deepcopy(dict(dataset_json)))
     images = {case: tuple(map(Path, entry["images"])) for case, entry in listed.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_dycon.errors import ConfigError, SplitError
-from nnunetv2_dycon.files import first_few, read_json, write_json, write_text
+from nnunetv2_dycon.files import check_case_names, first_few, read_json, write_json, write_text
 
 UNLABELED = "unlabeled"
 SPLITS_FILE = "splits_final.json"
@@ -24,9 +24,9 @@ def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None =
     Raises
     ------
     SplitError
-        If a file is not a list of folds, or if both files are there and their "unlabeled" lists differ: training
-        reads the file in the preprocessed folder and ignores the other. A fold that is in the raw folder's file
-        alone must not have such a list.
+        If a file is not a list of folds, or a case name is not part of a file name. If both files are there and their
+        "unlabeled" lists differ: training reads the file in the preprocessed folder and ignores the other. A fold that
+        is in the raw folder's file alone must not have such a list.
     """
     found = []
     for folder in (preprocessed_folder, raw_folder):
@@ -63,6 +63,9 @@ def _load_splits(path: Path) -> list[dict[str, Any]]:
     splits = read_json(path, "mend or delete it", SplitError)
     if not isinstance(splits, list) or not all(isinstance(fold, dict) for fold in splits):
         raise SplitError(f'{path} must be a list with one {{"train": [...], "val": [...]}} per fold; mend it')
+    for fold in splits:
+        for cases in fold.values():
+            check_case_names(cases if isinstance(cases, list) else (), path, SplitError)
     return splits
 
 
