@@ -1,11 +1,13 @@
 """Checkpoint files: what is asked for is there, or one line says what is missing."""
 
+import os
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
-from nnunetv2_dycon.checkpoint import read_checkpoint, write_checkpoint
+from nnunetv2_dycon.checkpoint import TRUST, read_checkpoint, write_checkpoint
 from nnunetv2_dycon.errors import DataError
 
 
@@ -23,3 +25,60 @@ def test_a_file_without_keys_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save(3, path)
     with pytest.raises(DataError, match="cannot be read as a checkpoint"):
         read_checkpoint(path, "epoch")
+
+
+class Touch:
+    """Unpickling it makes a file: code that a checkpoint brings."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["zip", "before torch 1.6", "plain pickle"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    path, ran = tmp_path / "checkpoint.pth", tmp_path / "ran"
+    content = {"epoch": 1, "x": Touch(ran)}
+    if kind == "plain pickle":
+        path.write_bytes(pickle.dumps(content, 2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    for value in (None, "", "0"):
+        monkeypatch.delenv(TRUST, raising=False)
+        if value is not None:
+            monkeypatch.setenv(TRUST, value)
+        with pytest.raises(
+            DataError, match=rf"checkpoint\.pth was not opened: to read its .*export {TRUST}=1$"
+        ) as caught:
+            read_checkpoint(path, "epoch")
+        assert "\n" not in str(caught.value)
+        assert not ran.exists()
+    assert ("posix.mkdir" in str(caught.value)) == (kind == "zip")
+
+
+def test_a_user_may_trust_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    torch.save({"epoch": 1, "x": tmp_path}, tmp_path / "checkpoint.pth")
+    monkeypatch.setenv(TRUST, "1")
+    assert read_checkpoint(tmp_path / "checkpoint.pth", "epoch")["x"] == tmp_path
+    assert f"unpickled in full, because {TRUST} is 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", r"\(it is empty\)|\(Ran out of input\)"),
+        (b"version https://git-lfs.github.com/spec/v1", r"\(it is not a file of torch\)"),
+        (None, r"\(PytorchStreamReader failed reading zip archive: failed finding central directory\)"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_a_whole_reason(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"w": torch.ones(100)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(DataError, match=rf"cannot be read as a checkpoint {reason}; restore it"):
+        read_checkpoint(path)

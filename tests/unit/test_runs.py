@@ -236,12 +236,12 @@ def test_an_unreadable_checkpoint_is_refused(root, content):
         find(DYCON)
 
 
-def test_a_checkpoint_with_foreign_objects_is_read_with_a_warning(root, caplog):
+def test_a_checkpoint_with_foreign_objects_is_refused(root):
     path = make_training(root, DYCON) / "checkpoint_final.pth"
     content = torch.load(path, weights_only=False)
     torch.save({**content, "extra": Path("x")}, path)
-    find(DYCON)
-    assert f"{path} holds objects that had to be unpickled" in caplog.text
+    with pytest.raises(DataError, match=r"checkpoint_final\.pth was not opened: to read its pathlib"):
+        find(DYCON)
 
 
 def test_a_missing_plans_file_and_a_missing_length_are_refused(root):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
-from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.errors import ConfigError, DataError
 from tests.training import METHODS, begin, named, run_epochs, same, seed_all, steps, weights
+from tests.unit.test_checkpoint import Touch
 
 
 @pytest.mark.parametrize(
@@ -81,15 +82,12 @@ def test_an_older_checkpoint_goes_on_bit_for_bit_and_one_of_other_settings_is_re
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_checkpoint_loads_strictly_into_the_plain_network_and_without_unpickling(
-    trainer, method: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_checkpoint_loads_strictly_into_the_plain_network_and_runs_no_code(trainer, method: str) -> None:
     t = begin(trainer(named(method)))
     steps(t, 1)
     path = Path(t.output_folder, "checkpoint_latest.pth")
     t.save_checkpoint(str(path))
     checkpoint = read_checkpoint(path)
-    assert "unpickled" not in caplog.text
     cases = checkpoint[KEY]["cases"]
     assert cases["labeled"] == sorted(t.dataloader_train.data_loader.labeled._data.identifiers)
     assert bool(cases["unlabeled"]) == t.method_type.uses_unlabeled
@@ -155,3 +153,17 @@ def test_disabled_checkpointing_trains_without_a_file(trainer) -> None:
     t.run_training()
     assert not list(Path(t.output_folder).glob("*.pth"))
     assert Path(t.output_folder, "ssl_history.csv").exists()
+
+
+def test_a_checkpoint_of_stock_nnunet_is_read_and_one_with_code_stops_before_it_runs(trainer, tmp_path: Path) -> None:
+    stock = begin(trainer("nnUNetTrainer"))
+    stock.num_iterations_per_epoch = stock.num_val_iterations_per_epoch = 1
+    run_epochs(stock, 1)  # its log then has numpy scalars
+    path = tmp_path / "checkpoint.pth"
+    stock.save_checkpoint(str(path))
+    content = read_checkpoint(path, "network_weights", "logging", "optimizer_state")
+    assert len(content["logging"]["train_losses"]) == 1
+    torch.save({**content, "x": Touch(tmp_path / "ran")}, path)
+    with pytest.raises(DataError, match="was not opened"):
+        trainer(named("nnUNetTrainerDyCON"), resume=True).load_checkpoint(str(path))
+    assert not (tmp_path / "ran").exists()
