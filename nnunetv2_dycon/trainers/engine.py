@@ -30,7 +30,6 @@ from nnunetv2_dycon.data.loader import (
 )
 from nnunetv2_dycon.data.ready import UnlabeledCases
 from nnunetv2_dycon.errors import ConfigError, DataError
-from nnunetv2_dycon.files import remove_leftovers
 from nnunetv2_dycon.folders import environment_folder
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.options import Settings
@@ -46,6 +45,7 @@ from nnunetv2_dycon.ranks import gathered, share_weights, world_size
 from nnunetv2_dycon.step import DataInfo, Method, Step
 from nnunetv2_dycon.trainers.cases import check_cases, find_unlabeled, write_missing_splits
 from nnunetv2_dycon.trainers.history import History, class_names, epoch_means, unseen_classes
+from nnunetv2_dycon.trainers.lock import lock_training
 from nnunetv2_dycon.trainers.state import compare_settings, restore, restore_random_states, state_of
 
 
@@ -191,11 +191,11 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     # ------------------------------------------------------------------------------------------- life cycle
     def on_train_start(self) -> None:
-        """As stock, after roles and unlabelled images were found in order; the teacher starts from the student."""
+        """As stock, once no other process trains here and roles and unlabelled images are in order."""
+        if self.local_rank == 0:
+            lock_training(Path(self.output_folder))
         self.unlabeled = find_unlabeled(self, default_num_processes)
         super().on_train_start()
-        if self.local_rank == 0:
-            remove_leftovers(Path(self.output_folder))
         if self.restored is None:
             self.method.start(unwrap(self.network))
         elif self.restored:

@@ -112,7 +112,7 @@ def test_checkpoint_is_whole_or_the_previous_one(trainer, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         t.save_checkpoint(str(path))
     assert path.read_bytes() == before
-    assert [file.name for file in path.parent.glob(".*")] == []
+    assert [file.name for file in path.parent.glob(".*.part.*")] == []
 
 
 def test_what_a_killed_training_left_goes_when_it_starts_again(trainer) -> None:
