@@ -1,6 +1,5 @@
 """A raw data set made from another one by links: some training cases keep their labels, the others lose them."""
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +11,13 @@ from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.assign import Known, Request, assign, draw, labeled_number, parse_labeled
 from nnunetv2_dycon.conversion.cases import link_case
 from nnunetv2_dycon.conversion.convert import plan_of, role_notes, role_rows, training_cases
+from nnunetv2_dycon.conversion.groups import read_groups
 from nnunetv2_dycon.conversion.job import Conversion, Job, carry_out
 from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.roles import Roles, label_paths, read_roles
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
-from nnunetv2_dycon.files import read_json, write_json
+from nnunetv2_dycon.files import write_json
 
 TEST_SEED = 12345  # test cases are the same for every draw of labelled ones
 
@@ -68,8 +68,8 @@ def split(
     test : str or float, optional
         Fraction or number of training cases to draw as test cases; the same ones for every `labeled_seed`.
     groups : path, optional
-        JSON ``{case: subject}`` or a table with two columns: scans of one subject stay on one side of training
-        (labelled or not), validation and test.
+        JSON ``{case: subject}`` or a table with columns "case" and "subject": scans of one subject stay on one side of
+        training (labelled or not), validation and test.
     protocol : path, optional
         JSON file with "labeled", "train", "val", "test", in place of draws.
     processes, dry_run, overwrite
@@ -81,7 +81,7 @@ def split(
         One line with the problem, its place and its remedy.
     """
     data = _read(dataset_id)
-    subjects = _read_groups(Path(groups), data) if groups is not None else {}
+    subjects = _subjects(Path(groups), data) if groups is not None else {}
     chosen = _protocol(data, test, subjects, protocol)
     request = Request(parse_labeled(labeled), 0 if labeled_seed is None and protocol is None else labeled_seed)
     training = {case: data.labels[case].is_file() for case in data.roles.labeled}
@@ -167,30 +167,10 @@ def _drawn_tests(data: _Data, test: str | float, subjects: Mapping[str, str]) ->
     return tests
 
 
-def _read_groups(path: Path, data: _Data) -> dict[str, str]:
-    pairs = _read_table(path) if path.suffix.lower() != ".json" else _read_mapping(path)
-    groups = {_case_name(data.ending, str(case)): str(subject).strip() for case, subject in pairs}
+def _subjects(path: Path, data: _Data) -> dict[str, str]:
+    groups = read_groups(path, partial(_case_name, data.ending), data.roles.labeled)
     known = {*data.roles.labeled, *data.roles.unlabeled, *data.roles.test}
-    lacking = sorted(set(data.roles.labeled) - groups.keys())
-    if lacking:
-        raise SplitError(f"--groups {path} has no subject for {lacking[0]!r} ({len(lacking)} cases in all); add them")
     return {case: subject for case, subject in groups.items() if case in known}
-
-
-def _read_mapping(path: Path) -> list[tuple[Any, Any]]:
-    content = read_json(path, "--groups takes {case: subject} or two columns", SplitError)
-    if not isinstance(content, dict):
-        raise SplitError(f"--groups {path} is not a mapping; give {{case: subject}} or two columns")
-    return list(content.items())
-
-
-def _read_table(path: Path) -> list[tuple[Any, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = csv.reader(text.splitlines(), csv.Sniffer().sniff(text, ",;\t "))
-        return [(row[0], row[1]) for row in rows if len(row) >= 2]
-    except (OSError, ValueError, csv.Error) as error:
-        raise SplitError(f"--groups {path} cannot be read ({error}); give {{case: subject}} or two columns") from error
 
 
 def _check_subjects(role_of: Mapping[str, str], subjects: Mapping[str, str]) -> None:

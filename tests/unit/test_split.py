@@ -313,7 +313,7 @@ def test_a_wrong_argument_is_one_line_and_writes_nothing(raw, arguments, error, 
     ("name", "text", "message"),
     [
         ("groups.json", "[1]", "is not a mapping"),
-        ("groups.json", "{", "cannot be read .*--groups takes"),
+        ("groups.json", "{", "cannot be read .*for --groups give a table"),
         ("groups.csv", "", "cannot be read"),
     ],
 )
