@@ -1,5 +1,6 @@
 """Our key in a checkpoint: everything that an exact continuation needs in addition to stock's entries."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ def restore(trainer: "nnUNetTrainerSSL", state: dict[str, Any]) -> None:
         If the state belongs to a method with other modules.
     """
     trainer.step.number = state["step"]
+    trainer._best_ema = _best(trainer.logger.local_logger.my_fantastic_logging["ema_fg_dice"])
     trainer.history = History(state["history"])
     trainer.method.teacher.network.load_state_dict(state["teacher"])
     missing, unexpected = trainer.method.load_state_dict(state["method"], strict=False)
@@ -58,6 +60,19 @@ def restore(trainer: "nnUNetTrainerSSL", state: dict[str, Any]) -> None:
         raise ConfigError(f"the checkpoint in {trainer.output_folder} is of another method: {', '.join(wrong[:3])} ...")
     if trainer.method_optimizer is not None:
         trainer.method_optimizer.load_state_dict(state["optimizer"])
+
+
+def _best(series: Sequence[float]) -> float | None:
+    """Return what nnU-Net takes for the best value after these epochs.
+
+    It saves the latest checkpoint before it looks at the value of the same epoch, so the one in the checkpoint is that
+    of the epoch before, and a worse epoch could replace checkpoint_best.pth.
+    """
+    best = None
+    for value in series:
+        if best is None or value > best:
+            best = value
+    return best
 
 
 def restore_random_states(trainer: "nnUNetTrainerSSL", states: dict[str, Any]) -> None:

@@ -167,3 +167,36 @@ def test_a_checkpoint_of_stock_nnunet_is_read_and_one_with_code_stops_before_it_
     with pytest.raises(DataError, match="was not opened"):
         trainer(named("nnUNetTrainerDyCON"), resume=True).load_checkpoint(str(path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_worse_epoch_does_not_replace_the_best_checkpoint_after_a_stop(
+    trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnU-Net's latest checkpoint has the best value of the epoch before."""
+    dice = iter([0.2, 0.5, 0.9, 0.1])  # averaged by nnU-Net: 0.2, 0.23, 0.297, 0.2773
+    name = named("nnUNetTrainerMeanTeacher", "epochs6_iters1_valiters1_save3_seed50")
+    first, second = trainer(name), trainer(name, resume=True)
+
+    def measured(t):
+        def end(outputs: list[dict]) -> None:
+            value = next(dice)
+            for entry, number in (
+                ("mean_fg_dice", value),
+                ("dice_per_class_or_region", [value] * 2),
+                ("val_losses", 1.0),
+            ):
+                t.logger.log(entry, number, t.current_epoch)
+
+        monkeypatch.setattr(t, "on_validation_epoch_end", end)
+
+    measured(first)
+    first.on_train_start()
+    run_epochs(first, 3)
+    folder = Path(first.output_folder)
+    best = (folder / "checkpoint_best.pth").read_bytes()
+    measured(second)
+    second.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    assert second._best_ema == first._best_ema == pytest.approx(0.9 * (0.9 * 0.2 + 0.1 * 0.5) + 0.1 * 0.9)
+    second.on_train_start()
+    run_epochs(second, 1)
+    assert (folder / "checkpoint_best.pth").read_bytes() == best
