@@ -19,9 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write `checkpoint` to `path`; the previous file stays until the new one is whole on disk."""
-    with whole_file(path) as part:
-        torch.save(checkpoint, part)
+    """Write `checkpoint` to `path`; the previous file stays until the new one is whole on disk.
+
+    Raises
+    ------
+    WriteError
+        If the disk is full, or the folder cannot be written.
+    """
+    with whole_file(path) as part, open(part, "wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch speaks of positions in its archive where the disk is full
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_checkpoint(path: Path, *keys: str) -> dict[str, Any]:

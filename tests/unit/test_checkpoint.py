@@ -2,13 +2,14 @@
 
 import os
 import pickle
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from nnunetv2_dycon.checkpoint import TRUST, read_checkpoint, write_checkpoint
-from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.errors import DataError, WriteError
 
 
 def test_a_checkpoint_has_the_keys_that_are_asked_for(tmp_path: Path) -> None:
@@ -82,3 +83,22 @@ def test_a_damaged_checkpoint_is_refused_with_a_whole_reason(
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
     with pytest.raises(DataError, match=rf"cannot be read as a checkpoint {reason}; restore it"):
         read_checkpoint(path)
+
+
+def test_a_full_disk_is_one_line_and_the_previous_checkpoint_stays(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "checkpoint.pth"
+    write_checkpoint({"epoch": 1}, path)
+    before = path.read_bytes()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(WriteError, match=r"^cannot write .*checkpoint\.pth: File too large; ") as caught:
+            write_checkpoint({"epoch": 2, "w": torch.ones(10**6)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
