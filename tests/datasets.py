@@ -16,6 +16,8 @@ from unittest import mock
 
 import numpy as np
 import SimpleITK as sitk
+import skimage.io
+import tifffile
 
 ENDING = ".nii.gz"
 
@@ -117,6 +119,48 @@ def write_image(path: Path, array: np.ndarray, variant: int = 0) -> None:
         [(-1, 0, 0, 0, 1, 0, 0, 0, 1), (cos, -sin, 0, sin, cos, 0, 0, 0, 1), np.eye(3).ravel()][variant % 3]
     )
     sitk.WriteImage(image, str(path))
+
+
+def reformat(root: Path, ending: str, *, flat: bool = False, reader: str | None = None) -> None:
+    """Write the files of `make_dataset` in another format; `flat` takes the middle slice of each.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of `make_dataset`.
+    ending : str
+        New file ending.
+    flat : bool
+        Write 2-D files.
+    reader : str, optional
+        nnU-Net's reader in dataset.json; without it nnU-Net chooses by the ending.
+    """
+    (raw,) = (root / "nnUNet_raw").glob("Dataset*")
+    for path in sorted(raw.glob(f"*/*{ENDING}")):
+        image, case = sitk.ReadImage(str(path)), path.name.removesuffix(ENDING)
+        array = sitk.GetArrayFromImage(image)
+        path.unlink()
+        _write_as(path.with_name(case + ending), image, array[len(array) // 2] if flat else array)
+        if ending in (".tif", ".tiff") and not flat:
+            sidecar = {"spacing": image.GetSpacing()[::-1]}
+            (path.parent / f"{case.removesuffix('_0000')}.json").write_text(json.dumps(sidecar))
+    content = json.loads((raw / "dataset.json").read_text()) | {"file_ending": ending}
+    del content["overwrite_image_reader_writer"]
+    (raw / "dataset.json").write_text(
+        json.dumps(content | ({"overwrite_image_reader_writer": reader} if reader else {}))
+    )
+
+
+def _write_as(path: Path, image: sitk.Image, array: np.ndarray) -> None:
+    if path.suffix in (".tif", ".tiff"):
+        tifffile.imwrite(path, array.astype(np.uint16))
+    elif array.ndim == 2:
+        skimage.io.imsave(path, (array // (2 if array.max() > 9 else 1)).astype(np.uint8), check_contrast=False)
+    else:
+        again = sitk.GetImageFromArray(array)
+        for part in ("Spacing", "Origin", "Direction"):
+            getattr(again, f"Set{part}")(getattr(image, f"Get{part}")())
+        sitk.WriteImage(again, str(path))
 
 
 def plan_and_preprocess(

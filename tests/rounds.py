@@ -5,8 +5,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from nnunetv2_dycon.self_training import running
 from nnunetv2_dycon.self_training.steps import self_train
@@ -47,7 +47,7 @@ class Commands:
 
     def fold(self, number, words, fold):
         (data,) = (self.root / "nnUNet_raw").glob(f"Dataset{number}_*")
-        model = f"{self.option(words, '-tr')}__{self.option(words, '-p')}__3d_fullres"
+        model = f"{self.option(words, '-tr')}__{self.option(words, '-p')}__{words[2]}"
         return self.root / "nnUNet_results" / data.name / model / f"fold_{fold}"
 
     def train(self, words):
@@ -64,17 +64,22 @@ class Commands:
         images, output = Path(self.option(words, "-i")), Path(self.option(words, "-o"))
         output.mkdir(exist_ok=True)
         (output / "plans.json").write_text("{}")
-        for path in sorted(images.iterdir()):
-            case = path.name.removesuffix("_0000.nii.gz")
-            target = output / f"{case}.nii.gz"
+        folder = self.root / "nnUNet_preprocessed" / NAME
+        reader = recursive_find_reader_writer_by_name(
+            json.loads((folder / "nnUNetPlans.json").read_text())["image_reader_writer"]
+        )()
+        ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+        for path in sorted(images.glob(f"*{ending}")):
+            case = path.name.removesuffix(f"_0000{ending}")
+            target = output / f"{case}{ending}"
             if "--continue_prediction" in words and target.exists():
                 continue
-            image = nib.load(path)
-            label = np.zeros(image.shape, np.uint8)
+            image, properties = reader.read_images([str(path)])
+            label = np.zeros(image.shape[1:], np.uint8)
             if case not in self.empty:
-                label[4:12, 4:12, 4:12] = 1
-                label[6:9, 6:9, 6:9] = 2 if case == "u_00" else 1
-            nib.save(nib.Nifti1Image(label, image.affine), target)
+                label[..., 4:12, 4:12] = 1
+                label[..., 6:9, 6:9] = 2 if case == "u_00" else 1
+            reader.write_seg(label, str(target), properties)
             if self.killed and case == "u_01":
                 target.write_bytes(target.read_bytes()[:-40])
                 return
@@ -101,7 +106,7 @@ class Commands:
         for number, label in enumerate(sorted((raw / "labelsTr").iterdir())):
             if self.killed and number == 2:
                 return
-            (data / label.name.replace(".nii.gz", ".pkl")).write_text("x")
+            (data / f"{label.name.split('.')[0]}.pkl").write_text("x")
             shutil.copyfile(label, folder / "gt_segmentations" / label.name)
 
 

@@ -37,7 +37,7 @@ def prepare_case(task: CaseToPrepare) -> str | None:
     plans = PlansManager(task.plans)
     configuration = plans.get_configuration(task.configuration)
     try:
-        image, properties = _read_image(task.files, plans, len(channel_names(task.dataset_json)))
+        image, properties = read_image(task.files, plans, len(channel_names(task.dataset_json)))
     except DataError as error:
         return str(error)
     # nnU-Net's run_case in its two halves, so that the image is checked without reading it twice
@@ -54,7 +54,7 @@ def prepare_case(task: CaseToPrepare) -> str | None:
     return None
 
 
-def _read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tuple[np.ndarray, dict[str, Any]]:
+def read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tuple[np.ndarray, dict[str, Any]]:
     """Return image (C, X, Y, Z) and properties by nnU-Net's reader.
 
     Raises

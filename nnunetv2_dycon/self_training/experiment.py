@@ -80,8 +80,13 @@ class Experiment:
         """File ending of images and labels."""
         return self.content["file_ending"]
 
-    def fold_cases(self) -> tuple[list[str], list[str]]:
+    def fold_cases(self, splits: Sequence[Mapping[str, Any]] | None = None) -> tuple[list[str], list[str]]:
         """Return the fold's training and validation cases, as nnU-Net uses them.
+
+        Parameters
+        ----------
+        splits : sequence of mapping, optional
+            The folds; those that the trainings read by default.
 
         Raises
         ------
@@ -92,11 +97,10 @@ class Experiment:
         """
         if self.fold == "all":
             return list(self.roles.labeled), list(self.roles.labeled)
-        folder = self.data.preprocessed
-        splits = read_splits(folder)
+        splits = read_splits(self.data.preprocessed) if splits is None else splits
         _check_splits(splits, self.fold)
         if not splits:
-            raise DataError(f"{folder / SPLITS_FILE} is gone: restore the split of the first training")
+            raise DataError(f"{self.data.preprocessed / SPLITS_FILE} is gone: restore the split of the first training")
         train, val = (list(dict.fromkeys(splits[int(self.fold)][key])) for key in ("train", "val"))
         unknown = sorted({*train, *val} - set(self.roles.labeled))
         if unknown:
@@ -143,7 +147,14 @@ def read_experiment(
     plans = read_json(data.preprocessed / f"{plans_name}.json", plan)
     if configuration not in plans["configurations"]:
         raise ConfigError(f"-c {configuration}: the plans have {', '.join(plans['configurations'])}")
-    planned = PlansManager(plans).get_configuration(configuration)
+    manager = PlansManager(plans)
+    try:
+        _ = manager.image_reader_writer_class
+    except RuntimeError as error:
+        raise DataError(
+            f"plans {plans_name} have the reader {plans['image_reader_writer']}, which nnU-Net lacks; {plan}"
+        ) from error
+    planned = manager.get_configuration(configuration)
     if planned.previous_stage_name is not None:
         raise ConfigError(f"-c {configuration} is a cascade, which needs predictions of another stage; take another")
     splits = read_splits(data.preprocessed, data.raw)
@@ -166,12 +177,22 @@ def read_experiment(
         fold=fold,
         repeat=repeat,
         keep_empty=keep_empty,
-        device=device if device is not None else "cuda" if torch.cuda.is_available() else "cpu",
+        device=_usable_device(device),
         processes=parallel.worker_processes(processes),
     )
-    if read_splits(data.preprocessed):
-        experiment.fold_cases()
+    if splits:
+        experiment.fold_cases(splits)
     return experiment
+
+
+def _usable_device(device: str | None) -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return "cuda" if there["cuda"] else "cpu"
+    if not there.get(device):
+        usable = " or ".join(name for name, is_there in there.items() if is_there)
+        raise ConfigError(f"-device {device}: torch has no such device here; type -device {usable}")
+    return device
 
 
 def _check_splits(splits: Sequence[Mapping[str, Any]], fold: int | str) -> None:

@@ -1,17 +1,15 @@
 """Plans and preprocessing of a round's data set, with the plans of the first data set."""
 
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nnunetv2_dycon.data.splits import SPLITS_FILE
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import read_json
+from nnunetv2_dycon.files import read_json, write_bytes, writing
 from nnunetv2_dycon.self_training import running
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
 
+_NAMES = ("dataset_name", "plans_name")  # in the plans
 _FINGERPRINT = "dataset_fingerprint.json"
 
 
@@ -28,7 +26,7 @@ class Preparation:
         Raises
         ------
         DataError
-            If the first data set was planned again since.
+            If the plans are not those of the first data set.
         """
         copies = self._copies()
         if not all(copy.is_file() for copy in copies.values()):
@@ -37,10 +35,13 @@ class Preparation:
             plans = read_json(self.data.preprocessed / f"{self.experiment.plans_name}.json")
         except DataError:  # not there, or cut short by a kill
             return False
-        if _without_names(plans) != _without_names(self.experiment.plans):
+        first = self.experiment.plans
+        changed = sorted(key for key in {*plans, *first} - {*_NAMES} if plans.get(key) != first.get(key))
+        if changed:
             raise DataError(
-                f"plans of {self.data.preprocessed} are no longer those of {self.experiment.data.preprocessed}: the "
-                "data set was planned again; delete the first and its results, or restore the plans"
+                f"plans of {self.data.preprocessed} differ from those of {self.experiment.data.preprocessed} in "
+                f"{', '.join(changed)}: restore the plans, or delete {self.data.raw}, "
+                f"{self.data.preprocessed} and {self.data.results} to make the round again"
             )
         return all(source.read_bytes() == copy.read_bytes() for source, copy in copies.items())
 
@@ -62,9 +63,10 @@ class Preparation:
 
     def plan(self, lock: int | None) -> None:
         """Copy the plans and the files that go with them."""
-        self.data.preprocessed.mkdir(exist_ok=True)
+        with writing(self.data.preprocessed, "set nnUNet_preprocessed"):
+            self.data.preprocessed.mkdir(exist_ok=True)
         for source, copy in self._copies().items():
-            shutil.copyfile(source, copy)
+            write_bytes(copy, source.read_bytes())
         running.call(self.plan_words(), lock)
 
     def is_preprocessed(self) -> bool:
@@ -88,10 +90,6 @@ class Preparation:
     def preprocess(self, lock: int | None) -> None:
         """Preprocess all cases."""
         running.call(self.preprocess_words(), lock)
-
-
-def _without_names(plans: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in plans.items() if key not in ("dataset_name", "plans_name")}
 
 
 def _has_content(path: Path) -> bool:

@@ -129,6 +129,8 @@ class RoundData:
     def _describe(self, number: int, folder: Path) -> None:
         content = {key: value for key, value in self._experiment.content.items() if key != "dataset"}
         content |= {"name": self._data.name.split("_", 1)[1], "numTraining": number}
+        # or nnU-Net, when it moves plans, would take the first of its readers that opens an image: another for .nii
+        content["overwrite_image_reader_writer"] = self._experiment.plans["image_reader_writer"]
         write_json(folder / "dataset.json", content | {"converted_by": f"nnunetv2_dycon {__version__}"})
 
     def _notes(self, facts: Mapping[str, Any], voxels: Voxels) -> Iterator[str]:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.locks import locked
+from nnunetv2_dycon.self_training.claims import check_ids, take_ids
 from nnunetv2_dycon.self_training.experiment import read_experiment
 from nnunetv2_dycon.self_training.lengths import share_epochs
 from nnunetv2_dycon.self_training.preparation import Preparation
 from nnunetv2_dycon.self_training.round_data import RoundData
 from nnunetv2_dycon.self_training.training import Training, list_trainings
+from nnunetv2_dycon.self_training.trial import try_files, try_images
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ def self_train(
         sum(lengths),
         sum(lengths),
     )
+    _try(trainings)
     steps = _steps(trainings)
     if dry_run:
         for step in steps:
@@ -100,6 +103,7 @@ def self_train(
         raise DataError(f"cannot write to {folder} ({error.strerror}); set nnUNet_results") from error
     busy = f"another run, or a command that it started, is working on {folder}: wait for it, or stop it"
     with locked(folder, busy) as lock:
+        take_ids(trainings)
         for step in steps:
             if step.done():
                 step.tell("done")
@@ -110,6 +114,16 @@ def self_train(
                 raise DataError(f"{step.title}: no error, but the results are missing; see the output above")
     logger.info("next: %s", shlex.join([*last.predict_words(), "-i", "IMAGES", "-o", "PREDICTIONS"]))
     return last.folder
+
+
+def _try(trainings: Sequence[Training]) -> None:
+    """Find before the first training what would stop the run after it."""
+    check_ids(trainings)
+    first = trainings[0]
+    if not first.is_trained():
+        try_files(first.experiment)
+    if not first.is_begun():
+        try_images(first.experiment)
 
 
 class _Step(NamedTuple):

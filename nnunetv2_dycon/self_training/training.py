@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion import dataset
-from nnunetv2_dycon.data.splits import adopt_splits
+from nnunetv2_dycon.data.splits import STOCK_FOLDS, adopt_splits, read_splits, write_small_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
 from nnunetv2_dycon.files import file_digest, place, read_json, write_json
@@ -55,6 +55,10 @@ class Training:
         """Return whether the final checkpoint and the scores of the validation cases are there."""
         return _is_checkpoint(self.folder / FINAL) and (self.folder / "validation" / "summary.json").is_file()
 
+    def is_begun(self) -> bool:
+        """Return whether there is a checkpoint."""
+        return any(_is_checkpoint(self.folder / name) for name in _CHECKPOINTS)
+
     def train_words(self) -> list[str]:
         """Return the command that trains, or continues from a checkpoint."""
         there = [name for name in _CHECKPOINTS if _is_checkpoint(self.folder / name)]
@@ -70,8 +74,16 @@ class Training:
                 logger.warning("%s is incomplete and is renamed to .cut", path)
                 place(path, path.with_name(f"{path.name}.cut"))
         if self.number == 0 and self.fold != "all":
-            adopt_splits(self.data.preprocessed, self.data.raw)  # nnU-Net ignores one that came after planning
+            self._write_splits()
         running.call(self.train_words(), lock, training=True)
+
+    def _write_splits(self) -> None:
+        """Write the split file where nnU-Net, as it trains, would miss it or could not make it."""
+        preprocessed, cases = self.data.preprocessed, self.experiment.roles.labeled
+        adopt_splits(preprocessed, self.data.raw)  # nnU-Net ignores one that came after planning
+        if len(cases) < STOCK_FOLDS and not read_splits(preprocessed):
+            write_small_splits(preprocessed, cases)
+            logger.info("%d labelled cases are too few for five folds: each fold validates on one case", len(cases))
 
     def checkpoint_digest(self) -> str:
         """Return the SHA-256 of the final checkpoint, hexadecimal."""
@@ -180,7 +192,7 @@ def list_trainings(
     ConfigError
         If an id is given twice or cannot be used, or no trainer has a training's length.
     DataError
-        If an id belongs to another data set, or to the remains of one.
+        If an id belongs to another data set.
     """
     data = experiment.data
     if len({*new_ids, data.id}) <= len(new_ids):
@@ -191,9 +203,6 @@ def list_trainings(
         raw = dataset.new_folder(new_id, f"{words}_fold{experiment.fold}_self{number}")
         new = DataSet.named(raw.name)
         trainings.append(Training(experiment, number, new, 0, trainer_of_length(trainer, epochs[number]), epochs))
-        for left in (new.preprocessed, new.results):
-            if left.exists() and not raw.exists():
-                raise DataError(f"{left} is from an earlier data set of this id: delete it, or choose another id")
     return trainings
 
 

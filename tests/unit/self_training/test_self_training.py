@@ -1,24 +1,19 @@
-"""A whole run with stand-ins for nnU-Net's commands, and what is refused."""
+"""A whole run with stand-ins for nnU-Net's commands."""
 
 import json
 import logging
-import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nnunetv2_dycon.errors import ConfigError, DataError, UserError
-from nnunetv2_dycon.self_training.steps import self_train
+from nnunetv2_dycon.errors import DataError
 from tests.datasets import no_pools
 from tests.rounds import (
     CASES,
     NAME,
     ROUNDS,
     Commands,
-    checkpoint,
-    first_fold,
     names,
     raw,
     recorded,
@@ -85,6 +80,14 @@ def test_cases_that_the_fold_leaves_out_are_nowhere(monkeypatch, root):
     start(monkeypatch, root)
     assert names(raw(root) / "labelsTr") == ["l_00", "l_03", *CASES]
     assert Counter(splits(root)[0]["train"]) == {"l_00": 3, **dict.fromkeys(CASES, 1)}
+
+
+def test_with_fewer_cases_than_folds_of_nnunet_each_fold_validates_on_one(monkeypatch, root):
+    for folder in ("nnUNet_preprocessed", "nnUNet_raw"):
+        (root / folder / NAME / "splits_final.json").unlink()
+    start(monkeypatch, root, fold=2)
+    name = "Dataset911_Tiny_fold2_self1"
+    assert splits(root, name) == [{"train": ["l_00", "l_01", "l_03", *CASES], "val": ["l_02"]}]
 
 
 @pytest.mark.parametrize(("repeat", "times", "share"), [("half", 3, 0.5), (1, 1, 0.25), (9, 9, 0.75)])
@@ -175,98 +178,3 @@ def test_nnunet_preprocesses_and_loads_what_a_round_leaves(monkeypatch, root):
     dataset, _ = trainer.get_tr_and_val_datasets()
     label = np.asarray(dataset.load_case("u_00")[1])
     assert set(np.unique(label)) - {-1} == {0, 1, 2}
-
-
-# ---- refusals ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{"repeat": 2}, {"epochs": (500, 250)}, {"keep_empty": True}])
-def test_other_settings_need_other_ids(monkeypatch, root, options):
-    start(monkeypatch, root, commands=Commands(root, empty=("u_02",)))
-    with pytest.raises(DataError, match=r"made with other settings.*--as other ids"):
-        start(monkeypatch, root, commands=Commands(root, empty=("u_02",)), **options)
-
-
-def test_pseudo_labels_of_another_checkpoint_are_refused(monkeypatch, root):
-    start(monkeypatch, root)
-    checkpoint(first_fold(root) / "checkpoint_final.pth", "trained again")
-    with pytest.raises(DataError, match="predicted by another state"):
-        start(monkeypatch, root)
-
-
-def test_a_data_set_that_was_planned_again_is_refused(monkeypatch, root):
-    start(monkeypatch, root)
-    path = root / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json"
-    plans = json.loads(path.read_text())
-    plans["configurations"]["3d_fullres"]["batch_size"] = 7
-    path.write_text(json.dumps(plans))
-    with pytest.raises(DataError, match="planned again"):
-        start(monkeypatch, root)
-
-
-def test_what_an_earlier_data_set_of_the_id_left_is_refused(monkeypatch, root):
-    start(monkeypatch, root)
-    shutil.rmtree(raw(root))
-    with pytest.raises(DataError, match="earlier data set of this id"):
-        start(monkeypatch, root)
-
-
-def test_a_command_that_predicts_too_little_is_told(monkeypatch, root):
-    class Lazy(Commands):
-        def predict(self, words):
-            super().predict(words)
-            (Path(self.option(words, "-o")) / "u_02.nii.gz").unlink()
-
-    with pytest.raises(DataError, match=r"u_02.nii.gz was not predicted \(1 such"):
-        start(monkeypatch, root, commands=Lazy(root))
-    assert not raw(root).exists()
-
-
-def edit_splits(root, **fold):
-    for folder in ("nnUNet_preprocessed", "nnUNet_raw"):
-        (root / folder / NAME / "splits_final.json").write_text(json.dumps([fold]))
-
-
-def drop_splits(root):
-    for folder in ("nnUNet_preprocessed", "nnUNet_raw"):
-        (root / folder / NAME / "splits_final.json").unlink(missing_ok=True)
-
-
-@pytest.mark.parametrize(
-    ("prepare", "options", "said"),
-    [
-        (lambda root: shutil.rmtree(raw(root, NAME) / "imagesUn"), {}, "imagesUn"),
-        (lambda root: shutil.rmtree(root / "nnUNet_preprocessed" / NAME), {}, "nnUNetv2_plan_and_preprocess -d 901"),
-        (
-            lambda root: shutil.rmtree(root / "nnUNet_preprocessed" / NAME / "nnUNetPlans_3d_fullres"),
-            {},
-            "nnUNetv2_plan_and_preprocess -d 901",
-        ),
-        (lambda root: edit_splits(root, train=["l_00"], val=["l_01"], unlabeled=["l_02"]), {}, "nnUNetv2_dycon split"),
-        (lambda root: edit_splits(root, train=["l_00", "x"], val=["l_01"]), {}, "'x'"),
-        (None, {"fold": 3}, "-f 3"),
-        (drop_splits, {"fold": 7}, "-f 7: there will be folds 0 to"),
-        (None, {"processes": 0}, "-np 0"),
-        (None, {"fold": "best"}, "-f best"),
-        (None, {"configuration": "3d_none"}, "-c 3d_none"),
-        (None, {"repeat": 0}, "--repeat 0"),
-        (None, {"repeat": "most"}, "--repeat most"),
-        (None, {"dataset_id": 77}, "-d 77"),
-        (None, {"plans": "Other"}, "Other.json"),
-        (None, {"trainer": "nnUNetTrainerDyCON"}, "nnUNetTrainerLabeledOnly"),
-    ],
-)
-def test_what_cannot_be_done_is_refused_in_one_line(monkeypatch, root, prepare, options, said):
-    if prepare:
-        prepare(root)
-    with pytest.raises(UserError, match=said) as caught:
-        start(monkeypatch, root, **options)
-    assert "\n" not in str(caught.value)
-    assert not raw(root).exists()
-    assert not list((root / "nnUNet_results").rglob("*.pth"))  # no training before it is said
-
-
-@pytest.mark.parametrize("ids", [(901,), (911, 911), ()])
-def test_ids_of_rounds_are_their_own(root, ids):
-    with pytest.raises(ConfigError, match="--as"):
-        self_train(901, ids, epochs=(250,) * (len(ids) + 1))
