@@ -1,6 +1,7 @@
 """Check of a raw data set before hours of training: roles, duplicates, geometry, channels, labels."""
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.conversion.volumes import reading
 from nnunetv2_dycon.data.datasets import dataset_number
 from nnunetv2_dycon.data.roles import Roles, channel_names, label_paths, read_roles, unlabeled_name_problems
-from nnunetv2_dycon.data.splits import fold_unlabeled, read_splits
+from nnunetv2_dycon.data.splits import SPLITS_FILE, STOCK_FOLDS, check_copies, check_splits, read_splits
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.files import first_few
 from nnunetv2_dycon.findings import Finding
@@ -261,21 +262,24 @@ def _missing_labels(roles: Roles, labels: Mapping[str, Path]) -> Finding:
 
 
 def _splits(raw: Path, roles: Roles) -> Finding:
-    name = "splits_final.json"
+    path, cases = raw / SPLITS_FILE, len(roles.labeled)
+    if not path.is_file():
+        return Finding(SPLITS_FILE, True, f"none: {_folds_to_come(cases)}")
     try:
         folds = read_splits(raw)
-        for index in range(len(folds)):
-            fold_unlabeled(folds, index, roles.labeled)
+        check_splits(folds, path, roles.labeled, raw / "imagesTr")
+        check_copies(Path(os.environ.get("nnUNet_preprocessed", raw), raw.name), raw)
     except UserError as error:
-        return Finding(name, False, str(error))
-    for index, fold in enumerate(folds):
-        named = [*fold.get("train", []), *fold.get("val", [])]
-        unknown = sorted(set(named) - set(roles.labeled))
-        if unknown:
-            return Finding(
-                name, False, f"fold {index} names {unknown[0]!r}, which is not a labelled case; correct the list"
-            )
-    return Finding(name, True, f"{len(folds)} folds" if folds else "none: nnU-Net will make five folds")
+        return Finding(SPLITS_FILE, False, str(error))
+    return Finding(SPLITS_FILE, True, f"{len(folds)} folds" if len(folds) > 1 else "1 fold: train with -f 0")
+
+
+def _folds_to_come(cases: int) -> str:
+    if cases >= STOCK_FOLDS:
+        return f"nnU-Net will make {STOCK_FOLDS} folds"
+    if cases == 1:
+        return "one labelled case is too few for folds: fold 0 of our trainers trains and validates on it"
+    return f"{cases} labelled cases are too few for nnU-Net's {STOCK_FOLDS} folds: our trainers make one fold per case"
 
 
 def _provenance(raw: Path, role_of: Mapping[str, str]) -> Finding:

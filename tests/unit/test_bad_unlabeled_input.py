@@ -270,7 +270,7 @@ def test_a_missing_file_of_dataset_json(raw: Path) -> None:
     content = json.loads((folder / "dataset.json").read_text())
     content["dataset"] = {"gone": {"images": ["nowhere_0000.nii.gz"], "label": "nowhere.nii.gz"}}
     (folder / "dataset.json").write_text(json.dumps(content))
-    splits = [{"train": [], "val": [], "unlabeled": ["gone"]}]
+    splits = [{"train": ["a"], "val": ["b"], "unlabeled": ["gone"]}]
     (folder / "splits_final.json").write_text(json.dumps(splits))
     assert f"{raw / 'nowhere_0000.nii.gz'}: No such file or directory; restore it" in message()
 

@@ -137,7 +137,7 @@ def test_fold_all_trains_and_validates_on_all_labelled_cases(monkeypatch, root):
     start(monkeypatch, root, fold="all")
     cases = ["l_00", "l_01", "l_02", "l_03"]
     name = "Dataset911_Tiny_foldall_self1"
-    assert splits(root, name) == [{"train": [*cases, *CASES], "val": cases}]
+    assert splits(root, name) == [{"train": [*cases, *CASES], "val": cases, "overlap": True}]
 
 
 def test_the_log_has_commands_lengths_and_shares(monkeypatch, root, caplog):
@@ -244,8 +244,8 @@ def drop_splits(root):
         ),
         (lambda root: edit_splits(root, train=["l_00"], val=["l_01"], unlabeled=["l_02"]), {}, "nnUNetv2_dycon split"),
         (lambda root: edit_splits(root, train=["l_00", "x"], val=["l_01"]), {}, "'x'"),
-        (None, {"fold": 3}, "-f 3"),
-        (drop_splits, {"fold": 7}, "-f 7: there will be folds 0 to"),
+        (None, {"fold": 3}, "has no fold 3; type -f 0"),
+        (drop_splits, {"fold": 7}, "there is no fold 7: "),
         (None, {"processes": 0}, "-np 0"),
         (None, {"fold": "best"}, "-f best"),
         (None, {"configuration": "3d_none"}, "-c 3d_none"),

@@ -90,8 +90,8 @@ def test_preparation_writes_nothing_where_plans_lead_outside(place: Place, folde
 
 @pytest.mark.parametrize("key", ["train", "val", "unlabeled"])
 def test_folds_with_such_a_name_are_refused(tmp_path: Path, key: str) -> None:
-    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {key: ["c", "../d"]}]))
-    with pytest.raises(SplitError, match=r"splits_final\.json names a case '\.\./d'"):
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"], key: ["c", "../d"]}]))
+    with pytest.raises(SplitError, match=r"splits_final\.json, fold 0 names a case '\.\./d'"):
         read_splits(tmp_path)
 
 
