@@ -9,7 +9,9 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_dycon import parallel
+from nnunetv2_dycon.data.dataset_json import read_dataset_json
 from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
+from nnunetv2_dycon.data.file_names import hidden_cases
 from nnunetv2_dycon.data.roles import Roles, read_roles
 from nnunetv2_dycon.data.splits import (
     SPLITS_FILE,
@@ -139,8 +141,11 @@ def read_experiment(
     if repeat != "half" and not (isinstance(repeat, int) and repeat >= 1):
         raise ConfigError(f"--repeat {repeat}: give half, or how often each labelled case is listed (1 and more)")
     data = DataSet.named(dataset_name(dataset_id))
-    content = read_json(data.raw / "dataset.json", "a raw data set of nnU-Net has one: mend it")
+    content = read_dataset_json(data.raw / "dataset.json")
     roles = read_roles(data.raw, content)
+    hidden = hidden_cases(data.raw, content)  # which nnU-Net's prediction would stop at
+    if hidden:
+        raise DataError(hidden[0])
     if not roles.unlabeled:
         raise DataError(f"{data.raw / 'imagesUn'} has no image; put the unlabelled images there")
     plan = f"plan it first: nnUNetv2_plan_and_preprocess -d {data.id} -c {configuration}"

@@ -220,8 +220,11 @@ def test_an_unknown_configuration(raw: Path) -> None:
 
 
 def test_an_unknown_data_set(raw: Path) -> None:
-    assert "-d 902: Could not find a dataset with the ID 902; check the id" in message(dataset=902)
-    assert "-d tiny: " in message(dataset="tiny")
+    assert (
+        message(dataset=902)
+        == f"-d 902: no data set has this id; {raw.parent} has {NAME}; correct the id, or nnUNet_raw"
+    )
+    assert message(dataset="tiny") == "-d tiny: give an id (4) or a full name (Dataset004_Name)"
 
 
 def test_the_raw_data_set_is_needed_for_preparing(raw: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from nnunetv2_dycon.data.roles import read_roles
 from nnunetv2_dycon.errors import SplitError
 
-JSON = {"file_ending": ".nii.gz", "channel_names": {"0": "a", "1": "b"}}
+JSON = {"file_ending": ".nii.gz", "channel_names": {"0": "a", "1": "b"}, "labels": {"background": 0, "x": 1}}
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -60,9 +60,8 @@ def test_split_writes_nothing_for_such_a_name_in_dataset_json(place: Place, name
         split(ID, 905, 1, processes=1)
     assert everything(place.root) == before
     assert sorted(p.name for p in place.raw.parent.iterdir()) == ["Dataset900_Other", NAME]
-    (finding,) = check(ID, processes=1)
-    assert not finding.ok
-    assert "dataset.json names a case" in finding.text
+    with pytest.raises(DataError, match=r"dataset\.json names a case"):
+        check(ID, processes=1)
 
 
 def test_preparation_deletes_nothing_for_such_a_name_in_the_manifest(place: Place) -> None:
