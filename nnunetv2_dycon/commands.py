@@ -233,6 +233,7 @@ VERBS: dict[str, Verb] = {
         (
             _dataset("dataset_id"),
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
+            _argument("--fix", action="store_true", help='correct "numTraining" in dataset.json'),
         ),
         _show_findings,
     ),

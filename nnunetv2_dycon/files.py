@@ -150,6 +150,32 @@ def read_json(path: Path, mend: str = "restore it", error: type[UserError] = Dat
         raise error(f"{path} cannot be read (not JSON: {reason}); {mend}") from reason
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether systems hide a file or folder of this name; it is nobody's data, like the `._` files of macOS."""
+    return name.startswith(".")
+
+
+def list_visible(folder: Path, ending: str = "") -> list[Path]:
+    """Return the files in a folder, sorted, without hidden ones and folders; none if it is not a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder.
+    ending : str
+        End of the names.
+    """
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = [
+            entry.name
+            for entry in entries
+            if entry.name.endswith(ending) and not is_hidden(entry.name) and not entry.is_dir()
+        ]
+    return [folder / name for name in sorted(names)]
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     try:

@@ -8,6 +8,11 @@ from nnunetv2_dycon.errors import DataError
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
+def unset(variable: str) -> str:
+    """Return what to type where one of nnU-Net's variables is not set."""
+    return f"{variable} is not set; type: export {variable}=/path/to/{variable}"
+
+
 def environment_folder(variable: str) -> Path:
     """Return the folder that one of nnU-Net's variables names.
 
@@ -18,7 +23,7 @@ def environment_folder(variable: str) -> Path:
     """
     value = os.environ.get(variable)
     if not value:
-        raise DataError(f"{variable} is not set; type: export {variable}=/path/to/{variable}")
+        raise DataError(unset(variable))
     if not Path(value).is_dir():
         raise DataError(
             f"{variable} is {value}, which is not a folder; type: mkdir -p '{value}', or correct the variable"

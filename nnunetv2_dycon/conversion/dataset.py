@@ -24,6 +24,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.files import read_json, sync, write_text
+from nnunetv2_dycon.folders import unset
 from nnunetv2_dycon.locks import locked
 
 IMAGES = {"labeled": "imagesTr", "validation": "imagesTr", "unlabeled": "imagesUn", "test": "imagesTs"}
@@ -68,7 +69,7 @@ def new_folder(dataset_id: int, name: str) -> Path:
     """
     raw = nnUNet_raw.get()
     if not raw:
-        raise DataError("nnUNet_raw is not set: type export nnUNet_raw=/folder/for/raw/data first.")
+        raise DataError(unset("nnUNet_raw"))
     if not 1 <= dataset_id <= 999:
         raise ConfigError(f"Data set id {dataset_id} cannot be used: give 1 to 999.")
     folder = Path(raw) / f"Dataset{dataset_id:03d}_{name}"

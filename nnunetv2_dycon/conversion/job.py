@@ -15,7 +15,7 @@ from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.cases import Task
 from nnunetv2_dycon.data.datasets import dataset_number
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import first_few, json_digest, text_digest, write_json
+from nnunetv2_dycon.files import first_few, json_digest, list_visible, text_digest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Job:
             file.stat().st_mtime_ns
             for task in self.tasks
             for path in task.sources
-            for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
+            for file in (list_visible(path) if path.is_dir() else (path,))
         ]
         return text_digest(f"{self.fingerprint} {times}")
 

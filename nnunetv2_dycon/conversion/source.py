@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import is_hidden
 
 _JUNK = {"desktop.ini", "thumbs.db", "__macosx"}
 NIFTI = r"\.nii(?:\.gz)?"
@@ -65,7 +66,7 @@ def list_files(source: str | Path, inner: Collection[str] = ()) -> tuple[Path, l
 
 
 def _is_junk(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _JUNK
+    return is_hidden(name) or name.lower() in _JUNK
 
 
 def inside(path: Path, root: Path) -> Path:

@@ -15,6 +15,7 @@ from nnunetv2_dycon.conversion.groups import read_groups
 from nnunetv2_dycon.conversion.job import Conversion, Job, carry_out
 from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.raw import find_raw
+from nnunetv2_dycon.data.datasets import dataset_title
 from nnunetv2_dycon.data.roles import Roles, label_paths, read_roles
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
 from nnunetv2_dycon.files import write_json
@@ -91,7 +92,7 @@ def split(
     if kept_tests:
         role_of |= dict.fromkeys(data.roles.test, "test")
     _check_subjects(role_of, subjects)
-    folder = dataset.new_folder(new_id, data.folder.name.split("_", 1)[1])
+    folder = dataset.new_folder(new_id, dataset_title(data.folder.name))
     work = dataset.workspace(folder).work
     tasks = [
         link_case(case, role, data.roles.files[case], data.labels.get(case), data.ending, work)
@@ -116,7 +117,7 @@ def split(
             **plan_of(tasks, roles, data.folder),
         },
         folds=roles.folds,
-        describe=partial(_write_dataset_json, data, folder.name.split("_", 1)[1], training_cases(tasks)),
+        describe=partial(_write_dataset_json, data, dataset_title(folder.name), training_cases(tasks)),
         title=f"{data.folder.name} as {folder.name}, --labeled {Path(str(labeled)).name}",
         rows=rows,
         notes=(*role_notes(roles), *_left_out(data, kept_tests)),

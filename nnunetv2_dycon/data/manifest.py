@@ -17,8 +17,10 @@ from typing import Any, Literal
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_dycon.data.dataset_json import channel_names
 from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
-from nnunetv2_dycon.data.roles import channel_names, image_sidecar, read_roles, unlabeled_name_problems
+from nnunetv2_dycon.data.file_names import unlabeled_name_problems
+from nnunetv2_dycon.data.roles import image_sidecar, read_roles
 from nnunetv2_dycon.data.splits import Splits, benchmark_cases, fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.files import check_case_names, first_few, read_json, write_json

@@ -13,8 +13,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_dycon.data.dataset_json import channel_names
 from nnunetv2_dycon.data.manifest import ELSEWHERE, SUFFIXES
-from nnunetv2_dycon.data.roles import channel_names
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import check_case_names, place, writing
 

@@ -220,8 +220,11 @@ def test_an_unknown_configuration(raw: Path) -> None:
 
 
 def test_an_unknown_data_set(raw: Path) -> None:
-    assert "-d 902: Could not find a dataset with the ID 902; check the id" in message(dataset=902)
-    assert "-d tiny: " in message(dataset="tiny")
+    assert (
+        message(dataset=902)
+        == f"-d 902: no data set has this id; {raw.parent} has {NAME}; correct the id, or nnUNet_raw"
+    )
+    assert message(dataset="tiny") == "-d tiny: give an id (4) or a full name (Dataset004_Name)"
 
 
 def test_the_raw_data_set_is_needed_for_preparing(raw: Path) -> None:
@@ -270,7 +273,7 @@ def test_a_missing_file_of_dataset_json(raw: Path) -> None:
     content = json.loads((folder / "dataset.json").read_text())
     content["dataset"] = {"gone": {"images": ["nowhere_0000.nii.gz"], "label": "nowhere.nii.gz"}}
     (folder / "dataset.json").write_text(json.dumps(content))
-    splits = [{"train": [], "val": [], "unlabeled": ["gone"]}]
+    splits = [{"train": ["a"], "val": ["b"], "unlabeled": ["gone"]}]
     (folder / "splits_final.json").write_text(json.dumps(splits))
     assert f"{raw / 'nowhere_0000.nii.gz'}: No such file or directory; restore it" in message()
 

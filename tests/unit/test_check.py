@@ -163,7 +163,38 @@ def test_a_missing_channel_is_found(root):
 
 def test_folds_that_name_other_cases_are_found(raw):
     (raw / "splits_final.json").write_text(json.dumps([{"train": ["l_00", "t_00"], "val": ["l_01"]}]))
-    assert "'t_00', which is not a labelled case" in failed()["splits_final.json"]
+    assert "'t_00', not in" in failed()["splits_final.json"]
+
+
+@pytest.mark.parametrize(
+    ("planned", "words"),
+    [
+        ([{"train": ["l_00"], "val": ["l_02"]}], "fold 0 of"),
+        ([{"train": ["l_01", "l_00"], "val": ["l_02"]}, {"train": ["l_00"], "val": ["l_01"]}], None),
+        ([{"train": ["l_00", "l_01"], "val": ["l_02"], "unlabeled": ["l_03"]}], "fold 0 of"),
+    ],
+)
+def test_folds_that_differ_from_those_that_training_reads_are_found(raw, root, planned, words):
+    path = root / "nnUNet_preprocessed/Dataset004_Tiny/splits_final.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(planned))
+    (raw / "splits_final.json").write_text(json.dumps([{"train": ["l_00", "l_01"], "val": ["l_02"]}]))
+    text = failed().get("splits_final.json")
+    if words is None:
+        assert text is None
+    else:
+        assert words in text
+        assert f"cp {raw / 'splits_final.json'} {path}" in text
+
+
+@pytest.mark.parametrize(
+    ("cases", "text"), [(1, "trains and validates on it"), (4, "one fold per case"), (5, "5 folds")]
+)
+def test_the_number_of_folds_to_come_is_that_of_the_cases(root, cases, text):
+    make_dataset(root, **{**OPTIONS, "labeled": cases})
+    (found,) = (one for one in check(4, processes=1) if one.name == "splits_final.json")
+    assert found.ok
+    assert text in found.text
 
 
 def test_a_case_that_was_moved_after_the_conversion_is_found(raw):
@@ -184,11 +215,11 @@ def test_a_data_set_that_is_not_there_is_one_line(root):
     [
         ({"labels": {"0": "background", "1": "a"}}, '"background": 0, "organ": 1}, or run nnUNetv2_convert_old_'),
         ({"labels": {"0": "background", "1": "a"}, "file_ending": None}, "nnUNetv2_convert_old_nnUNet_dataset"),
-        ({"labels": ["background", "a"]}, '"labels" must give a number to each name'),
-        ({"labels": {"background": 0, "a": {"b": 1}}}, '"labels" must give a number to each name'),
-        ({"labels": None}, "has no 'labels'; add it"),
-        ({"file_ending": None}, "has no 'file_ending'; add it"),
-        ({"channel_names": None}, "has no 'channel_names'; add it"),
+        ({"labels": ["background", "a"]}, "; write a number for each name"),
+        ({"labels": {"background": 0, "a": {"b": 1}}}, "; write a number for each name"),
+        ({"labels": None}, 'has no "labels"; add '),
+        ({"file_ending": None}, 'has no "file_ending"; add '),
+        ({"channel_names": None}, 'has no "channel_names"; add '),
     ],
 )
 @pytest.mark.parametrize("command", [lambda: check(4, processes=1), lambda: split(4, 604, 1)], ids=["check", "split"])

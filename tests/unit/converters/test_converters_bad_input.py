@@ -24,6 +24,7 @@ from tests.converting import (
     Form,
     find,
     lay_out,
+    read,
     refused,
     run,
     tree,
@@ -337,3 +338,22 @@ def test_no_labeled_case_on_disk_is_said(raw, source) -> None:
         run(FORMS["la-h5"], source)
     assert issubclass(SplitError, UserError)
     assert issubclass(DataError, UserError)
+
+
+@pytest.mark.parametrize("form", ["pancreas-dicom", "pancreas-nifti"])
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_label_with_fewer_slices_than_its_scan_is_never_shifted(raw, source, form, lost) -> None:
+    truth = lay_out(form, source)["PANCREAS_0001"]
+    path = find(source, A_LABEL[form])
+    image = nib.load(path)
+    turned = image.as_reoriented([[0, 1], [1, 1], [2, -1]])  # begins far from the organ
+    for corrected in (False, True):
+        affine = turned.affine.copy()
+        affine[:3, 3] += corrected * lost * affine[:3, 2]
+        nib.save(nib.Nifti1Image(np.asanyarray(turned.dataobj)[:, :, lost:], affine), path)
+        try:
+            folder = run(FORMS[form], source, overwrite=True).folder
+        except DataError:
+            refused(raw, FORMS[form], source, str(path), "the CT does not show clearly", "all slices", overwrite=True)
+        else:
+            assert np.array_equal(read(folder / "labelsTr" / "PANCREAS_0001.nii.gz")[0], truth.label)

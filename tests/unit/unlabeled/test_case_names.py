@@ -60,9 +60,8 @@ def test_split_writes_nothing_for_such_a_name_in_dataset_json(place: Place, name
         split(ID, 905, 1, processes=1)
     assert everything(place.root) == before
     assert sorted(p.name for p in place.raw.parent.iterdir()) == ["Dataset900_Other", NAME]
-    (finding,) = check(ID, processes=1)
-    assert not finding.ok
-    assert "dataset.json names a case" in finding.text
+    with pytest.raises(DataError, match=r"dataset\.json names a case"):
+        check(ID, processes=1)
 
 
 def test_preparation_deletes_nothing_for_such_a_name_in_the_manifest(place: Place) -> None:
@@ -90,8 +89,8 @@ def test_preparation_writes_nothing_where_plans_lead_outside(place: Place, folde
 
 @pytest.mark.parametrize("key", ["train", "val", "unlabeled"])
 def test_folds_with_such_a_name_are_refused(tmp_path: Path, key: str) -> None:
-    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {key: ["c", "../d"]}]))
-    with pytest.raises(SplitError, match=r"splits_final\.json names a case '\.\./d'"):
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"], key: ["c", "../d"]}]))
+    with pytest.raises(SplitError, match=r"splits_final\.json, fold 0 names a case '\.\./d'"):
         read_splits(tmp_path)
 
 

@@ -149,7 +149,7 @@ def test_benchmark_mode_needs_no_images_un_and_forgets_cases_of_no_list(place: P
 
 
 def test_benchmark_lists_are_checked(place: Place) -> None:
-    (place.raw / "splits_final.json").write_text('[{"train": ["l_00"], "val": [], "unlabeled": ["u_00"]}]')
+    (place.raw / "splits_final.json").write_text('[{"train": ["l_00"], "val": ["l_01"], "unlabeled": ["u_00"]}]')
     for function in (prepare, lambda: unlabeled_status(ID)):
         with pytest.raises(SplitError, match="'u_00', not in imagesTr"):
             function()
