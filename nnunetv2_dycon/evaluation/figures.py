@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from nnunetv2_dycon.data.readers import read_view
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.comparison import METRICS, Comparison, Method
 from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
@@ -345,11 +345,11 @@ def _image(images: Images, case: str, shape: tuple[int, ...]) -> NDArray:
     if path is None or not path.is_file():
         return np.zeros(shape)
     try:
-        if images.labels.reader is not None:
-            return images.labels.reader().read_images([str(path)])[0][0].reshape(shape)
-        image = nibabel.load(path)
-        image = nibabel.as_closest_canonical(image) if images.labels.reorient else image
-        return np.asarray(image.dataobj, dtype=np.float32).T.reshape(shape)
+        values = read_view(path, images.labels.reader).values
+        first = values.reshape(-1, *values.shape[values.ndim - len(shape) :])[0]  # of several channels in one file
+        if first.shape != shape:
+            raise ValueError(f"shape {first.shape} instead of {shape}")
+        return first.astype(np.float32)
     except MemoryError:
         raise
     except Exception as error:  # every format and reader has its own

@@ -108,7 +108,7 @@ def evaluate(
     truth_folder, prediction_folder = Path(truth_folder), Path(prediction_folder)
     output = prediction_folder if output is None else Path(output)
     path = _dataset_file(truth_folder, prediction_folder) if dataset_json is None else Path(dataset_json)
-    labels = read_labels(path, truth_folder)
+    labels = read_labels(path, truth_folder, prediction_folder)
     truths, predictions = (case_files(folder, labels.ending) for folder in (truth_folder, prediction_folder))
     _check_names(truths, predictions, truth_folder, prediction_folder, chill)
     check_writable(output)
