@@ -75,11 +75,16 @@ def find_reader(
     named = (plans or {}).get("image_reader_writer")
     known = {**content, "overwrite_image_reader_writer": named} if named else dict(content)
     ending = content["file_ending"]
-    several = sum(ending.lower() in reader.supported_file_endings for reader in LIST_OF_IO_CLASSES) > 1
+    several = len(readers_of(ending)) > 1
     for file in (str(example), None) if example and several else (None,):  # a broken example decides nothing
         with contextlib.suppress(RuntimeError), _quiet():
             return determine_reader_writer_from_dataset_json(known, file, verbose=False)
     raise DataError(f'nnU-Net has no reader for {ending}; correct "file_ending" in dataset.json')
+
+
+def readers_of(ending: str) -> list[Reader]:
+    """Return nnU-Net's readers for a file ending, in the order in which nnU-Net tries them."""
+    return [reader for reader in LIST_OF_IO_CLASSES if ending.lower() in reader.supported_file_endings]
 
 
 def read_view(path: Path, reader: Reader) -> View:

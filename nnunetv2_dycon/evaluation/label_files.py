@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunetv2_dycon.data.readers import Reader, find_reader, read_view
+from nnunetv2_dycon.data.readers import Reader, find_reader, read_view, readers_of
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.metrics import Structure
 from nnunetv2_dycon.files import first_few, read_json
@@ -182,6 +182,27 @@ def same_geometry(truth: LabelMap, prediction: LabelMap) -> str | None:
         one, other = truth.place.get(key), prediction.place.get(key)
         if one is not None and other is not None and not np.allclose(one, other, rtol=0, atol=limit):
             return f"{key} {_numbers(other)} instead of {_numbers(one)}"
+    return None
+
+
+def reader_that_agrees(truth: Path, prediction: Path, labels: Labels) -> str | None:
+    """Return another reader of nnU-Net for these files, to which they have one geometry; None if there is none.
+
+    Parameters
+    ----------
+    truth, prediction : Path
+        Label maps that differ in geometry.
+    labels : Labels
+        Labels of the data set.
+    """
+    for reader in readers_of(labels.ending):
+        other = labels._replace(reader=reader)
+        try:
+            seen = [read_label_map(path, other, truth=True) for path in (truth, prediction)]
+        except DataError:
+            continue
+        if same_geometry(*seen) is None:
+            return reader.__name__
     return None
 
 

@@ -26,6 +26,7 @@ from nnunetv2_dycon.evaluation.label_files import (
     case_files,
     read_label_map,
     read_labels,
+    reader_that_agrees,
     same_geometry,
 )
 from nnunetv2_dycon.evaluation.metrics import (
@@ -140,7 +141,12 @@ def _score_files(task: _Task) -> Scored:
     prediction = read_label_map(task.prediction, task.labels, truth=False)
     difference = same_geometry(truth, prediction)
     if difference:
-        raise DataError(f"{task.prediction} has {difference} of {task.truth}; write it in the truth's geometry")
+        mend = "write it in the truth's geometry"
+        other = reader_that_agrees(task.truth, task.prediction, task.labels)
+        if other:
+            mend = f'as {other} reads them they do not differ: add "overwrite_image_reader_writer": "{other}" to '
+            mend += f"{DATASET_FILE} if nnU-Net predicted with it, else write the prediction in the truth's geometry"
+        raise DataError(f"{task.prediction} has {difference} of {task.truth}; {mend}")
     return score_case(
         truth.labels,
         prediction.labels,

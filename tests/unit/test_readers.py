@@ -46,27 +46,28 @@ HEADERS: dict[str, dict] = {
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("options", HEADERS.values(), ids=HEADERS)
-def test_values_and_spacing_are_those_of_nnunets_reader(tmp_path: Path, options: dict, reader, ending: str) -> None:
-    path = header(tmp_path / f"a{ending}", **options)
-    expected, properties = reader().read_seg(str(path))
-    view = read_view(path, reader)
-    assert np.array_equal(view.values, expected[0])
-    passed_over = {"micron": 1e-3, "meter": 1e3}.get(options.get("unit", ""), 1) if "Nib" in reader.__name__ else 1
-    assert view.spacing == pytest.approx([passed_over * step for step in properties["spacing"]])
+def test_values_and_spacing_are_those_of_nnunets_reader(tmp_path: Path, reader, ending: str) -> None:
+    for name, options in HEADERS.items():
+        path = header(tmp_path / f"a{ending}", **options)
+        expected, properties = reader().read_seg(str(path))
+        view = read_view(path, reader)
+        assert np.array_equal(view.values, expected[0]), name
+        unit = {"micron": 1e-3, "meter": 1e3}.get(options.get("unit", ""), 1)
+        passed_over = unit if "Nibabel" in reader.__name__ else 1
+        assert view.spacing == pytest.approx([passed_over * step for step in properties["spacing"]]), name
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("options", HEADERS.values(), ids=HEADERS)
-def test_what_a_reader_writes_for_an_image_is_in_its_place(tmp_path: Path, options: dict, reader) -> None:
-    path = header(tmp_path / "a.nii.gz", **options)
-    values, properties = reader().read_seg(str(path))
-    reader().write_seg(values[0].astype(np.uint8), str(tmp_path / "b.nii.gz"), properties)
-    one, other = read_view(path, reader), read_view(tmp_path / "b.nii.gz", reader)
-    assert np.array_equal(other.values, values[0].astype(np.uint8))
-    assert one.place.keys() == other.place.keys() == {"spacing", "origin", "direction"}
-    for key, value in one.place.items():
-        assert other.place[key] == pytest.approx(value, abs=1e-3), key
+def test_what_a_reader_writes_for_an_image_is_in_its_place(tmp_path: Path, reader) -> None:
+    for name, options in HEADERS.items():
+        path = header(tmp_path / "a.nii.gz", **options)
+        values, properties = reader().read_seg(str(path))
+        reader().write_seg(values[0].astype(np.uint8), str(tmp_path / "b.nii.gz"), properties)
+        one, other = read_view(path, reader), read_view(tmp_path / "b.nii.gz", reader)
+        assert np.array_equal(other.values, values[0].astype(np.uint8)), name
+        assert one.place.keys() == other.place.keys() == {"spacing", "origin", "direction"}
+        for key, value in one.place.items():
+            assert other.place[key] == pytest.approx(value, abs=1e-3), (name, key)
 
 
 def test_the_place_is_the_one_of_the_two_that_the_reader_goes_by(tmp_path: Path) -> None:
