@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from nnunetv2_dycon.errors import DataError
 
 Reader = type[BaseReaderWriter]
+MEND = "restore or replace it"
 _MILLIMETERS = {"meter": 1000.0, "micron": 0.001}  # as SimpleITK reads them; without a unit: mm
 _UNREADABLE = (
     *(OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, struct.error),
@@ -119,21 +120,32 @@ def read_view(path: Path, reader: Reader) -> View:
     return View(values, spacing, {"spacing": np.array(spacing)})
 
 
-def read_itk(path: Path, *, reorient: bool = False) -> Any:
+def read_itk(path: Path, mend: str = MEND, *, reorient: bool = False) -> Any:
     """Return the SimpleITK image of a whole file without NaN and Inf, which SimpleITK reads as 0 from NIfTI.
 
     Parameters
     ----------
     path : Path
         The file.
+    mend : str
+        What the user can do about damage; ends the error message.
     reorient : bool
         Turn its axes to RAS, as `SimpleITKIOWithReorient`.
     """
     if is_nifti(path):
-        _refuse_not_finite(path, open_nifti(path, unpack=True))
+        _refuse_not_finite(path, open_nifti(path, mend, unpack=True))
     with _quiet(), _right_angles(path):
         image = sitk.ReadImage(str(path))
         return sitk.DICOMOrient(image, "RAS") if reorient else image
+
+
+def read_itk_header(path: Path) -> Any:
+    """Return a SimpleITK reader that knows the size and the geometry of a file, without its voxels."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    with _quiet(), reading(path), _right_angles(path):
+        reader.ReadImageInformation()
+    return reader
 
 
 @contextlib.contextmanager
@@ -217,7 +229,7 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def open_nifti(path: Path, mend: str = "restore or replace it", *, unpack: bool = False) -> Any:
+def open_nifti(path: Path, mend: str = MEND, *, unpack: bool = False) -> Any:
     """Return the nibabel image of a complete file, its voxels not yet read.
 
     SimpleITK reads the missing part of a truncated file as 0, and all of a damaged one; nibabel does not notice a
