@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from tqdm import tqdm
 
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.dataset import conversion_of
+from nnunetv2_dycon.conversion.headers import passed_over
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.conversion.volumes import reading
 from nnunetv2_dycon.data.datasets import dataset_number
+from nnunetv2_dycon.data.readers import check_nifti
 from nnunetv2_dycon.data.roles import Roles, channel_names, label_paths, read_roles, unlabeled_name_problems
 from nnunetv2_dycon.data.splits import fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import DataError, UserError
@@ -37,10 +38,11 @@ class _Task:
 
 
 class _Seen(NamedTuple):
-    """Findings in one case: problems by finding, and hashes of its channels' voxels."""
+    """Findings in one case: problems by finding, hashes of its channels' voxels, and what its reader passes over."""
 
     problems: tuple[tuple[str, str], ...]
     hashes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def check(dataset_id: int | str, *, processes: int | None = None) -> list[Finding]:
@@ -75,6 +77,7 @@ def check(dataset_id: int | str, *, processes: int | None = None) -> list[Findin
         _unlabeled(raw, content, roles),
         _duplicates(role_of, seen),
         *(_gathered(name, text, seen) for name, text in _LOOKED_AT.items()),
+        _headers(seen),
         _missing_labels(roles, labels),
         _splits(raw, roles),
         _provenance(raw, role_of),
@@ -139,27 +142,20 @@ def _look(task: _Task) -> _Seen:
     hashes = tuple(_hash(channel) for channel in image)
     if task.label is not None:
         problems += _look_at_label(task, image, properties)
-    return _Seen(tuple(problems), hashes)
+    files = (*task.images, *([task.label] if task.label and not problems else []))
+    notes = tuple(note for path in files if (note := passed_over(path, task.reader)))
+    return _Seen(tuple(problems), hashes, notes)
 
 
 def _read(files: Sequence[Path], reader: Any) -> tuple[np.ndarray, dict[str, Any]]:
     """Return image (C, X, Y, Z) and properties; raises DataError if nnU-Net's reader cannot read it."""
     for path in files:
-        _refuse_broken(path)
+        check_nifti(path)
     with reading(files[0]):
         try:
             return reader().read_images([str(path) for path in files])
         except Exception as error:  # every reader has its own
             raise DataError(f"{', '.join(map(str, files))} cannot be read ({_last_line(error)})") from error
-
-
-def _refuse_broken(path: Path) -> None:
-    # SimpleITK reads NaN in NIfTI, and the missing part of a truncated file, as 0
-    if path.name.endswith((".nii", ".nii.gz")):
-        with reading(path):
-            values = np.asanyarray(nib.load(path).dataobj)
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise DataError(f"{path} has NaN or Inf; replace the values or remove the case")
 
 
 def _last_line(error: Exception) -> str:
@@ -171,7 +167,7 @@ def _look_at_label(task: _Task, image: np.ndarray, properties: Mapping[str, Any]
     path: Any = task.label
     try:
         with reading(path):
-            _refuse_broken(path)
+            check_nifti(path)
             label, of_label = task.reader().read_seg(str(path))
     except DataError as error:
         return [("label values", str(error))]
@@ -213,6 +209,12 @@ def _hash(channel: np.ndarray) -> str:
 def _gathered(name: str, good: str, seen: Mapping[str, _Seen]) -> Finding:
     problems = sorted(text for result in seen.values() for of, text in result.problems if of == name)
     return Finding(name, not problems, first_few(problems, separator=" | ") if problems else good)
+
+
+def _headers(seen: Mapping[str, _Seen]) -> Finding:
+    """Say what nnU-Net's reader passes over in headers; the data set can be used."""
+    notes = sorted(note for result in seen.values() for note in result.notes)
+    return Finding("headers", True, _joined(notes) if notes else "nnU-Net's reader passes over nothing in them")
 
 
 def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Finding:

@@ -111,7 +111,7 @@ class NiftiFile(Source):
     def grid(self) -> Volume:
         """Return the volume without its voxels, all 0: shape and geometry from the header."""
         image = self.open()
-        affine = image.affine if self.reader is not SimpleITKIO else _affine(read_itk_header(self.path))
+        affine = image.affine if self.reader is not SimpleITKIO else affine_of(read_itk_header(self.path))
         return Volume(np.broadcast_to(np.uint8(0), image.shape), affine, image.header)
 
     def open(self) -> nib.Nifti1Image:
@@ -295,10 +295,10 @@ def from_sitk(image: Any, name: str) -> Volume:
     import SimpleITK as sitk
 
     array = _smaller(np.ascontiguousarray(sitk.GetArrayFromImage(image).T), name)
-    return Volume(array, _affine(image))
+    return Volume(array, affine_of(image))
 
 
-def _affine(image: Any) -> np.ndarray:
+def affine_of(image: Any) -> np.ndarray:
     """Return the affine (4, 4) to RAS+ of a SimpleITK image, or of a reader that knows its header."""
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) @ np.diag(image.GetSpacing())

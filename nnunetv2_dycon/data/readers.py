@@ -109,8 +109,7 @@ def read_view(path: Path, reader: Reader) -> View:
         return _view_of_itk(read_itk(path, reorient=reader is SimpleITKIOWithReorient))
     if reader in (NibabelIO, NibabelIOWithReorient):
         return _view_of_nibabel(open_nifti(path, unpack=True), reorient=reader is NibabelIOWithReorient)
-    if is_nifti(path):
-        open_nifti(path, unpack=True)
+    check_nifti(path)
     values, properties = reader().read_seg(str(path))
     spacing = tuple(map(float, properties["spacing"]))
     values = values[0] if len(values) == 1 else values
@@ -132,8 +131,7 @@ def read_itk(path: Path, mend: str = MEND, *, reorient: bool = False) -> Any:
     reorient : bool
         Turn its axes to RAS, as `SimpleITKIOWithReorient`.
     """
-    if is_nifti(path):
-        _refuse_not_finite(path, open_nifti(path, mend, unpack=True))
+    check_nifti(path, mend)
     with _quiet(), _right_angles(path):
         image = sitk.ReadImage(str(path))
         return sitk.DICOMOrient(image, "RAS") if reorient else image
@@ -288,9 +286,28 @@ def _unpacked_size(path: Path) -> int:
     return size
 
 
-def _refuse_not_finite(path: Path, image: Any) -> None:
-    if image.get_data_dtype().kind in "fc" and not np.isfinite(np.asanyarray(image.dataobj.get_unscaled())).all():
-        raise DataError(f"{path} has NaN or Inf; replace the values or remove the case")
+def check_nifti(path: Path, mend: str = MEND) -> None:
+    """Refuse a NIfTI file that is damaged or has NaN or Inf; a file of another format passes.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    mend : str
+        What the user can do about damage; ends the error message.
+
+    Raises
+    ------
+    DataError
+        With the file's name.
+    """
+    if not is_nifti(path):
+        return
+    image = open_nifti(path, mend, unpack=True)
+    with reading(path, mend):
+        floats = image.get_data_dtype().kind in "fc"
+        if floats and not np.isfinite(np.asanyarray(image.dataobj.get_unscaled())).all():
+            raise DataError(f"{path} has NaN or Inf; replace the values or remove the case")
 
 
 def millimeters(image: Any) -> float:
