@@ -255,7 +255,7 @@ def open_nifti(path: Path, mend: str = MEND, *, unpack: bool = False) -> Any:
             packed = file.read(2) == b"\x1f\x8b"
         if packed != path.name.lower().endswith(".gz"):
             now, then = ("gzip", "no .gz") if packed else ("not gzip", ".gz")
-            raise DataError(f"{path} is {now} data but its name says {then}; rename it or {mend}")
+            raise DataError(f"{path} is {now} data but its name says {then}; rename it, or {mend}")
         image: Any = nib.load(path)
         if not isinstance(image, nib.Nifti1Image | nib.Nifti2Image):
             raise DataError(f"{path} is not a single NIfTI file ({type(image).__name__}); {mend}")
