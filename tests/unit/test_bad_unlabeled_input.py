@@ -136,7 +136,8 @@ def test_a_changed_bit(raw: Path, reader: str) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert f"{path} cannot be read" in message()
+    text = message()
+    assert f"{path} cannot be read" in text
     assert "replace or remove" in text
 
 
