@@ -1,5 +1,6 @@
 """Read label maps in any format of nnU-Net's readers, and check that they are complete and have known labels."""
 
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -219,12 +220,18 @@ def case_files(folder: Path, ending: str) -> dict[str, Path]:
         If the folder does not exist, or has no label map.
     """
     if not folder.is_dir():
+        parts = folder.parts
+        if not os.environ.get("nnUNet_raw") and len(parts) > 2 and parts[1].startswith("Dataset"):
+            raise DataError(f"{folder} is not a folder, since nnUNet_raw is not set; type: export nnUNet_raw=FOLDER")
         raise DataError(f"{folder} is not a folder; give the folder with the label maps")
     files = sorted(_files(folder, ending))
     if files:
         return {path.name.removesuffix(ending): path for path in files}
     if any(folder.glob("*.npz")):
         raise DataError(f"{folder} holds probabilities (.npz) and no {ending}; predict without --save_probabilities")
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and any(_files(path, ending)))
+    if inside:
+        raise DataError(f"{folder} holds no file ending in {ending}, but {first_few(inside)} does; give that folder")
     endings = sorted({re.sub(r"^[^.]*", "", path.name) for path in folder.iterdir()} - {""})
     there = f", only {first_few(endings)}" if endings else ""
     raise DataError(f"{folder} holds no file ending in {ending}{there}; give the folder with the label maps")

@@ -3,7 +3,6 @@
 A run is one training with one choice of weights, or a folder of predictions from anywhere.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.advice import unknown
 from nnunetv2_dycon.evaluation.facts import (
     FINAL,
     RUN_FILE,
@@ -128,8 +128,6 @@ def _trainings(name: str, place: Place) -> list[Path] | None:
     ending = f"__{place.plans}__{place.configuration}"
     found = sorted(results.glob(f"{name}{ending}"))
     if not found:
-        known = [path.name.removesuffix(ending) for path in results.glob(f"*{ending}")]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        hint = f"the nearest there is {near[0]}" if near else f"train it: nnUNetv2_train ... -tr {name}"
-        raise DataError(f"{results} has no {name}{ending}; {hint}")
+        advice = unknown(name, results, place.plans, place.configuration, str(place.folds[0]))
+        raise DataError(f"{results} has no {name}{ending}; {advice}")
     return [path / f"fold_{fold}" for path in found for fold in place.folds]

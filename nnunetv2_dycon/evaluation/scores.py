@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import shlex
 import statistics
 import tempfile
 import types
@@ -22,6 +23,7 @@ from nnunetv2_dycon import __version__, parallel
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.label_files import (
     DATASET_FILE,
+    PLANS_FILE,
     Labels,
     case_files,
     read_label_map,
@@ -46,6 +48,7 @@ from nnunetv2_dycon.files import first_few, whole_file
 
 logger = logging.getLogger(__name__)
 
+MADE_BY_NNUNET = (PLANS_FILE, "predict_from_raw_data_args.json")  # in a folder of predictions
 SUMMARIZED = (*OVERLAPS, *DISTANCES, "volume_error_ml", "lesion_f1")
 
 Scored = list[tuple[Score, Counts]]
@@ -107,6 +110,7 @@ def evaluate(
     """
     settings = ScoreSettings(convention, tolerance, distances, lesions)
     truth_folder, prediction_folder = Path(truth_folder), Path(prediction_folder)
+    _check_order(truth_folder, prediction_folder, output)
     output = prediction_folder if output is None else Path(output)
     path = _dataset_file(truth_folder, prediction_folder) if dataset_json is None else Path(dataset_json)
     labels = read_labels(path, truth_folder, prediction_folder)
@@ -155,6 +159,23 @@ def _score_files(task: _Task) -> Scored:
         case=task.case,
         ignore=task.labels.ignore,
         settings=task.settings,
+    )
+
+
+def _check_order(truth_folder: Path, prediction_folder: Path, output: str | Path | None) -> None:
+    """Refuse folders in the wrong order, which would be scored nearly as well, with the results among true labels."""
+    predicted, swapped = (
+        any((folder / name).is_file() for name in MADE_BY_NNUNET) for folder in (prediction_folder, truth_folder)
+    )
+    swapped = swapped and not predicted
+    labels = prediction_folder.absolute().name in ("labelsTr", "labelsTs")
+    if not (swapped or (labels and output is None)):
+        return
+    reason = f"{truth_folder} holds predictions of nnU-Net" if swapped else f"{prediction_folder} holds true labels"
+    order = shlex.join(map(str, (prediction_folder, truth_folder)))
+    raise DataError(
+        f"{reason}, and the truth comes first; type: nnUNetv2_dycon evaluate {order}"
+        + ("" if swapped else ", or give -o another folder if the order is meant")
     )
 
 
