@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.advice import short
 from nnunetv2_dycon.evaluation.facts import FINAL, Facts
 from nnunetv2_dycon.evaluation.runs import Run
 from nnunetv2_dycon.files import first_few
@@ -61,9 +62,9 @@ def _check_cases(run: Run, cases: set[str], predicted: set[str]) -> None:
     if predicted != cases:
         missing, extra = sorted(cases - predicted), sorted(predicted - cases)
         what = f"lacks {first_few(missing)}" if missing else f"has {first_few(extra)}, which has no truth"
-        raise DataError(
-            f"{run.name} has other test cases: {run.predictions} {what}; predict the same cases with every run"
-        )
+        own = run.training is not None and run.training in run.predictions.parents
+        mend = f"delete {run.predictions} and type --predict" if own else "predict the same cases with every run"
+        raise DataError(f"{run.name} has other test cases: {run.predictions} {what}; {mend}")
     trained = cases & set(run.facts.labeled or ())
     if trained:
         raise DataError(f"{run.name} was trained on the test cases {first_few(sorted(trained))}; test on others")
@@ -154,8 +155,18 @@ def _check_upper(upper: Run, others: Sequence[Run]) -> None:
     if upper.facts.plans is not None and None not in plans and upper.facts.plans not in plans:
         raise DataError(
             f"--upper {upper.name} was trained with other plans ({upper.facts.plans}) than {others[0].name} "
-            f"({others[0].facts.plans}); move those to its data set first: nnUNetv2_move_plans_between_datasets"
+            f"({others[0].facts.plans}); {_same_plans(others[0], upper)}"
         )
+
+
+def _same_plans(run: Run, upper: Run) -> str:
+    ours, theirs = (short(one.facts.dataset or "") for one in (run, upper))
+    if ours == theirs or not (ours and theirs):
+        return "train it anew with the same -p and -c"
+    plans = run.training.parent.name.split("__")[1] if run.training else "nnUNetPlans"
+    new = f"{plans}_of_{ours}"
+    command = f"nnUNetv2_move_plans_between_datasets -s {ours} -t {theirs} -sp {plans} -tp {new}"
+    return f"move those to its data set, then preprocess and train it anew with -p {new}: {command}"
 
 
 def _count(facts: Facts) -> int | None:

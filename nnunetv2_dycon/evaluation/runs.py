@@ -78,7 +78,9 @@ def find_runs(text: str, place: Place, weights: Sequence[Weights], mirroring: bo
     DataError
         If nothing has that name, or a training is not finished.
     """
-    name, _, given = text.rpartition("=") if "=" in text and Path(text.rpartition("=")[2]).is_dir() else (text, "", "")
+    name, _, given = text.rpartition("=") if "=" in text and not Path(text).exists() else (text, "", "")
+    if given and not Path(given).is_dir():
+        raise DataError(f"--runs {text}: {given} is not a folder; name the folder of the predictions of {name}")
     trainings = _trainings(name, place)
     if trainings is None:
         return [Run(text, recorded_facts(Path(text)), Path(text))]
@@ -94,7 +96,7 @@ def find_runs(text: str, place: Place, weights: Sequence[Weights], mirroring: bo
             predictions = Path(given) if given else _own_predictions(folder, place.checkpoint, choice, mirroring)
             recorded = read_run_file(predictions) if (predictions / RUN_FILE).is_file() else None
             if recorded:
-                _check_recorded(recorded, replace(facts, weights=choice), predictions)
+                _check_recorded(recorded, replace(facts, weights=choice), predictions, own=not given)
             known = recorded.mirroring if recorded else None if given else mirroring
             runs.append(Run(text, replace(facts, weights=choice, mirroring=known), predictions, folder))
     return runs
@@ -104,13 +106,14 @@ def _own_predictions(folder: Path, checkpoint: str, weights: Weights, mirroring:
     return folder / "test" / f"{Path(checkpoint).stem}_{weights}{'' if mirroring else '_nomirror'}"
 
 
-def _check_recorded(recorded: Facts, facts: Facts, predictions: Path) -> None:
+def _check_recorded(recorded: Facts, facts: Facts, predictions: Path, *, own: bool) -> None:
     if recorded.weights != facts.weights:
         raise DataError(f"{predictions} was predicted by the {recorded.weights}; type --weights {recorded.weights}")
     if recorded.checkpoint_digest != facts.checkpoint_digest:
-        raise DataError(
-            f"{predictions} was predicted with another state of {facts.checkpoint}; delete it and type --predict"
+        mend = (
+            "delete it and type --predict" if own else f"name other predictions of {facts.trainer}, or type --predict"
         )
+        raise DataError(f"{predictions} was predicted with another state of {facts.checkpoint}; {mend}")
 
 
 def _trainings(name: str, place: Place) -> list[Path] | None:

@@ -159,6 +159,10 @@ def test_a_wrong_name_is_refused_with_the_nearest(root):
         find("nnUNetTrainerDyCON_epoch4")
     with pytest.raises(DataError, match="is not a folder"):
         find("no/such")
+    with pytest.raises(
+        DataError, match=f"--runs {DYCON}=misspelt: misspelt is not a folder; name the folder of the pre"
+    ):
+        find(f"{DYCON}=misspelt")
 
 
 def test_student_and_teacher_are_two_runs_and_stock_has_one(root):
@@ -189,8 +193,10 @@ def test_predictions_of_an_older_training_are_refused(root):
     find(DYCON)
     state = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     torch.save({**state, "network_weights": {"w": torch.ones(1)}}, folder / "checkpoint_final.pth")
-    with pytest.raises(DataError, match="predicted with another state"):
+    with pytest.raises(DataError, match=r"predicted with another state of .*; delete it and type --predict"):
         find(DYCON)
+    with pytest.raises(DataError, match=f"predicted with another state of .*; name other predictions of {DYCON} or"):
+        find(f"{DYCON}={run.predictions}")
 
 
 def test_predictions_of_the_other_weights_are_refused(root):
@@ -278,7 +284,10 @@ def test_other_test_cases_are_refused():
     predicted = {str(runs[0].predictions): CASES, str(runs[1].predictions): CASES[:-1]}
     with pytest.raises(DataError, match=r"b has other test cases: .* lacks test_09"):
         check_alike(runs, CASES, predicted)
-    with pytest.raises(DataError, match="has extra, which has no truth"):
+    own = replace(runs[0], training=Path("f"), predictions=Path("f/test/x"))
+    with pytest.raises(DataError, match="lacks test_09; delete f/test/x and type --predict"):
+        check_alike([own], CASES, {"f/test/x": CASES[:-1]})
+    with pytest.raises(DataError, match="has extra, which has no truth; predict the same cases with every run"):
         alike(a_run("a"), predicted=[*CASES, "extra"])
 
 
@@ -298,8 +307,10 @@ def test_an_upper_bound_has_all_labelled_cases_and_more_of_the_same_plans():
     for labeled in (LABELED, (*LABELED[:2], "train_9")):
         with pytest.raises(DataError, match=r"--upper a was trained on 3 labelled cases, which are not those of a and"):
             alike(a_run("a"), a_run("a", **bound | {"labeled": labeled}))
-    with pytest.raises(DataError, match=r"--upper a was trained with other plans \(bbbb\).*move_plans"):
-        alike(a_run("a"), a_run("a", **bound | {"plans": "bbbb"}))
+    command = "nnUNetv2_move_plans_between_datasets -s 501 -t 7 -sp nnUNetPlans -tp nnUNetPlans_of_501"
+    for dataset, mend in ((DATASET, "train it anew with the same -p"), ("Dataset007_Other", f"-p .*: {command}$")):
+        with pytest.raises(DataError, match=rf"--upper a was trained with other plans \(bbbb\).*{mend}"):
+            alike(a_run("a"), a_run("a", **bound | {"plans": "bbbb", "dataset": dataset}))
     with pytest.raises(DataError, match="trained on the test cases test_00"):
         alike(a_run("a"), a_run("a", **bound | {"labeled": (*LABELED, CASES[0])}))
 
