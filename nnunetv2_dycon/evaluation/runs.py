@@ -110,10 +110,8 @@ def _check_recorded(recorded: Facts, facts: Facts, predictions: Path, *, own: bo
     if recorded.weights != facts.weights:
         raise DataError(f"{predictions} was predicted by the {recorded.weights}; type --weights {recorded.weights}")
     if recorded.checkpoint_digest != facts.checkpoint_digest:
-        mend = (
-            "delete it and type --predict" if own else f"name other predictions of {facts.trainer}, or type --predict"
-        )
-        raise DataError(f"{predictions} was predicted with another state of {facts.checkpoint}; {mend}")
+        mend = "delete it and" if own else f"name other predictions of {facts.trainer}, or none and"
+        raise DataError(f"{predictions} was predicted with another state of {facts.checkpoint}; {mend} type --predict")
 
 
 def _trainings(name: str, place: Place) -> list[Path] | None:

@@ -159,9 +159,7 @@ def test_a_wrong_name_is_refused_with_the_nearest(root):
         find("nnUNetTrainerDyCON_epoch4")
     with pytest.raises(DataError, match="is not a folder"):
         find("no/such")
-    with pytest.raises(
-        DataError, match=f"--runs {DYCON}=misspelt: misspelt is not a folder; name the folder of the pre"
-    ):
+    with pytest.raises(DataError, match=f"--runs {DYCON}=misspelt: misspelt is not a folder; name the folder"):
         find(f"{DYCON}=misspelt")
 
 
@@ -195,7 +193,7 @@ def test_predictions_of_an_older_training_are_refused(root):
     torch.save({**state, "network_weights": {"w": torch.ones(1)}}, folder / "checkpoint_final.pth")
     with pytest.raises(DataError, match=r"predicted with another state of .*; delete it and type --predict"):
         find(DYCON)
-    with pytest.raises(DataError, match=f"predicted with another state of .*; name other predictions of {DYCON} or"):
+    with pytest.raises(DataError, match=f"; name other predictions of {DYCON}, or none and type --predict"):
         find(f"{DYCON}={run.predictions}")
 
 
