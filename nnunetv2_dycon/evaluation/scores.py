@@ -1,6 +1,7 @@
 """Score a folder of predictions: a table of all cases, a summary, and nnU-Net's summary.json."""
 
 import csv
+import errno
 import io
 import json
 import logging
@@ -44,7 +45,7 @@ from nnunetv2_dycon.evaluation.metrics import (
     recall,
     score_case,
 )
-from nnunetv2_dycon.files import first_few, whole_file
+from nnunetv2_dycon.files import first_few, whole_file, writing
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,8 @@ def evaluate(
     labels = read_labels(path, truth_folder, prediction_folder)
     truths, predictions = (case_files(folder, labels.ending) for folder in (truth_folder, prediction_folder))
     _check_names(truths, predictions, truth_folder, prediction_folder, chill)
-    check_writable(output)
+    names = _file_names(convention)
+    check_writable(output, names)
     tasks = [_Task(case, truths[case], file, labels, settings) for case, file in predictions.items()]
     done: dict[str, Scored] = {}
     workers = parallel.default_processes() if processes is None else processes
@@ -124,17 +126,14 @@ def evaluate(
         for task, scored in tqdm(results, total=len(tasks), desc="Scoring cases"):
             done[task.case] = scored
     rows = [score for task in tasks for score, _ in done[task.case]]
-    stem = "scores" if convention == "mm" else f"scores_{convention}"
     of_nnunet = nnunet_summary([(task.truth, task.prediction, done[task.case]) for task in tasks])
-    files = {
-        f"{stem}.csv": _csv(rows),
-        f"{stem}.json": json.dumps(
-            {"truth": str(truth_folder), "predictions": str(prediction_folder), **summarize(rows)},
-            indent=2,
-            allow_nan=False,
-        ),
-        "summary.json": json.dumps(of_nnunet, indent=4, sort_keys=True),
-    }
+    summary = {"truth": str(truth_folder), "predictions": str(prediction_folder), **summarize(rows)}
+    texts = (
+        _csv(rows),
+        json.dumps(summary, indent=2, allow_nan=False),
+        json.dumps(of_nnunet, indent=4, sort_keys=True),
+    )
+    files = dict(zip(names, texts, strict=True))
     _write(output, files)
     logger.info("%d of %d cases scored; written: %s", len(tasks), len(truths), output / f"{{{','.join(files)}}}")
     return rows
@@ -334,6 +333,11 @@ def column(field: str, convention: Convention) -> str:
     return field if convention == "mm" or not field.endswith("_mm") else field.removesuffix("mm") + "voxels"
 
 
+def _file_names(convention: Convention) -> tuple[str, str, str]:
+    stem = "scores" if convention == "mm" else f"scores_{convention}"
+    return f"{stem}.csv", f"{stem}.json", "summary.json"
+
+
 def _columns(convention: Convention) -> list[str]:
     return [column(field.name, convention) for field in fields(Score)]
 
@@ -380,20 +384,28 @@ def _kind(hint: Any) -> type:
     return kind if kind in (int, float) else str
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
     """Make a folder, and check before the work that files can be written to it.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder.
+    names : iterable of str
+        Files that will be written there.
 
     Raises
     ------
-    DataError
-        If it cannot be written to.
+    WriteError
+        If it cannot be written to, or a folder has the name of a file.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
+        for path in (folder / name for name in names):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{path.name} in it is a folder")
 
 
 def _write(folder: Path, texts: Mapping[str, str]) -> None:
@@ -402,7 +414,3 @@ def _write(folder: Path, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
             part = stack.enter_context(whole_file(folder / name, "give -o another folder"))
             part.write_bytes(text.encode())
-
-
-def _cannot_write(folder: Path, error: OSError) -> DataError:
-    return DataError(f"cannot write into {folder} ({error.strerror}); give -o another folder")

@@ -168,7 +168,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(folders: tupl
     truth, prediction = folders
     (tmp_path / "file").touch()
     (prediction / "a.nii.gz").write_text("would be noticed in the work")
-    with pytest.raises(DataError, match=re.escape(f"cannot write into {tmp_path / 'file'}")):
+    with pytest.raises(DataError, match=re.escape(f"cannot write {tmp_path / 'file'}: ")):
         evaluate(truth, prediction, output=tmp_path / "file", processes=1)
 
 
