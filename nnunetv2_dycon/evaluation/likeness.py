@@ -10,6 +10,8 @@ from nnunetv2_dycon.evaluation.facts import FINAL, Facts
 from nnunetv2_dycon.evaluation.runs import Run
 from nnunetv2_dycon.files import first_few
 
+_PREFIX = "nnUNetTrainer"
+
 
 def check_alike(runs: Sequence[Run], cases: Collection[str], predicted: Mapping[str, Collection[str]]) -> None:
     """Raise DataError if the runs cannot be compared.
@@ -193,20 +195,28 @@ def find_baseline(text: str, runs: Sequence[Run]) -> str:
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
-    """Return a short name for each method: without nnU-Net's prefix and the options that all share.
+    """Return a short name for each method: without nnU-Net's prefix and what all trainers share.
+
+    A folder of predictions keeps its name.
 
     Examples
     --------
-    >>> short_names(["nnUNetTrainer_epochs5 (student)", "nnUNetTrainerDyCON_epochs5 (student)"])
-    {'nnUNetTrainer_epochs5 (student)': 'nnU-Net', 'nnUNetTrainerDyCON_epochs5 (student)': 'DyCON'}
+    >>> short_names(["nnUNetTrainer_epochs5", "nnUNetTrainerDyCON_epochs5", "of others"])
+    {'nnUNetTrainer_epochs5': 'nnU-Net', 'nnUNetTrainerDyCON_epochs5': 'DyCON', 'of others': 'of others'}
     """
-    parts = {method: re.findall(r"^([^_ ]*)(.*?)( \(\w+\))?$", method)[0] for method in methods}
-    options = {method: set(part[1].split("_")[1:]) for method, part in parts.items()}
-    shared = set.intersection(*options.values()) if len(methods) > 1 else set()
-    same_weights = len({part[2] for part in parts.values()}) == 1
+    parts = {method: _name_and_weights(method) for method in methods}
+    options = [set(name.split("_")[1:]) for name, _ in parts.values() if name.startswith(_PREFIX)]
+    shared = set.intersection(*options) if len(options) > 1 else set()
+    of_weights = {weights for name, weights in parts.values() if name.startswith(_PREFIX)}
     names = {}
-    for method, (base, text, weights) in parts.items():
-        own = [option for option in text.split("_")[1:] if option not in shared]
-        head = re.sub(r"^nnUNetTrainer", "", base) or "nnU-Net"
-        names[method] = "_".join([head, *own]) + ("" if same_weights else weights or "")
+    for method, (name, weights) in parts.items():
+        if name.startswith(_PREFIX):
+            base, *own = name.removeprefix(_PREFIX).split("_")
+            name = "_".join([base or "nnU-Net", *(option for option in own if option not in shared)])
+        names[method] = name + (weights if len(of_weights) > 1 or not name else "")
     return names if len(set(names.values())) == len(methods) else {method: method for method in methods}
+
+
+def _name_and_weights(method: str) -> tuple[str, str]:
+    fit = re.fullmatch(r"(.*?)( \((?:student|teacher)\))?", method, re.DOTALL)
+    return (fit[1], fit[2] or "") if fit else (method, "")

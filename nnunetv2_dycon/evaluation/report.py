@@ -18,15 +18,13 @@ from nnunetv2_dycon.evaluation.figures import (
     paired_lines,
     training_curves,
 )
+from nnunetv2_dycon.evaluation.forms import Table, latex, markdown, markdown_text
 from nnunetv2_dycon.evaluation.tables import (
     OTHER_PROTOCOL,
-    Table,
     class_table,
     difference_table,
     facts_table,
-    latex,
     main_table,
-    markdown,
     results_csv,
 )
 from nnunetv2_dycon.files import write_bytes, write_text
@@ -109,9 +107,11 @@ def as_markdown(title: str, introduction: Sequence[str], tables: Sequence[Table]
     pictures : sequence of Picture
         Pictures in order.
     """
-    parts = [f"# {title}", *introduction, *(markdown(table).rstrip() for table in tables)]
+    parts = [f"# {markdown_text(title)}", *map(markdown_text, introduction)]
+    parts += [markdown(table).rstrip() for table in tables]
     for p in pictures:
-        parts.append(f"## {p.title}\n\n![{p.alt}](figures/{p.name}.png)\n\n{p.caption}")
+        heading, alt, caption = map(markdown_text, (p.title, p.alt, p.caption))
+        parts.append(f"## {heading}\n\n![{alt}](figures/{p.name}.png)\n\n{caption}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import io
 import json
 import logging
 import math
@@ -11,7 +10,7 @@ import statistics
 import tempfile
 import types
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from nnunetv2_dycon import __version__, parallel
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.forms import csv_table, plain_text
 from nnunetv2_dycon.evaluation.label_files import (
     DATASET_FILE,
     PLANS_FILE,
@@ -343,11 +343,7 @@ def _columns(convention: Convention) -> list[str]:
 
 
 def _csv(rows: Sequence[Score]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_columns(rows[0].convention))
-    writer.writerows(map(astuple, rows))  # numbers with all digits, None as an empty cell
-    return text.getvalue()
+    return csv_table(_columns(rows[0].convention), map(astuple, rows))
 
 
 def read_scores(path: str | Path) -> list[Score]:
@@ -378,10 +374,10 @@ def read_scores(path: str | Path) -> list[Score]:
     return rows
 
 
-def _kind(hint: Any) -> type:
-    """Return the type that converts a cell: `float` for `float | None`, `str` for a literal."""
+def _kind(hint: Any) -> Callable[[str], Any]:
+    """Return what converts a cell: `float` for `float | None`, `plain_text` for text and a literal."""
     kind = get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
-    return kind if kind in (int, float) else str
+    return kind if kind in (int, float) else plain_text
 
 
 def check_writable(folder: Path, names: Iterable[str] = ()) -> None:

@@ -17,10 +17,10 @@ from nnunetv2_dycon.evaluation.figures import (
     reliability_counts,
     training_curves,
 )
+from nnunetv2_dycon.evaluation.forms import Cell, Table
 from nnunetv2_dycon.evaluation.label_files import read_labels
 from nnunetv2_dycon.evaluation.report import _introduction, as_markdown, html
 from nnunetv2_dycon.evaluation.scores import evaluate
-from nnunetv2_dycon.evaluation.tables import Cell, Table
 from tests.madeup_runs import CASES, a_run, make_dataset, make_predictions, make_truth, write_volume
 from tests.unit.test_comparison import score
 

@@ -11,15 +11,11 @@ from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.evaluation import tables
 from nnunetv2_dycon.evaluation.comparison import make_comparison
 from nnunetv2_dycon.evaluation.tables import (
-    Cell,
-    Table,
     choose_published,
     class_table,
     difference_table,
     facts_table,
-    latex,
     main_table,
-    markdown,
     read_published,
     results_csv,
 )
@@ -225,28 +221,6 @@ def test_the_published_results_are_installed_with_the_package():
     assert '"evaluation/*.json"' in setup
     assert '"evaluation/*.html"' in setup
     assert json.loads((Path(tables.__file__).parent / "published_results.json").read_text())
-
-
-TABLE = Table(
-    "A & B",
-    ("M_1", "Dice (%) ↑"),
-    [(Cell("x|y"), Cell("1.0 ± 0.5", True, True)), (Cell("z"), Cell("–"))],
-    ("note *: y",),
-)
-
-
-def test_markdown_marks_and_escapes():
-    lines = markdown(TABLE).splitlines()
-    assert lines[2:6] == ["| M_1 | Dice (%) ↑ |", "| --- | --- |", r"| x\|y | **1.0 ± 0.5**\* |", "| z | – |"]
-    assert lines[-1] == r"note \*: y"
-
-
-def test_latex_marks_and_escapes():
-    text = latex(TABLE)
-    assert r"M\_1 & Dice (\%) $\uparrow$ \\" in text
-    assert r"x|y & \textbf{1.0 $\pm$ 0.5}$^{*}$ \\" in text
-    assert r"\caption{A \& B. note *: y}" in text
-    assert r"\begin{tabular}{lc}" in text
 
 
 def test_the_csv_has_all_digits_of_every_result(compared):
