@@ -405,7 +405,7 @@ def test_short_names_keep_what_tells_methods_apart():
     assert list(short_names(names).values()) == ["DyCON_beta1", "DyCON_beta2"]
     both = ["nnUNetTrainer_bf16 (student)", "nnUNetTrainer_bf16 (teacher)"]
     assert list(short_names(both).values()) == ["nnU-Net (student)", "nnU-Net (teacher)"]
-    for folders in (["a", "a_b"], ["of others", "of others_2"], ["two (1)", "two (2)"], ["(x)", "a (student)"]):
+    for folders in (["a", "a_b"], ["of others", "of others_2"], ["two (1)", "two (2)"]):
         assert short_names(folders) == {name: name for name in folders}
     mixed = ["nnUNetTrainer_bf16_epochs5", "nnUNetTrainerCPS_bf16_epochs5_w1", "theirs_bf16"]
     assert list(short_names(mixed).values()) == ["nnU-Net", "CPS_w1", "theirs_bf16"]
