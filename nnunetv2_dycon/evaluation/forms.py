@@ -33,12 +33,13 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table before rendering; `notes` are printed below it."""
+    """A table before rendering; `notes` are printed below it. A page shows one with `folded` when that is clicked."""
 
     title: str
     header: tuple[str, ...]
     rows: list[tuple[Cell, ...]]
     notes: tuple[str, ...] = ()
+    folded: str = ""
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------------

@@ -117,13 +117,11 @@ def as_markdown(title: str, introduction: Sequence[str], tables: Sequence[Table]
 
 def _introduction(comparison: Comparison) -> list[str]:
     methods, baseline = comparison.methods, comparison.methods[0]
-    names = dict.fromkeys(m.runs[0].facts.trainer or m.name for m in methods)
     runs = [run for method in methods for run in method.runs]
     dataset = next((run.facts.dataset for run in runs if run.facts.dataset), "an unnamed data set")
     return [
         f"{len(methods)} methods in {len(runs)} runs on {len(comparison.cases)} test cases of {dataset}; baseline: "
         f"{baseline.short}. Written by nnunetv2_dycon {__version__}.",
-        f"Trainers, the first run of each: {', '.join(names)}.",
         _verdict(comparison),
     ]
 

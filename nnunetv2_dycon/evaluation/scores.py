@@ -396,6 +396,8 @@ def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
         If it cannot be written to, or a folder has the name of a file.
     """
     with writing(folder):
+        if folder.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

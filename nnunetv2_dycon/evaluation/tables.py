@@ -108,13 +108,14 @@ def difference_table(comparison: Comparison) -> Table:
 
 
 def facts_table(comparison: Comparison) -> Table:
-    """Return the facts of each run."""
+    """Return the facts of each run, with its full name."""
     rows = []
     for method in comparison.methods:
         for run in method.runs:
             facts = run.facts
             versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
             texts: tuple[Any, ...] = (
+                facts.trainer or run.predictions.name,
                 facts.weights,
                 facts.labeled_count,
                 facts.unlabeled,
@@ -132,6 +133,7 @@ def facts_table(comparison: Comparison) -> Table:
             rows.append((Cell(method.short), *(Cell(UNKNOWN if text is None else str(text)) for text in texts)))
     header: tuple[str, ...] = (
         "Method",
+        "Trainer or folder",
         "Weights",
         "Labelled",
         "Unlabelled",
@@ -144,7 +146,7 @@ def facts_table(comparison: Comparison) -> Table:
         "Seconds per step: median over epochs, including the epoch's validation. Plans: digest of the planned "
         f"network and preprocessing. {UNKNOWN.capitalize()}: not in the run's files.",
     )
-    return Table("Runs", header, rows, notes)
+    return Table("Runs", header, rows, notes, folded=f"Full names and facts of the {len(rows)} runs")
 
 
 def _case_cells(method: Method) -> list[Cell]:
