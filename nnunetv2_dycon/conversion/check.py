@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
 from nnunetv2_dycon import parallel
+from nnunetv2_dycon.conversion.headers import passed_over
 from nnunetv2_dycon.conversion.layout import RawData, joined, look_at_layout
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.conversion.verification import find_reader, planned_configuration, refusal
 from nnunetv2_dycon.conversion.volumes import reading
 from nnunetv2_dycon.data.dataset_json import FILE, channel_names
 from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
+from nnunetv2_dycon.data.readers import check_nifti
 from nnunetv2_dycon.data.roles import Roles, label_paths, read_roles
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.findings import Finding
@@ -39,12 +40,16 @@ class _Task:
 
 
 class _Seen(NamedTuple):
-    """Findings in one case: problems by finding, hashes of its channels' voxels, shape and spacing as nnU-Net's."""
+    """Findings in one case: problems by finding, hashes of its channels' voxels, and what nnU-Net's reader makes of it.
+
+    That is shape and spacing, and what it passes over in headers.
+    """
 
     problems: tuple[tuple[str, str], ...]
     hashes: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     spacing: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def check(dataset_id: int | str, *, processes: int | None = None, fix: bool = False) -> list[Finding]:
@@ -78,6 +83,7 @@ def check(dataset_id: int | str, *, processes: int | None = None, fix: bool = Fa
         *(_gathered(name, text, seen) for name, text in _LOOKED_AT.items()),
         _duplicates(data.role_of, seen),
         _spacing(roles, seen),
+        _headers(seen),
         _verification(data, seen),
     ]
     return [*findings, _next(data, seen, all(one.ok for one in findings))]
@@ -128,27 +134,20 @@ def _look(task: _Task) -> _Seen:
     hashes = tuple(_hash(channel) for channel in image)
     if task.label is not None:
         problems += _look_at_label(task, image, properties)
-    return _Seen(tuple(problems), hashes, image.shape[1:], tuple(map(float, properties["spacing"])))
+    files = (*task.images, *([task.label] if task.label and not problems else []))
+    notes = tuple(note for path in files if (note := passed_over(path, task.reader)))
+    return _Seen(tuple(problems), hashes, image.shape[1:], tuple(map(float, properties["spacing"])), notes)
 
 
 def _read(files: Sequence[Path], reader: Any) -> tuple[np.ndarray, dict[str, Any]]:
     """Return image (C, X, Y, Z) and properties; raises DataError if nnU-Net's reader cannot read it."""
     for path in files:
-        _refuse_broken(path)
+        check_nifti(path)
     with reading(files[0]):
         try:
             return reader().read_images([str(path) for path in files])
         except Exception as error:  # every reader has its own
             raise DataError(f"{', '.join(map(str, files))} cannot be read ({_last_line(error)})") from error
-
-
-def _refuse_broken(path: Path) -> None:
-    # SimpleITK reads NaN in NIfTI, and the missing part of a truncated file, as 0
-    if path.name.endswith((".nii", ".nii.gz")):
-        with reading(path):
-            values = np.asanyarray(nib.load(path).dataobj)
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise DataError(f"{path} has NaN or Inf; replace the values or remove the case")
 
 
 def _last_line(error: Exception) -> str:
@@ -160,7 +159,7 @@ def _look_at_label(task: _Task, image: np.ndarray, properties: Mapping[str, Any]
     path: Any = task.label
     try:
         with reading(path):
-            _refuse_broken(path)
+            check_nifti(path)
             label, of_label = task.reader().read_seg(str(path))
     except DataError as error:
         return [("label values", str(error))]
@@ -202,6 +201,12 @@ def _hash(channel: np.ndarray) -> str:
 def _gathered(name: str, good: str, seen: Mapping[str, _Seen]) -> Finding:
     problems = sorted(text for result in seen.values() for of, text in result.problems if of == name)
     return Finding(name, not problems, joined(problems) if problems else good)
+
+
+def _headers(seen: Mapping[str, _Seen]) -> Finding:
+    """Say what nnU-Net's reader passes over in headers; the data set can be used."""
+    notes = sorted(note for result in seen.values() for note in result.notes)
+    return Finding("headers", True, joined(notes) if notes else "nnU-Net's reader passes over nothing in them")
 
 
 def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Finding:

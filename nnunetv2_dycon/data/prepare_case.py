@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_dycon.data.dataset_json import channel_names
 from nnunetv2_dycon.data.manifest import ELSEWHERE, SUFFIXES
+from nnunetv2_dycon.data.readers import is_nifti, open_nifti
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import check_case_names, place, writing
 
@@ -64,6 +65,8 @@ def read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tupl
     """
     names = ", ".join(files)
     reader = plans.image_reader_writer_class
+    for file in filter(is_nifti, map(Path, files)):
+        open_nifti(file, "replace or remove it", unpack=True)
     try:
         not_finite = [_not_finite_on_disk(file) if issubclass(reader, SimpleITKIO) else 0 for file in files]
         image, properties = reader().read_images(files)
@@ -95,7 +98,7 @@ def _per_channel(files: Sequence[str], channels: int) -> Sequence[str]:
 def _not_finite_on_disk(file: str) -> int:
     """Return the number of NaN and Inf in a NIfTI file.
 
-    SimpleITK reads both as 0, and the missing part of a truncated file too.
+    SimpleITK reads both as 0.
     """
     if not file.endswith((".nii", ".nii.gz")):
         return 0

@@ -113,14 +113,31 @@ def test_a_name_that_nnunet_takes_for_a_mask(raw: Path) -> None:
     assert re.search(r"u_seg_0000.nii.gz: nnU-Net takes names in _seg for masks; rename", message())
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x1f\x8b\x08" + bytes(40)])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"no image", "is not gzip data but its name says .gz"),
+        (b"\x1f\x8b\x08" + bytes(40), "cannot be read"),
+    ],
+)
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
-def test_an_unreadable_file(raw: Path, content: bytes, reader: str) -> None:
+def test_an_unreadable_file(raw: Path, content: bytes, reason: str, reader: str) -> None:
     use_reader(reader)
     (raw / "imagesUn/u_01_0001.nii.gz").write_bytes(content)
+    assert f"{raw / 'imagesUn/u_01_0001.nii.gz'} {reason}" in message()
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+def test_a_changed_bit(raw: Path, reader: str) -> None:
+    """SimpleITK reads such a file as zeros or nearly so, and nibabel as other values."""
+    use_reader(reader)
+    path = raw / "imagesUn/u_01_0001.nii.gz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
     text = message()
-    assert str(raw / "imagesUn/u_01_0001.nii.gz") in text
-    assert "cannot be read" in text
+    assert f"{path} cannot be read" in text
     assert "replace or remove" in text
 
 

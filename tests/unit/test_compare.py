@@ -176,7 +176,7 @@ def test_published_rows_are_chosen_by_the_runs_labelled_cases_and_reported(root,
 def test_a_prediction_is_nnunets_command_and_is_whole_or_absent(root, monkeypatch):
     commands = []
 
-    def call(script, arguments, run, **environment):
+    def call(script, arguments, run, by_hand, environment=None):
         commands.append((script, arguments, environment))
         if "-i" in arguments:
             make_predictions(Path(arguments[arguments.index("-o") + 1]))
@@ -192,7 +192,7 @@ def test_a_prediction_is_nnunets_command_and_is_whole_or_absent(root, monkeypatc
     assert read_run_file(student.predictions) == student.facts
     predict(teacher, root / "imagesTs", mirroring=True)
     export = commands[1]
-    assert " ".join(export[1][:5]) == f"export -d {DATASET} -tr {OURS.format(0)}"
+    assert " ".join(export[1][:6]) == f"nnUNetv2_dycon export -d {DATASET} -tr {OURS.format(0)}"
     assert " ".join(export[1]).count("--weights teacher") == 1
     assert export[2] == {"nnUNet_results": str(root / "nnUNet_results")}
     assert "--disable_tta" not in commands[2][1]
@@ -234,7 +234,7 @@ def test_refusals_come_before_any_work(root, monkeypatch):
     with pytest.raises(ConfigError, match=r"one method only \(seeds of it"):
         report(root, *map(STOCK.format, (4, 5)))
     (root / "file").touch()
-    with pytest.raises(DataError, match=r"cannot write into .*file; give|cannot write into .*file \(.*\); give"):
+    with pytest.raises(DataError, match=r"cannot write .*file: it is a file;"):
         compare(501, [good, few], output=root / "file" / "report")
     with pytest.raises(DataError, match="names none of the runs"):
         report(root, good, few, baseline="nnUNetTrainer")

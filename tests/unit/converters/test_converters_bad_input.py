@@ -47,7 +47,7 @@ def test_a_damaged_file_is_named_and_nothing_is_left(raw, source, name, damage, 
 
 
 @pytest.mark.parametrize("name", NIFTI_LABELS)
-@pytest.mark.parametrize(("value", "word"), [(0.9999, "0.9999"), (77, "label value 77"), (np.nan, "nan")])
+@pytest.mark.parametrize(("value", "word"), [(0.9999, "0.9999"), (77, "label value 77"), (np.nan, "has NaN or Inf")])
 def test_a_label_value_that_is_not_known_is_named_with_its_file(raw, source, name, value, word) -> None:
     form = FORMS[name]
     lay_out(name, source)
