@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, and read without running code from them."""
 
+import errno
 import logging
 import os
 import pickle
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nnunetv2_dycon.errors import DataError, UserError
+from nnunetv2_dycon.errors import DamagedError, DataError, UserError
 from nnunetv2_dycon.files import first_few, whole_file
 
 KEY = "ssl"
@@ -67,8 +68,10 @@ def read_checkpoint(path: Path, *keys: str, mend: str = "restore it, or train ag
 
     Raises
     ------
+    DamagedError
+        If its content is not that of a checkpoint with all `keys`, or not what was written.
     DataError
-        If it cannot be read, is damaged, holds such objects, or has not all `keys`.
+        If it cannot be read, or holds such objects.
     """
     try:
         _check_sums(path)
@@ -76,12 +79,14 @@ def read_checkpoint(path: Path, *keys: str, mend: str = "restore it, or train ag
         missing = [key for key in keys if key not in checkpoint]
     except UserError:
         raise
+    except (OSError, MemoryError) as error:
+        raise DataError(_unreadable(path, str(error), mend)) from error
     except pickle.UnpicklingError as error:  # any text, an LFS pointer for one
-        raise _unreadable(path, "it is not a file of torch", mend) from error
+        raise DamagedError(_unreadable(path, "it is not a file of torch", mend)) from error
     except Exception as error:  # damaged bytes can make torch and zipfile raise anything
-        raise _unreadable(path, str(error), mend) from error
+        raise DamagedError(_unreadable(path, str(error), mend)) from error
     if missing:
-        raise _unreadable(path, f"it has no {missing[0]}", mend)
+        raise DamagedError(_unreadable(path, f"it has no {missing[0]}", mend))
     return checkpoint
 
 
@@ -112,10 +117,15 @@ def _check_sums(path: Path) -> None:
         raise EOFError("it is empty")
     if not zipfile.is_zipfile(path):  # cut short, or of a format before torch 1.6
         return
-    with zipfile.ZipFile(path) as archive:
-        # torch reads nothing, and says nothing, where a part is marked as a folder
-        folders = [part.filename for part in archive.infolist() if part.external_attr & _FOLDER]
-        damaged = archive.testzip() or next(iter(folders), None)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch reads nothing, and says nothing, where a part is marked as a folder
+            folders = [part.filename for part in archive.infolist() if part.external_attr & _FOLDER]
+            damaged = archive.testzip() or next(iter(folders), None)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise zipfile.BadZipFile("its parts are not where it says") from error
     if damaged:
         raise zipfile.BadZipFile(f"its part {damaged} is damaged")
 
@@ -145,9 +155,9 @@ def _foreign_objects(path: Path, reason: str) -> list[str]:
         return ["objects"] if "GLOBAL" in reason else []
 
 
-def _unreadable(path: Path, reason: str, mend: str) -> DataError:
+def _unreadable(path: Path, reason: str, mend: str) -> str:
     first = shorten(reason.split(". ")[0], 150, placeholder=" ...") or "it is cut short"
-    return DataError(f"{path} cannot be read as a checkpoint ({first}); {mend}")
+    return f"{path} cannot be read as a checkpoint ({first}); {mend}"
 
 
 def _numpy_types() -> list[Any]:

@@ -5,6 +5,7 @@ checkpoint by that name again; so the name carries the options. A class is made 
 it as an attribute, which is what pickling by name needs.
 """
 
+import difflib
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from nnunetv2_dycon.methods.pseudo_label import PseudoLabel, PseudoLabelSettings
 from nnunetv2_dycon.methods.settings import TeacherSettings
 from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
 from nnunetv2_dycon.step import Method
+
+_START = "nnUNetTrainer"
 
 # Base name (without underscore: options begin at the first), method, settings that options depart from.
 TRAINERS: dict[str, tuple[type[Method], options.Settings]] = {
@@ -79,6 +82,33 @@ def trainer_class(name: str) -> type:
 
     members = {"method_type": method, "settings": settings, "__module__": __name__, "__doc__": method.__doc__}
     return type(name, (nnUNetTrainerSSL,), members)
+
+
+def nearest_trainer(name: str) -> str | None:
+    """Return what a trainer name that nobody knows was probably meant to be; None if that cannot be told.
+
+    Parameters
+    ----------
+    name : str
+        A trainer name. One of ours, and one that is not like any of ours, gives None.
+
+    Raises
+    ------
+    ConfigError
+        If it is one of ours with options that cannot be read.
+
+    Examples
+    --------
+    >>> nearest_trainer("nnUNetTrainerDyCom_epochs5")
+    'nnUNetTrainerDyCON_epochs5'
+    """
+    base_name = name.split("_", 1)[0]
+    if base_name in TRAINERS:
+        trainer_class(name)
+        return None
+    known = {known.lower().removeprefix(_START.lower()): known for known in TRAINERS}
+    near = difflib.get_close_matches(base_name.lower().removeprefix(_START.lower()), known, n=1)
+    return known[near[0]] + name[len(base_name) :] if near else None
 
 
 def list_trainers() -> list[TrainerInfo]:

@@ -57,7 +57,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)
-    said = r"cannot write .*a\.txt: No space left on device \(\d+\.\d MB are free\); make room, or choose another folder$"
+    said = (
+        r"cannot write .*a\.txt: No space left on device \(\d+\.\d MB are free\); make room, or choose another folder"
+    )
     with pytest.raises(WriteError, match=said):
         files.write_text(tmp_path / "a.txt", "text")
     assert os.listdir(tmp_path) == []
