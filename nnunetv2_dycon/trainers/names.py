@@ -66,6 +66,16 @@ def trainer_class(name: str) -> type:
     ConfigError
         If it is ours but its options cannot be read, or but for capital letters.
     """
+    method, settings = read_name(name)
+    # Late, since it takes seconds: the engine imports nnU-Net, which is not needed to list the names.
+    from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
+
+    members = {"method_type": method, "settings": settings, "__module__": __name__, "__doc__": method.__doc__}
+    return type(name, (nnUNetTrainerSSL,), members)
+
+
+def read_name(name: str) -> tuple[type[Method], options.Settings]:
+    """Return method and settings of a trainer name; raises as `trainer_class`."""
     base_name = name.split("_", 1)[0]
     if base_name not in TRAINERS:
         for known in TRAINERS:
@@ -74,14 +84,9 @@ def trainer_class(name: str) -> type:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     method, base = TRAINERS[base_name]
     try:
-        settings = options.parse(name[len(base_name) :], base)
+        return method, options.parse(name[len(base_name) :], base)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-    # Late, since it takes seconds: the engine imports nnU-Net, which is not needed to list the names.
-    from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
-
-    members = {"method_type": method, "settings": settings, "__module__": __name__, "__doc__": method.__doc__}
-    return type(name, (nnUNetTrainerSSL,), members)
 
 
 def nearest_trainer(name: str) -> str | None:
@@ -104,7 +109,7 @@ def nearest_trainer(name: str) -> str | None:
     """
     base_name = name.split("_", 1)[0]
     if base_name in TRAINERS:
-        trainer_class(name)
+        read_name(name)
         return None
     known = {known.lower().removeprefix(_START.lower()): known for known in TRAINERS}
     near = difflib.get_close_matches(base_name.lower().removeprefix(_START.lower()), known, n=1)

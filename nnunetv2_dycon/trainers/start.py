@@ -1,6 +1,7 @@
 """What is checked before a training begins: device, data, threads, and that no results would be lost."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,8 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.folders import environment_folder
-from nnunetv2_dycon.trainers.names import TRAINERS, trainer_class
-from nnunetv2_dycon.trainers.results import FINAL, checkpoints, set_aside
+from nnunetv2_dycon.trainers.names import read_name
+from nnunetv2_dycon.trainers.results import FINAL, checkpoints, device_flag, set_aside
 
 if TYPE_CHECKING:
     from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
@@ -31,8 +32,8 @@ def check_machine(device: torch.device) -> None:
     for variable in ("nnUNet_preprocessed", "nnUNet_results"):
         environment_folder(variable)
     if device.type == "cuda" and not torch.cuda.is_available():
-        other = "mps" if torch.backends.mps.is_available() else "cpu"
-        raise ConfigError(f"torch {torch.__version__} finds no CUDA device here; add to the command: -device {other}")
+        other = " ".join(device_flag())
+        raise ConfigError(f"torch {torch.__version__} finds no CUDA device here; add to the command: {other}")
 
 
 def check_preprocessed(trainer: "nnUNetTrainerSSL") -> None:
@@ -90,7 +91,7 @@ def check_start(trainer: "nnUNetTrainerSSL") -> None:
         twin = _twin(trainer)
         if twin:
             raise DataError(
-                f"{folder} has no checkpoint to continue from, but the same training is there as -tr {twin}"
+                f"{folder} has no checkpoint to continue from; the same training is there as -tr {twin}"
             )
         trainer.print_to_log_file(f"{folder} has no checkpoint to continue from: a new training begins.")
 
@@ -101,12 +102,9 @@ def _twin(trainer: "nnUNetTrainerSSL") -> str | None:
     name, *rest = model.name.split("__")
     for path in sorted(model.parent.glob("__".join(["*", *rest]))):
         other = path.name.split("__")[0]
-        if other == name or other.split("_")[0] not in TRAINERS or not checkpoints(path / fold):
+        if other == name or not checkpoints(path / fold):
             continue
-        try:
-            found = trainer_class(other)
-        except ConfigError:  # a former option
-            continue
-        if (found.method_type, found.settings) == (trainer.method_type, trainer.settings):
-            return other
+        with suppress(AttributeError, ConfigError):  # a trainer that is not ours, or a former option
+            if read_name(other) == read_name(name):
+                return other
     return None
