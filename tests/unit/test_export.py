@@ -9,6 +9,7 @@ import torch
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.export import export_model
 from tests.madeup_runs import DATASET, LABELED, VALIDATION, make_dataset, make_training, write_splits
+from tests.small_disk import run_on_small_disk
 
 TRAINER = "nnUNetTrainerDyCON"
 
@@ -163,3 +164,40 @@ def test_a_training_without_a_teacher_has_a_student_to_export(trainings: list[Pa
     with pytest.raises(DataError, match=r"holds no teacher .*; use --weights student"):
         export_model(DATASET, TRAINER, output=tmp_path / "model")
     assert weights(export_model(DATASET, TRAINER, weights="student", output=tmp_path / "model")) == {"fold_0": 10}
+
+
+FULL = """
+import os, sys
+from pathlib import Path
+from nnunetv2_dycon.checkpoint import read_checkpoint, write_checkpoint
+from nnunetv2_dycon.errors import WriteError
+from nnunetv2_dycon.export import export_model
+import torch
+
+disk = Path(sys.argv[1])
+weights = torch.zeros(300_000)
+write_checkpoint({"epoch": 1, "w": weights}, disk / "checkpoint_latest.pth")
+(disk / "ballast").write_bytes(bytes(2_000_000))
+for write in (
+    lambda: write_checkpoint({"epoch": 2, "w": weights}, disk / "checkpoint_latest.pth", "then type it again"),
+    lambda: export_model(501, "nnUNetTrainerDyCON", output=disk / "model"),
+):
+    try:
+        write()
+    except WriteError as error:
+        print(error)
+print(read_checkpoint(disk / "checkpoint_latest.pth")["epoch"], sorted(os.listdir(disk)))
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_checkpoint_and_export_in_one_line_each(trainings: list[Path], tmp_path: Path) -> None:
+    state = torch.load(trainings[0] / "checkpoint_final.pth", weights_only=False)
+    state["ssl"]["teacher"] = {"w": torch.zeros(300_000)}
+    torch.save(state, trainings[0] / "checkpoint_final.pth")
+    disk = tmp_path / "disk"
+    said = run_on_small_disk(disk, 4, FULL, disk).splitlines()
+    reason = r"No space left on device \((0\.9|1\.0) MB are free\); make room"
+    assert re.fullmatch(rf"cannot write {disk}/checkpoint_latest\.pth: {reason}, then type it again", said[0]), said
+    assert re.fullmatch(rf"cannot write {disk}/model: {reason}, or choose another folder", said[1]), said
+    assert said[2:] == ["1 ['ballast', 'checkpoint_latest.pth']"]
