@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,8 @@ def _show(before: Hook, kind: type[BaseException], error: BaseException, traceba
         before(kind, error, traceback)
     else:
         sys.stderr.write(f"error: {line}\n")
+        # As the process ends, threads of nnU-Net's loaders complain that their workers are gone.
+        threading.excepthook = lambda _: None
 
 
 def explain(error: BaseException) -> str | None:

@@ -81,18 +81,15 @@ def check_start(trainer: "nnUNetTrainerSSL") -> None:
     there = checkpoints(folder)
     if there or (folder / "validation" / "summary.json").is_file():
         finished = FINAL in there or not there
-        state = "finished" if finished else "stopped"
-        flag = "to validate it again, add --val" if finished else "to continue it, add --c"
+        state, flag = ("finished", "--val to validate it again") if finished else ("stopped", "--c to continue it")
         raise DataError(
-            f"{folder} holds a {state} training, which this one would overwrite; {flag}; to train anew, first type: "
+            f"a {state} training is there, which this one would overwrite: add {flag}; or, to train anew, first type: "
             f"{set_aside(folder)}"
         )
     if trainer.continues:
         twin = _twin(trainer)
         if twin:
-            raise DataError(
-                f"{folder} has no checkpoint to continue from; the same training is there as -tr {twin}"
-            )
+            raise DataError(f"{folder} has no checkpoint to continue from; the same training is there as -tr {twin}")
         trainer.print_to_log_file(f"{folder} has no checkpoint to continue from: a new training begins.")
 
 

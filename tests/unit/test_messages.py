@@ -128,9 +128,10 @@ def test_what_was_trained_is_never_started_over_unasked(typed: Typed, trainer, c
     folder = fold_folder()
     before = contents(folder)
     line = typed(*typed_again)
-    assert line.startswith(
-        f"{folder} holds a stopped training, which this one would overwrite; to continue it, add --c;"
+    said = (
+        "a stopped training is there, which this one would overwrite: add --c to continue it; or, to train anew, first"
     )
+    assert line.startswith(f"{said} type: mv {folder} ")
     weights = ["-pretrained_weights", str(folder / BEST)]
     assert typed(*typed_again, *weights) == typed(*typed_again, "--disable_checkpointing") == line
     assert contents(folder) == before
@@ -141,15 +142,14 @@ def test_what_was_trained_is_never_started_over_unasked(typed: Typed, trainer, c
     finished = contents(folder)
     assert set(finished) >= {FINAL, BEST}
     line = typed(*typed_again)
-    assert (
-        f"{folder} holds a finished training, which this one would overwrite; to validate it again, add --val;" in line
-    )
+    said = "a finished training is there, which this one would overwrite: add --val to validate it again; or, to"
+    assert line.startswith(f"{said} train anew, first type: mv {folder} ")
     assert contents(folder) == finished
     assert typed(*typed_again, "--val") is None
     assert typed(*typed_again, "--c") is None
 
     for number, aside in enumerate(("old_fold_0", "old2_fold_0")):
-        command = line.partition("to train anew, first type: ")[2]
+        command = line.partition("first type: ")[2]
         subprocess.run(command, shell=True, check=True)
         assert FINAL in contents(folder.with_name(aside))
         assert typed(*typed_again) is None
@@ -162,7 +162,7 @@ def test_what_was_trained_is_never_started_over_unasked(typed: Typed, trainer, c
 def test_results_of_a_training_without_checkpoints_are_kept_too(typed: Typed) -> None:
     assert typed(*words(), "--disable_checkpointing") is None
     assert not list(fold_folder().glob("*.pth"))
-    assert "holds a finished training" in typed(*words(), "--disable_checkpointing")
+    assert "a finished training is there" in typed(*words(), "--disable_checkpointing")
 
 
 def test_a_training_to_continue_that_is_there_in_another_order_is_named(typed: Typed, trainer, capsys) -> None:
@@ -202,7 +202,7 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback(error: Exception) -> N
 
 
 PROGRAM = """
-import sys
+import atexit, sys, threading
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.trainers.messages import end_in_one_line
 sys.excepthook = lambda kind, error, traceback: print("before:", error)
@@ -212,6 +212,13 @@ try:
     raise KeyError("unforeseen")
 except KeyError:
     sys.excepthook(*sys.exc_info())
+ends = threading.Event()
+def loader():
+    ends.wait()
+    raise RuntimeError("workers are gone")
+thread = threading.Thread(target=loader, daemon=True)
+thread.start()
+atexit.register(lambda: (ends.set(), thread.join()))
 raise DataError("mend it")
 """
 
