@@ -5,13 +5,14 @@ a power cut the file has its old or its new content; two processes never share a
 leaves nothing behind.
 """
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our 
 
 
 @contextmanager
-def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator[Path]:
+def whole_file(path: Path, elsewhere: str = "or choose another folder") -> Iterator[Path]:
     """Give a temporary path in the same folder; on leaving without an error it becomes `path`.
 
     The temporary name keeps the ending of `path` (`.nii.gz`, `.png`), by which writers choose the format.
@@ -31,7 +32,7 @@ def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator
     path : Path
         The file to write; its folder exists.
     elsewhere : str
-        Where else the user can write; ends the error message.
+        What else the user can do; ends the error message.
 
     Raises
     ------
@@ -39,12 +40,12 @@ def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator
         If the disk is full, or the folder cannot be written.
     """
     part = temporary_name(path)
-    try:
-        with writing(path, elsewhere):
+    with writing(path, elsewhere):
+        try:
             yield part
             place(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -64,8 +65,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         If the disk is full, or the parent cannot be written.
     """
     part, old = temporary_name(path), temporary_name(path)
-    try:
-        with writing(path):
+    with writing(path):
+        try:
             part.mkdir(parents=True)
             yield part
             for inner in (*part.rglob("*"), part):
@@ -74,11 +75,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 os.rename(path, old)
             os.rename(part, path)
             sync(path.parent)
-    finally:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        for folder in (part, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        except WriteError as error:  # names a file of the temporary folder
+            raise error.__cause__ or error from None
+        finally:
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            for folder in (part, old):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def place(part: Path, path: Path) -> None:
@@ -254,17 +257,35 @@ def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") ->
 
 
 @contextmanager
-def writing(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
+def writing(path: Path, elsewhere: str = "or choose another folder") -> Iterator[None]:
     """Turn errors of the operating system about writing `path` into one line.
 
     Raises
     ------
     WriteError
-        In place of an OSError; `elsewhere` says where else the user can write.
+        In place of an OSError; `elsewhere` says what else the user can do.
     """
     try:
         yield
     except OSError as error:
-        raise WriteError(
-            f"cannot write {path}: {error.strerror or error}; check its permissions and the free space, or {elsewhere}"
-        ) from error
+        raise cannot_write(path, error, elsewhere) from error
+
+
+def cannot_write(path: Path, error: OSError, elsewhere: str = "or choose another folder") -> WriteError:
+    """Return one line about a file that cannot be written; where the disk is full, with its free space.
+
+    Parameters
+    ----------
+    path : Path
+        What was to be written.
+    error : OSError
+        What the operating system said.
+    elsewhere : str
+        What else the user can do.
+    """
+    reason, mend = error.strerror or str(error), "check its permissions and the free space"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            reason += f" ({shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free)"
+        mend = "make room"
+    return WriteError(f"cannot write {path}: {reason}; {mend}, {elsewhere}")

@@ -160,7 +160,7 @@ def put_file(source: Path, path: Path) -> str:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    with whole_file(path, "let nnUNet_raw point elsewhere") as part:
+    with whole_file(path, "or let nnUNet_raw point elsewhere") as part:
         yield part
 
 

@@ -48,7 +48,7 @@ _PLAN_ENTRIES = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
-ELSEWHERE = "let nnUNet_preprocessed point elsewhere"  # ends errors about writing
+ELSEWHERE = "or let nnUNet_preprocessed point elsewhere"  # ends errors about writing
 
 Manifest = dict[str, Any]
 

@@ -410,5 +410,5 @@ def _write(folder: Path, texts: Mapping[str, str]) -> None:
     """Write all files or none: they get their names when all are complete."""
     with ExitStack() as stack:
         for name, text in texts.items():
-            part = stack.enter_context(whole_file(folder / name, "give -o another folder"))
+            part = stack.enter_context(whole_file(folder / name, "or give -o another folder"))
             part.write_bytes(text.encode())

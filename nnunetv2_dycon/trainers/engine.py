@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +19,7 @@ from nnunetv2.utilities.collate_outputs import collate_outputs
 from torch import nn
 
 import nnunetv2_dycon
-from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
+from nnunetv2_dycon.checkpoint import KEY, write_checkpoint
 from nnunetv2_dycon.data.loader import (
     IsolatedLoader,
     MixedLoader,
@@ -30,7 +29,6 @@ from nnunetv2_dycon.data.loader import (
 )
 from nnunetv2_dycon.data.ready import UnlabeledCases
 from nnunetv2_dycon.errors import ConfigError, DataError
-from nnunetv2_dycon.folders import environment_folder
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.options import Settings
 from nnunetv2_dycon.precision import autocast_of, in_float32, require_bf16
@@ -46,7 +44,10 @@ from nnunetv2_dycon.step import DataInfo, Method, Step
 from nnunetv2_dycon.trainers.cases import check_cases, find_unlabeled, write_missing_splits
 from nnunetv2_dycon.trainers.history import History, class_names, epoch_means, unseen_classes
 from nnunetv2_dycon.trainers.lock import lock_training
-from nnunetv2_dycon.trainers.state import compare_settings, restore, restore_random_states, state_of
+from nnunetv2_dycon.trainers.results import GO_ON
+from nnunetv2_dycon.trainers.resume import checkpoint_file, choose_checkpoint, end_guard, guard_files, take_over
+from nnunetv2_dycon.trainers.start import check_machine, check_preprocessed, check_start, limit_threads
+from nnunetv2_dycon.trainers.state import restore_random_states, state_of
 
 
 class nnUNetTrainerSSL(nnUNetTrainer):
@@ -63,8 +64,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
-        for variable in ("nnUNet_preprocessed", "nnUNet_results"):
-            environment_folder(variable)
+        check_machine(device)
+        self.continues = plans.get("continue_training", False)
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
@@ -72,6 +73,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
                 f"cannot write {error.filename}: {error.strerror}; let nnUNet_results name a folder of yours: "
                 "export nnUNet_results=/path/to/nnUNet_results"
             ) from error
+        check_preprocessed(self)
+        limit_threads(device)
         s = self.settings
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (
             s.epochs,
@@ -126,6 +129,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             scaler=self.grad_scaler,
             warn=self.print_to_log_file,
         )
+        guard_files()
 
     def _set_batch_size_and_oversample(self) -> None:
         """As stock, with the labelled batch of option `batch` in place of the planned one."""
@@ -194,8 +198,10 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """As stock, once no other process trains here and roles and unlabelled images are in order."""
         if self.local_rank == 0:
             lock_training(Path(self.output_folder))
+            check_start(self)
         self.unlabeled = find_unlabeled(self, default_num_processes)
         super().on_train_start()
+        end_guard()
         if self.restored is None:
             self.method.start(unwrap(self.network))
         elif self.restored:
@@ -324,27 +330,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         buffer.seek(0)
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # written a line above
         checkpoint[KEY] = state_of(self)
-        write_checkpoint(checkpoint, Path(filename))
+        write_checkpoint(checkpoint, Path(filename), GO_ON)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """As stock, from a file or its content; then our key. A checkpoint without it starts the method anew."""
-        if isinstance(filename_or_checkpoint, dict):  # stock's signature takes one, its body reads files alone
-            with TemporaryDirectory() as folder:
-                path = os.path.join(folder, "checkpoint.pth")
-                torch.save(filename_or_checkpoint, path)
-                self.load_checkpoint(path)
-            return
-        state = read_checkpoint(Path(filename_or_checkpoint)).get(KEY)
-        if state is not None:
-            compare_settings(state["settings"], self.settings, self.output_folder)
-        super().load_checkpoint(filename_or_checkpoint)
-        if state is None:
-            self.print_to_log_file(
-                f"WARNING: {filename_or_checkpoint} has no '{KEY}' entry (another trainer wrote it): network, "
-                "optimiser, epoch and schedules go on; teacher and all that the method adds start anew."
-            )
-            self.step.number = self.current_epoch * self.num_iterations_per_epoch
-            self.method.start(unwrap(self.network))
-        else:
-            restore(self, state)
-        self.restored = state or {}
+        """As stock, from a file or its content; then our key. A checkpoint without it starts the method anew.
+
+        Where the training continues and the file is damaged, the newest whole checkpoint takes its place.
+        """
+        with checkpoint_file(filename_or_checkpoint) as given:
+            path, state = choose_checkpoint(self, given)
+            super().load_checkpoint(str(path))
+            take_over(self, state, path)

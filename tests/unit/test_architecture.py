@@ -116,9 +116,9 @@ def test_what_runs_at_every_start_imports_os_alone():
     assert [name for _, name in imported(ROOT / PACKAGE / "_register.py")] == ["os"]
 
 
-def test_the_shim_imports_the_names_alone():
+def test_the_shim_imports_names_and_messages_alone():
     (shim,) = (ROOT / PACKAGE / "_nnunet_ext").glob("*.py")
-    assert [name for _, name in imported(shim)] == [f"{PACKAGE}.trainers.names"]
+    assert [name for _, name in imported(shim)] == [f"{PACKAGE}.trainers.messages", f"{PACKAGE}.trainers.names"]
 
 
 def test_commands_imports_nothing_heavy_before_a_verb_runs():
