@@ -8,14 +8,13 @@ import ast
 import importlib
 import importlib.util
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nnunetv2_dycon.errors import UserError
+from nnunetv2_dycon.exit_codes import exit_code
 from nnunetv2_dycon.options import Settings, describe
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]
@@ -34,15 +33,15 @@ class Verb(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0 success, 1 a finding of `doctor` or `check`, 2 an error of the user."""
+    """Run one verb and return its exit code: 0 success, 1 a finding of `doctor` or `check`, else as `exit_code`."""
+    return exit_code(partial(_run, argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     verb, arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     module, name = verb.function.split(":")
-    try:
-        return verb.show(getattr(importlib.import_module(module), name)(**arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return verb.show(getattr(importlib.import_module(module), name)(**arguments))
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Verb, dict[str, Any]]:

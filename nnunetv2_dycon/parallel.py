@@ -1,17 +1,22 @@
-"""Worker processes for work on many cases; a worker never outlives the process that started it."""
+"""Worker processes for work on many cases, and commands of others; all end when their user interrupts them."""
 
 import multiprocessing
 import os
+import signal
+import subprocess
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from nnunetv2_dycon.errors import ConfigError, DataError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_SECONDS_TO_END = 10
 
 
 def run(
@@ -45,17 +50,91 @@ def run(
     # spawn, as nnU-Net: a fork after torch has used threads may hang
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    others, finished = {*multiprocessing.active_children()}, False
     try:
-        futures = {pool.submit(work, task): task for task in tasks}
+        with interrupts_held():
+            futures = {pool.submit(work, task): task for task in tasks}
         for future in as_completed(futures):
             yield futures[future], future.result()
+        finished = True
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process died, most likely killed for lack of memory; "
             f"type the command again with fewer processes: -np {max(1, processes // 2)}"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        with interrupts_held():
+            if not finished:  # what they write is whole or not there, so that nobody need wait for their cases
+                for worker in {*multiprocessing.active_children()} - others:
+                    worker.terminate()
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends. Processes that start in it never get it: their parent ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run_command(words: Sequence[str], **how: Any) -> int:
+    """Run a command and return its exit code; where this process is interrupted, end all that it started.
+
+    The command has a session of its own, so that Ctrl-C reaches this process alone: its own processes would each print
+    a traceback. It goes on where this process is killed.
+
+    Parameters
+    ----------
+    words : sequence of str
+        The command.
+    how
+        As `subprocess.Popen`.
+    """
+    process = None
+    try:
+        with _ending_signals():
+            with interrupts_held():
+                process = subprocess.Popen(words, start_new_session=True, **how)
+            return process.wait()
+    except BaseException:
+        if process is not None:
+            _end_session(process)
+        raise
+
+
+@contextmanager
+def _ending_signals() -> Iterator[None]:
+    """Turn requests to end, as of a closed terminal or a scheduler, into SystemExit until the block ends."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    here = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    numbers = [number for name in names if here and signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end_session(process: subprocess.Popen) -> None:
+    """End a command that leads a session and all of its processes: asked first, then killed."""
+    with interrupts_held():
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_TO_END)
 
 
 def worker_processes(processes: int | None) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -28,6 +29,31 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         for gradient in (p.grad for p in parameters if p.grad is not None):
             dist.all_reduce(gradient)
             gradient /= world_size()
+
+
+@torch.no_grad()
+def mean_everywhere(value: Tensor) -> Tensor:
+    """Return the mean of a floating tensor over processes, without a gradient.
+
+    A loss that is a mean over some of its voxels or images divides by this mean of their numbers. The average of the
+    gradients, which distributed training takes, is then that of one process with all patches.
+    """
+    if world_size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def with_every_output(loss: Tensor, network: Any) -> Tensor:
+    """Return the loss with a zero that is joined to the coarser outputs of a network without deep supervision.
+
+    They are not computed then, and DistributedDataParallel waits for a gradient of each parameter.
+    """
+    decoder = getattr(network, "decoder", None)
+    if world_size() == 1 or getattr(decoder, "deep_supervision", True):
+        return loss
+    return loss + 0.0 * sum(p.sum() for layer in decoder.seg_layers[:-1] for p in layer.parameters())
 
 
 def true_everywhere(value: Tensor) -> Tensor:

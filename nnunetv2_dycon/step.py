@@ -235,7 +235,7 @@ class Method(nn.Module, Generic[S]):
 
     def region_loss(self, logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
         """Return the loss of logits (B, C, *S) against labels over a region, both (B, 1, *S): that of all mixes."""
-        return region_ce_dice(logits, labels, region)
+        return region_ce_dice(logits, labels, region, ranks.mean_everywhere(region.float().mean()))
 
     def labeled_pass(self, pair: Pair, batch: Batch) -> Pass:
         """Return the pass of the labelled patches as they are: the last one of nnU-Net's network in every step."""
@@ -359,6 +359,7 @@ class Step:
             with self.autocast():
                 cost, answer = run_pass(p, data, before)
                 loss: Any = sum(term.weight * term.value for term in cost.terms.values())
+                loss = ranks.with_every_output(loss, self.plain) if p.final else loss
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         for name, term in cost.terms.items():
             log[name] = term.value.detach()
@@ -369,8 +370,7 @@ class Step:
         return loss.detach(), answer
 
     def _finite(self, total: Tensor) -> bool:
-        finite = torch.isfinite(total)
-        return bool(ranks.true_everywhere(finite) if self.distributed else finite)
+        return bool(ranks.true_everywhere(torch.isfinite(total)))
 
     def _optimize(self) -> None:
         if self.distributed:

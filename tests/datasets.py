@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,6 +241,12 @@ def small_plans(
 def leave(*_: object) -> None:
     """End the process at once, as a kill does; for workers."""
     os._exit(9)
+
+
+def stay(path: Path) -> None:
+    """Say by a file that the work has begun, and work for long."""
+    path.touch()
+    time.sleep(100)
 
 
 class _Ready:

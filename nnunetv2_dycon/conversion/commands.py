@@ -2,11 +2,10 @@
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nnunetv2_dycon.errors import UserError
+from nnunetv2_dycon.exit_codes import exit_code
 
 
 def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> argparse.ArgumentParser:
@@ -50,7 +49,7 @@ def converter_parser(name: str, dataset_id: int, protocols: Sequence[str]) -> ar
 
 
 def run_script(function: Callable[..., Any], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
-    """Parse, convert, print; returns the exit code.
+    """Parse, convert, print; returns the exit code, as `exit_code`.
 
     Parameters
     ----------
@@ -61,11 +60,11 @@ def run_script(function: Callable[..., Any], parser: argparse.ArgumentParser, ar
     argv : sequence of str, optional
         Command line; that of the process by default.
     """
-    arguments = vars(parser.parse_args(argv))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def convert() -> int:
+        arguments = vars(parser.parse_args(argv))
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         print(function(**arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return exit_code(convert)

@@ -210,7 +210,7 @@ def soft_ce_dice(student_logits: Tensor, teacher_probabilities: Tensor, weight: 
     return _CrossEntropyDice.apply(student_logits, teacher_probabilities.detach(), weight)
 
 
-def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
+def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor, share: Tensor | None = None) -> Tensor:
     """`soft_ce_dice` against hard labels as means over a region; 0 where the region is empty.
 
     Parameters
@@ -221,6 +221,8 @@ def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
         Classes from 0 to C - 1 inside the region, anything outside.
     region : Tensor, shape (B, 1, *S), bool
         Voxels that count.
+    share : Tensor, scalar, optional
+        Share of the voxels that the mean is over; that of the region by default.
 
     Returns
     -------
@@ -230,7 +232,7 @@ def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
         classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
         one_hot = (labels == classes).float()
         weight = region[:, 0].float()
-        weight = weight / weight.mean().clamp_min(1e-12)
+        weight = weight / (weight.mean() if share is None else share).clamp_min(1e-12)
     return soft_ce_dice(logits, one_hot, weight)
 
 

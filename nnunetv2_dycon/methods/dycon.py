@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
+from nnunetv2_dycon import ranks
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.losses.patches import (
     Rule,
@@ -275,7 +277,7 @@ class DyCONTerms(Method[D]):
             voxels = entropy_weight(logits, target, beta=batch.now["beta"], entropy=s.entropy, focus=s.focus)
             if pasted is not None:
                 unpasted = (~pasted[:, 0]).float()
-                voxels = voxels * unpasted / unpasted.mean().clamp_min(1e-12)
+                voxels = voxels * unpasted / ranks.mean_everywhere(unpasted.mean()).clamp_min(1e-12)
             q = hard_targets(target).one_hot if s.hard else torch.softmax(target.float(), 1)
             return {"uncl": Term(weight, soft_ce_dice(logits, q, voxels))}
         parts = uncl(logits, target, beta=batch.now["beta"], form=s.loss, entropy=s.entropy, focus=s.focus)
@@ -304,8 +306,10 @@ class DyCONTerms(Method[D]):
                 head = self.head if self.teacher_head is None else self.teacher_head.network
                 teacher = _at(head(teacher_features), chosen)
             weight = _at(patch_weight(logits, features.shape[2:])[..., None], chosen)[..., 0]
+            images = anchored_images(labels)  # the loss is a mean over those of this process
+            of_all = images / ranks.mean_everywhere(images).clamp_min(1e-12)
         value = fecl(_at(z, chosen), labels, teacher=teacher, weight=weight, tau=s.tau, gamma=s.gamma, topk=s.topk)
-        return Term(s.wfecl * batch.now["ramp"] * share, value)
+        return Term(s.wfecl * batch.now["ramp"] * share, value * of_all)
 
     # ------------------------------------------------------------------------------------------------- the networks
     @property
@@ -336,6 +340,18 @@ class DyCON(DyCONTerms[DyCONSettings]):
     """UnCL on the full-resolution output, FeCL on the patches of one encoder stage."""
 
     settings_type = DyCONSettings
+
+
+def anchored_images(labels: Tensor) -> Tensor:
+    """Return the number of images that have an anchor of FeCL, from patch labels (B, n), -1 for not used.
+
+    Examples
+    --------
+    >>> anchored_images(torch.tensor([[0, 0, 1], [0, 0, -1], [0, 1, 2]])).item()
+    1.0
+    """
+    patches = one_hot(labels + 1)[..., 1:].sum(1)  # of each class
+    return ((patches > 1).any(1) & ((patches > 0).sum(1) > 1)).float().sum()
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nnunetv2_dycon import ranks
 from nnunetv2_dycon.losses.mse import mse
 from nnunetv2_dycon.losses.voxels import entropy
 from nnunetv2_dycon.methods.settings import TeacherSettings, ViewSettings
@@ -51,7 +52,7 @@ class UAMT(Method[UAMTSettings]):
         """Return the mean squared norm over the certain voxels, a zero on the graph where there is none."""
         logits, target = full_resolution(outputs), answer.target
         certain = certain_voxels(p.view.mix(answer.extra), batch.now["threshold"])
-        kept = certain.mean()
+        kept = ranks.mean_everywhere(certain.mean())
         value = mse(logits, target, certain / kept.clamp_min(1e-12))  # the mean over certain voxels alone
         term = Term(self.settings.w * batch.now["ramp"], value)
         return Cost({"consistency": term}, {"agreement": agreement(logits, target), "voxels_kept": kept})

@@ -84,8 +84,8 @@ class Run:
         Trainer name with all options, or method and seed where a command of the user trains.
     training : str
         Folder of the fold, below nnUNet_results.
-    command : str, optional
-        What trains, where it is not nnU-Net's training.
+    command : tuple of str
+        What trains, where it is not nnU-Net's training; else empty.
     new : int, optional
         Id of the first data set that the command makes.
     """
@@ -96,7 +96,7 @@ class Run:
     key: str
     training: str
     weights: tuple[str, ...]
-    command: str | None = None
+    command: tuple[str, ...] = ()
     new: int | None = None
 
 
@@ -192,7 +192,7 @@ class Experiments:
         """Command that trains, or goes on with a training, or sees that it is finished."""
         options = ["--training", run.training, "--lock", lock, "-device", self.settings["device"]]
         options += ["--threads", str(self.settings["threads"]), "--loaders", str(self.settings["loaders"])]
-        command = [] if run.command is None else ["--", *shlex.split(run.command)]
+        command = ["--", *run.command] if run.command else []
         return _step("train", *options, *command)
 
     def predict(self, run: Run, weights: str) -> str:
@@ -202,17 +202,16 @@ class Experiments:
 
     def evaluate(self, run: Run, weights: str, output: str) -> str:
         """Command that scores the predictions of the test cases."""
-        raw = f"$nnUNet_raw/{run.dataset.folder}"
-        predictions = f"$nnUNet_results/{run.training}/test/{self.predictions(weights)}"
-        return (
-            f'nnUNetv2_dycon evaluate "{raw}/labelsTs" "{predictions}" -djfile "{raw}/dataset.json" '
-            f"-o {shlex.quote(output)} -np {self.settings['processes']}"
-        )
+        raw, predictions = run.dataset.folder, f"{run.training}/test/{self.predictions(weights)}"
+        truth = _below("nnUNet_raw", f"{raw}/labelsTs")
+        options = f"-djfile {_below('nnUNet_raw', f'{raw}/dataset.json')} -o {shlex.quote(output)}"
+        where = f"{truth} {_below('nnUNet_results', predictions)} {options}"
+        return f"nnUNetv2_dycon evaluate {where} -np {self.settings['processes']}"
 
     def compare(self, report: Report, output: str) -> str:
         """Command that writes the report."""
         runs, upper = (
-            " ".join(f'"$nnUNet_results/{one.training}"' for one in own) for own in (report.runs, report.upper)
+            " ".join(_below("nnUNet_results", one.training) for one in own) for own in (report.runs, report.upper)
         )
         words = ["-d", str(report.runs[0].dataset.id), "-c", self.configuration, "-p", self.settings["plans"]]
         words += ["--weights", *report.weights, *self._mirroring]
@@ -276,6 +275,7 @@ def read(config: Mapping[str, Any]) -> Experiments:
     _check(config)
     settings = {key: one["default"] for key, one in SCHEMA["properties"].items() if "default" in one} | dict(config)
     settings["reduce"] = settings["reduce"] or {}
+    _words(settings["planner"], "planner")
     datasets = [one for name, entry in config["datasets"].items() for one in _datasets(name, entry)]
     _check_ids(datasets)
     found = Experiments(settings, {dataset.key: dataset for dataset in datasets}, {})
@@ -300,6 +300,7 @@ def _datasets(name: str, entry: Any) -> list[Dataset]:
         raise ConfigurationError(f"{where}: give split: ID, or convert: [COLLECTION, FOLDER], and not both")
     if "phantom" in entry and "split" not in entry:
         raise ConfigurationError(f"{where}: phantom generates the data set that split: ID names; add split")
+    _words(entry.get("phantom", ""), f"{where}: phantom")
     bases, draws = entry["labeled"], entry.get("draws", [0])
     listed = "convert" in entry or "--protocol" in str(entry.get("options", ""))
     if "published" in draws and not listed:
@@ -317,7 +318,7 @@ def _datasets(name: str, entry: Any) -> list[Dataset]:
                 labeled=str(labeled),
                 draw=draw,
                 fold=str(entry.get("fold", "all")),
-                writer=_writer(entry, number, str(labeled), draw),
+                writer=_writer(name, entry, number, str(labeled), draw),
                 source=entry.get("split"),
                 phantom=str(entry["phantom"]) if "phantom" in entry else None,
                 planner=planner,
@@ -332,8 +333,8 @@ def _size(labeled: float | str) -> tuple[int, float]:
     return (2, 0) if isinstance(labeled, str) else (int(labeled >= 1), labeled)
 
 
-def _writer(entry: Mapping[str, Any], number: int, labeled: str, draw: int | str) -> tuple[str, ...]:
-    options = shlex.split(str(entry.get("options", "")))
+def _writer(name: str, entry: Mapping[str, Any], number: int, labeled: str, draw: int | str) -> tuple[str, ...]:
+    options = _words(entry.get("options", ""), f"datasets: {name}: options")
     if "split" in entry:
         words = ["split", "-d", str(entry["split"]), "--as", str(number)]
     else:
@@ -364,7 +365,8 @@ def _method(name: str, entry: Any, settings: Mapping[str, Any]) -> dict[str, Any
 
 
 def _run(found: Experiments, dataset: Dataset, name: str, method: Mapping[str, Any], seed: int) -> Run:
-    plans, configuration, command, new = found.settings["plans"], found.configuration, None, None
+    plans, configuration, new = found.settings["plans"], found.configuration, None
+    command: tuple[str, ...] = ()
     if "trainer" in method:
         key = "_".join(filter(None, [method["trainer"], str(method["options"]), f"seed{seed}"]))
         training = f"{dataset.folder}/{key}__{plans}__{configuration}/fold_{dataset.fold}"
@@ -375,9 +377,9 @@ def _run(found: Experiments, dataset: Dataset, name: str, method: Mapping[str, A
         if seed in method["ids"]:
             first = min(one.id for one in found.datasets.values())
             known["new"] = new = method["ids"][seed] + dataset.id - first
-        command, training = (
-            _filled(str(method[part]), known, f"methods: {name}: {part}") for part in ("command", "training")
-        )
+        where = f"methods: {name}: command"
+        command = tuple(_filled(word, known, where) for word in _words(method["command"], where))
+        training = _filled(str(method["training"]), known, f"methods: {name}: training")
     return Run(dataset, name, seed, key, training, tuple(method["weights"]), command, new)
 
 
@@ -495,6 +497,18 @@ def _add(runs: dict[tuple[str, str], Run], run: Run) -> None:
 
 def _joined(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _below(variable: str, path: str) -> str:
+    """Return a path below one of nnU-Net's folders as a word of a shell command; only the variable is expanded."""
+    return f'"${variable}"/{shlex.quote(path)}'
+
+
+def _words(text: Any, where: str) -> list[str]:
+    try:
+        return shlex.split(str(text))
+    except ValueError as error:
+        raise ConfigurationError(f"{where} is {text!r}: {error}; close every quotation mark") from None
 
 
 def _step(name: str, *arguments: str) -> str:

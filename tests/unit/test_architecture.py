@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "nnunetv2_dycon"
 
 # "" is the package itself, for its version
-BASE = {"", "errors", "schedules", "options", "folders", "locks", "parallel", "files", "findings"}
+BASE = {"", "errors", "exit_codes", "schedules", "options", "folders", "locks", "parallel", "files", "findings"}
 TENSORS = {"losses", "networks", "views", "ranks", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
     "": set(),
     "_register": set(),
     "errors": set(),
+    "exit_codes": {"errors"},
     "schedules": {"errors"},
     "options": {"errors"},
     "folders": {"errors"},
@@ -46,6 +47,7 @@ STANDARD_LIBRARY_ONLY = {
     "",
     "_register",
     "errors",
+    "exit_codes",
     "schedules",
     "options",
     "folders",

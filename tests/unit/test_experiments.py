@@ -147,7 +147,7 @@ def test_steps_understand_the_commands_that_call_them():
     )
     data = found.datasets["Dataset611_Blobs_labeled4_draw7"]
     own = found.runs[data.key, "own_seed0"]
-    assert (own.command, own.training) == ("echo -d 611", "701")
+    assert (own.command, own.training) == (("echo", "-d", "611"), "701")
     given = steps.parse(shlex.split(found.train(own, "lock"))[2:])
     assert given.command == ["--", "echo", "-d", "611"]
     run = found.runs[data.key, "nnUNetTrainerLabeledOnly_epochs3_seed0"]

@@ -60,6 +60,36 @@ def test_true_everywhere_is_true_in_both(other, here: bool, there: bool) -> None
     assert bool(ranks.true_everywhere(torch.tensor(here))) == (here and there)
 
 
+def test_a_mean_is_over_both_and_has_no_gradient(other) -> None:
+    here = torch.tensor(0.25, requires_grad=True)
+    other(torch.tensor(0.75))
+    mean = ranks.mean_everywhere(here)
+    assert mean.item() == 0.5
+    assert not mean.requires_grad
+    assert here.item() == 0.25
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_outputs_that_are_not_computed_get_a_gradient_of_zero(other, deep: bool) -> None:
+    network = nn.Module()
+    network.decoder = nn.Module()
+    network.decoder.deep_supervision = deep
+    network.decoder.seg_layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
+    other()
+    weight = torch.ones(1, requires_grad=True)
+    ranks.with_every_output(2 * weight.sum(), network).backward()
+    assert weight.grad.item() == 2.0
+    gradients = [[p.grad for p in layer.parameters()] for layer in network.decoder.seg_layers]
+    assert gradients[2] == [None, None]  # of the finest, which is computed
+    for gradient in (*gradients[0], *gradients[1]):
+        assert gradient is None if deep else not gradient.any()
+
+
+def test_networks_without_a_decoder_are_left_alone(other) -> None:
+    other()
+    assert ranks.with_every_output(torch.ones(()), nn.Linear(1, 1)).item() == 1.0
+
+
 def test_weights_are_the_first_ones(other) -> None:
     tensors = [torch.zeros(2), nn.Parameter(torch.zeros(1))]
     other(torch.tensor([1.0, 2.0]), torch.tensor([3.0]))
@@ -83,4 +113,7 @@ def test_one_process_is_left_alone() -> None:
     assert bool(ranks.true_everywhere(torch.tensor(True)))
     assert not ranks.true_everywhere(torch.tensor(False))
     assert ranks.gathered(5) == [5]
+    value = torch.ones(2)
+    assert ranks.mean_everywhere(value) is value
+    assert ranks.with_every_output(value, None) is value
     assert ranks.world_size() == 1

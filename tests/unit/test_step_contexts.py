@@ -1,5 +1,6 @@
 """The training step in a distributed training, with a loss scale and under autocast."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,25 @@ def test_a_step_that_another_process_skips_is_skipped_here(monkeypatch) -> None:
     step(loader_batch())
     assert step.log[0]["skipped_steps"] == 1.0
     assert equal(before, copied(student))
+
+
+@pytest.mark.parametrize("name", ["LabeledOnly", "UAMT", "BCP", "DyCON", "DyCONCPS"])
+def test_means_over_a_part_of_the_patches_divide_by_that_of_all_processes(name: str, monkeypatch) -> None:
+    kind, settings = METHODS[name]
+    totals = []
+    for factor in (1.0, 2.0):  # the others have three times as much
+        monkeypatch.setattr(step_module.ranks, "mean_everywhere", lambda value, factor=factor: factor * value)
+        step = made(kind, settings, UNet())
+        step.number = len(step.schedules["ramp"]) - 1 if "ramp" in step.schedules else 0
+        step(loader_batch())
+        totals.append(step.log[0])
+    # UnCL of DyCON is on the voxels that are not pasted, its guarded form is on all
+    parts = re.compile(rf"fecl|paste|^(in|out)_(labeled|pseudo{'|uncl' * (name == 'DyCON')})$|^consistency$")
+    terms = [key for key in totals[0] if parts.search(key) and f"{key}_weight" in totals[0]]
+    assert terms
+    for key in terms:
+        assert float(totals[1][key]) < float(totals[0][key]), key
+    assert float(totals[0]["supervised"]) == float(totals[1]["supervised"])
 
 
 # --- precision

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import nibabel as nib
 import numpy as np
 import pytest
 
+from nnunetv2_dycon import parallel
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.self_training import running
 from tests.datasets import environment
@@ -96,14 +98,14 @@ def test_images_that_came_later_are_not_passed_over(monkeypatch, root):
 
 
 @pytest.mark.parametrize(("training", "value"), [(True, "0"), (False, None)])
-def test_commands_but_for_training_do_not_get_a_number_of_0_processes(monkeypatch, training, value):
+def test_commands_but_for_training_do_not_get_a_number_of_0_processes(monkeypatch, root, training, value):
     calls = []
 
     def stand_in(words, **options):
         calls.append((words, options))
-        return subprocess.CompletedProcess(words, 3)
+        return 3
 
-    monkeypatch.setattr(subprocess, "run", stand_in)
+    monkeypatch.setattr(parallel, "run_command", stand_in)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     with pytest.raises(DataError, match=r"nnUNetv2_x ended with code 3.*nnUNetv2_x -d 'a b'"):
         running.call(["nnUNetv2_x", "-d", "a b"], 7, training=training)
@@ -111,6 +113,34 @@ def test_commands_but_for_training_do_not_get_a_number_of_0_processes(monkeypatc
     assert words[-4:] == ["7", "nnUNetv2_x", "-d", "a b"]
     assert options["env"].get("nnUNet_n_proc_DA") == value
     assert options["pass_fds"] == (7,)
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [(1e12, "is above. Mend it"), (3e7, r"the disk may be full: free are 0.03 GB in nnUNet_results\. ")],
+)
+def test_a_command_that_fails_says_where_the_disk_is_full(monkeypatch, root, free, said):
+    def usage(path):
+        return types.SimpleNamespace(free=free if path.name == "nnUNet_results" else 1e12)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(parallel, "run_command", lambda words, **_: 1)
+    with pytest.raises(DataError, match=said):
+        running.call(["nnUNetv2_train"], 7)
+
+
+def test_a_command_whose_output_nobody_reads_ends_the_run_as_such(monkeypatch, root):
+    script = "import sys; from nnunetv2_dycon.self_training import running; running._COMMAND"
+    code = f"{script}; exec(running._COMMAND.replace('command.load()', '(lambda: print(1) or sys.stdout.flush())'))"
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-c", code, "", "nnUNetv2_train"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+    monkeypatch.setattr(parallel, "run_command", lambda words, **_: 141)
+    with pytest.raises(BrokenPipeError):
+        running.call(["nnUNetv2_train"], 7)
 
 
 def test_a_dry_run_writes_nothing_and_says_what_is_done(monkeypatch, root, caplog):
