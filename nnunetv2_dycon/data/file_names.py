@@ -155,7 +155,7 @@ def _holds(folder: Path, ending: str) -> bool:
 
 
 def _without_channel(path: Path, ending: str) -> list[str]:
-    if re.fullmatch(r".+_\d{4}", path.name.removesuffix(ending)):
+    if re.fullmatch(r".+_\d{4}", path.name.removesuffix(ending), re.DOTALL):
         return []
     return [f"{path} has no channel number; rename it, for example to CASE_0000{ending}"]
 
