@@ -5,6 +5,7 @@ a power cut the file has its old or its new content; two processes never share a
 leaves nothing behind.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 from nnunetv2_dycon.errors import DataError, UserError, WriteError
 
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota
 PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our own listings pass over them
 
 
@@ -260,11 +262,16 @@ def writing(path: Path, elsewhere: str = "choose another folder") -> Iterator[No
     Raises
     ------
     WriteError
-        In place of an OSError; `elsewhere` says where else the user can write.
+        In place of an OSError; names the free space of a full disk. `elsewhere` says where else the user can write.
     """
     try:
         yield
     except OSError as error:
-        raise WriteError(
-            f"cannot write {path}: {error.strerror or error}; check its permissions and the free space, or {elsewhere}"
-        ) from error
+        remedy = f"make room ({_free_space(path)})" if error.errno in _FULL else "check its permissions"
+        raise WriteError(f"cannot write {path}: {error.strerror or error}; {remedy}, or {elsewhere}") from error
+
+
+def _free_space(path: Path) -> str:
+    """Return the free space where a file should be written, in words."""
+    there = next(folder for folder in (*path.parents, Path()) if folder.exists())
+    return f"{shutil.disk_usage(there).free / 1e6:.1f} MB free in {there}"

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,8 +172,8 @@ def _refuse_unpacked(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(2)
     if path.name.endswith(".gz") and start and start != b"\x1f\x8b":
-        plain = path.with_suffix("")
-        raise DataError(f"{path} is not gzip data; if it is NIfTI type: mv '{path}' '{plain}' && gzip '{plain}'")
+        packed, plain = shlex.quote(str(path)), shlex.quote(str(path.with_suffix("")))
+        raise DataError(f"{path} is not gzip data; if it is NIfTI type: mv {packed} {plain} && gzip {plain}")
 
 
 def _last_line(error: Exception) -> str:

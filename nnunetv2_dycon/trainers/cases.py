@@ -1,5 +1,6 @@
 """Which cases a training uses, checked before its first step: roles, folds, and the unlabelled images."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +79,7 @@ def _check_fold(trainer: "nnUNetTrainerSSL") -> Sequence[str]:
     if hidden:
         raise DataError(
             f"{folder} holds {first_few(hidden)}, hidden files that nnU-Net takes for cases; delete them: "
-            f"find '{folder}' -name '.*' -type f -delete"
+            f"find {shlex.quote(str(folder))} -name '.*' -type f -delete"
         )
     splits = read_splits(preprocessed, raw_folder(trainer.plans_manager.dataset_name))
     if splits and (preprocessed / SPLITS_FILE).is_file():

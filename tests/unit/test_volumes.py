@@ -270,7 +270,7 @@ def test_what_the_disk_says_is_one_line_with_the_place(tmp_path, array, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(nib, "save", full)
-    with pytest.raises(DataError, match=r"cannot write .*a\.nii: No space left on device; check"):
+    with pytest.raises(DataError, match=r"cannot write .*a\.nii: No space left on device; make room"):
         save(Volume(array, AFFINE), tmp_path / "a.nii")
     with pytest.raises(DataError, match=r"cannot write .*none/a\.nii"):
         put_file(tmp_path / "x.nii", tmp_path / "none" / "a.nii")
