@@ -18,6 +18,7 @@ from typing import Any
 
 from nnunetv2_dycon.errors import DataError, UserError, WriteError
 
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota
 PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our own listings pass over them
 
 
@@ -263,7 +264,7 @@ def writing(path: Path, elsewhere: str = "or choose another folder") -> Iterator
     Raises
     ------
     WriteError
-        In place of an OSError; `elsewhere` says what else the user can do.
+        In place of an OSError, with the free space of a full disk; `elsewhere` says what else the user can do.
     """
     try:
         yield
@@ -285,7 +286,8 @@ def cannot_write(path: Path, error: OSError, elsewhere: str = "or choose another
     """
     reason, mend = error.strerror or str(error), "check its permissions and the free space"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        there = next((folder for folder in path.parents if folder.exists()), Path())
         with suppress(OSError):
-            reason += f" ({shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free)"
+            reason += f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free)"
         mend = "make room"
     return WriteError(f"cannot write {path}: {reason}; {mend}, {elsewhere}")

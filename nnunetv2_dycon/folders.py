@@ -1,6 +1,7 @@
 """nnU-Net's three folders; a missing one is an error that tells how to set it."""
 
 import os
+import shlex
 from pathlib import Path
 
 from nnunetv2_dycon.errors import DataError
@@ -25,9 +26,8 @@ def environment_folder(variable: str) -> Path:
     if not value:
         raise DataError(unset(variable))
     if not Path(value).is_dir():
-        raise DataError(
-            f"{variable} is {value}, which is not a folder; type: mkdir -p '{value}', or correct the variable"
-        )
+        typed = f"mkdir -p {shlex.quote(value)}"
+        raise DataError(f"{variable} is {value}, which is not a folder; type: {typed}, or correct the variable")
     return Path(value)
 
 

@@ -1,8 +1,11 @@
 """Check of a raw data set before hours of training: roles, duplicates, geometry, channels, labels."""
 
+import contextlib
 import hashlib
+import io
+import shlex
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +17,14 @@ from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.headers import passed_over
 from nnunetv2_dycon.conversion.layout import RawData, joined, look_at_layout
 from nnunetv2_dycon.conversion.raw import find_raw
-from nnunetv2_dycon.conversion.verification import find_reader, planned_configuration, refusal
+from nnunetv2_dycon.conversion.verification import find_reader, planned_configuration, refusal, unknown_reader
 from nnunetv2_dycon.conversion.volumes import reading
-from nnunetv2_dycon.data.dataset_json import FILE, channel_names
+from nnunetv2_dycon.data.dataset_json import FILE, channel_names, numbers_of
 from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
 from nnunetv2_dycon.data.readers import check_nifti
 from nnunetv2_dycon.data.roles import Roles, label_paths, read_roles
 from nnunetv2_dycon.errors import DataError, UserError
+from nnunetv2_dycon.files import first_few
 from nnunetv2_dycon.findings import Finding
 from nnunetv2_dycon.folders import environment_folder
 
@@ -40,15 +44,16 @@ class _Task:
 
 
 class _Seen(NamedTuple):
-    """Findings in one case: problems by finding, hashes of its channels' voxels, and what nnU-Net's reader makes of it.
+    """Findings in one case: problems by finding, hashes of its channels' voxels, values of its label.
 
-    That is shape and spacing, and what it passes over in headers.
+    Shape, spacing and what is passed over in headers are those of nnU-Net's reader.
     """
 
     problems: tuple[tuple[str, str], ...]
     hashes: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     spacing: tuple[float, ...] = ()
+    values: frozenset[float] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -81,6 +86,7 @@ def check(dataset_id: int | str, *, processes: int | None = None, fix: bool = Fa
     seen = {task.case: result for task, result in tqdm(looks, total=len(tasks), desc="Checking", disable=None)}
     findings += [
         *(_gathered(name, text, seen) for name, text in _LOOKED_AT.items()),
+        _classes(data, seen),
         _duplicates(data.role_of, seen),
         _spacing(roles, seen),
         _headers(seen),
@@ -98,9 +104,7 @@ _LOOKED_AT = {
 
 def _tasks(data: RawData) -> list[_Task]:
     reader = find_reader(data.content, (files[0] for files in data.roles.files.values()))
-    values: set[int] = set()
-    for value in data.content["labels"].values():
-        values |= {int(one) for one in (value if isinstance(value, list) else [value])}
+    values = {number for value in data.content["labels"].values() for number in numbers_of(value)}
     channels = len(channel_names(data.content))
     return [
         _Task(
@@ -132,37 +136,62 @@ def _look(task: _Task) -> _Seen:
     if image.size == 0 or not image.any():
         problems.append(("images", f"{names} is empty or holds only zeros"))
     hashes = tuple(_hash(channel) for channel in image)
+    values: set[float] = set()
     if task.label is not None:
-        problems += _look_at_label(task, image, properties)
+        of_label, values = _look_at_label(task, image, properties)
+        problems += of_label
+    spacing = tuple(map(float, properties["spacing"]))
     files = (*task.images, *([task.label] if task.label and not problems else []))
     notes = tuple(note for path in files if (note := passed_over(path, task.reader)))
-    return _Seen(tuple(problems), hashes, image.shape[1:], tuple(map(float, properties["spacing"])), notes)
+    return _Seen(tuple(problems), hashes, image.shape[1:], spacing, frozenset(values), notes)
 
 
 def _read(files: Sequence[Path], reader: Any) -> tuple[np.ndarray, dict[str, Any]]:
     """Return image (C, X, Y, Z) and properties; raises DataError if nnU-Net's reader cannot read it."""
     for path in files:
+        _refuse_unpacked(path)
         check_nifti(path)
-    with reading(files[0]):
-        try:
-            return reader().read_images([str(path) for path in files])
-        except Exception as error:  # every reader has its own
-            raise DataError(f"{', '.join(map(str, files))} cannot be read ({_last_line(error)})") from error
+    return _by(reader().read_images, ", ".join(map(str, files)), [str(path) for path in files])
+
+
+def _by(read: Callable[[Any], Any], names: str, argument: Any) -> Any:
+    """Return what one of nnU-Net's readers reads; raises DataError if it cannot."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # where SimpleITKIO says what it raises without a word
+            return read(argument)
+    except MemoryError:
+        raise
+    except Exception as error:  # every reader has its own
+        reason = _last_line(error) or "channels differ in shape or spacing"
+        raise DataError(f"{names} cannot be read ({reason}); replace it, or remove the case") from error
+
+
+def _refuse_unpacked(path: Path) -> None:
+    """Refuse a file that is not packed as its name says; SimpleITK reads it, other programs do not."""
+    if not path.name.endswith(".nii.gz"):
+        return
+    with reading(path), path.open("rb") as file:
+        start = file.read(2)
+    if start and start != b"\x1f\x8b":
+        packed, plain = shlex.quote(str(path)), shlex.quote(str(path.with_suffix("")))
+        raise DataError(f"{path} is not gzip data; if it is NIfTI type: mv {packed} {plain} && gzip {plain}")
 
 
 def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[-200:]
+    return (str(error).strip().splitlines() or [""])[-1].strip()[-200:]
 
 
-def _look_at_label(task: _Task, image: np.ndarray, properties: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the problems of a label with the geometry of its image (C, X, Y, Z) and with its values."""
+def _look_at_label(
+    task: _Task, image: np.ndarray, properties: Mapping[str, Any]
+) -> tuple[list[tuple[str, str]], set[float]]:
+    """Return the problems of a label with the geometry of its image (C, X, Y, Z) and with its values, and these."""
     path: Any = task.label
     try:
-        with reading(path):
-            check_nifti(path)
-            label, of_label = task.reader().read_seg(str(path))
+        _refuse_unpacked(path)
+        check_nifti(path)
+        label, of_label = _by(task.reader().read_seg, str(path), str(path))
     except DataError as error:
-        return [("label values", str(error))]
+        return [("label values", str(error))], set()
     problems = []
     if label.shape[1:] != image.shape[1:] or not _same_place(properties, of_label):
         problems.append(("geometry", f"{task.label} and {task.images[0]} are on different grids"))
@@ -172,17 +201,19 @@ def _look_at_label(task: _Task, image: np.ndarray, properties: Mapping[str, Any]
         problems.append(
             ("label values", f"{task.label} has the value {unknown[0]:g}, which dataset.json does not name")
         )
-    return problems
+    return problems, found
 
 
 def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Compare spacing, and origin and direction if the reader has them, with a tolerance for rounding."""
-    if not np.allclose(one["spacing"], other["spacing"]):  # the tolerance of nnU-Net's verification
+    spacings = one["spacing"], other["spacing"]
+    if np.shape(spacings[0]) != np.shape(spacings[1]) or not np.allclose(*spacings):  # as nnU-Net's verification
         return False
     for key in ("sitk_stuff", "nibabel_stuff"):
         if key in one and key in other:
             return all(
-                np.allclose(value, other[key][name], rtol=0, atol=1e-2)
+                np.shape(value) == np.shape(other[key][name])
+                and np.allclose(value, other[key][name], rtol=0, atol=1e-2)
                 for name, value in one[key].items()
                 if name in other[key] and np.issubdtype(np.asarray(value).dtype, np.number)
             )
@@ -207,6 +238,19 @@ def _headers(seen: Mapping[str, _Seen]) -> Finding:
     """Say what nnU-Net's reader passes over in headers; the data set can be used."""
     notes = sorted(note for result in seen.values() for note in result.notes)
     return Finding("headers", True, joined(notes) if notes else "nnU-Net's reader passes over nothing in them")
+
+
+def _classes(data: RawData, seen: Mapping[str, _Seen]) -> Finding:
+    """Find labels that no labelled case has; without any, nnU-Net cannot take intensity statistics."""
+    named = {name: numbers_of(value) for name, value in data.content["labels"].items()}
+    found = {value for case in data.roles.labeled for value in seen[case].values} - {0} - named.get("ignore", set())
+    absent = [name for name, numbers in named.items() if not (numbers & {0, *found}) and name != "ignore"]
+    if absent and not found and any(seen[case].values for case in data.roles.labeled):
+        text = f"no label map has any of {first_few(absent)}; annotate, or correct the files"
+        return Finding("classes", False, text)
+    if absent:
+        return Finding("classes", True, f"no labelled case has {first_few(absent)}, which cannot be learnt then")
+    return Finding("classes", True, "each occurs in a labelled case")
 
 
 def _duplicates(role_of: Mapping[str, str], seen: Mapping[str, _Seen]) -> Finding:
@@ -262,11 +306,9 @@ def _size(numbers: Sequence[float] | np.ndarray) -> str:
 
 def _verification(data: RawData, seen: Mapping[str, _Seen]) -> Finding:
     whole = {
-        case: data.roles.files[case]
-        for case in data.roles.labeled
-        if data.labels[case].is_file() and not seen[case].problems
+        case: data.roles.files[case] for case in data.roles.labeled if data.labels[case].is_file() and seen[case].shape
     }
-    said = refusal(data.content, whole, data.labels)
+    said = refusal(data.content, whole, data.labels) or unknown_reader(data.content)
     if said is None:
         return Finding("nnU-Net", True, "its verification accepts dataset.json")
     return Finding("nnU-Net", False, f"its verification says of {data.raw / FILE}: {said}")

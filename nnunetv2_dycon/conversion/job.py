@@ -50,7 +50,8 @@ class Conversion:
         lines += [f"- {note}" for note in self.notes]
         where = {"written": "written", "planned": "nothing was written; would be", "up to date": "is up to date"}
         lines.append(f"{where[self.state]}: {self.folder}")
-        lines.append(f"next: nnUNetv2_dycon check -d {dataset_number(self.folder.name)}")
+        check = f"nnUNetv2_dycon check -d {dataset_number(self.folder.name)}"
+        lines.append("next: type it again without --dry_run" if self.state == "planned" else f"next: {check}")
         return "\n".join(lines)
 
 
@@ -153,12 +154,16 @@ def _is_there(job: Job, stamp: str) -> bool:
         return False
     for name in (*dataset.FILES, *(name for task in job.tasks for name in task.outputs)):
         if not (job.folder / name).is_file():
-            raise DataError(f"{job.folder / name} is gone; type --overwrite to make the data set again")
+            raise _make_again(job, f"{job.folder / name} is gone")
     if made.get("stamp", stamp) != stamp:  # older versions kept none
-        raise DataError(
-            f"source files were changed after {job.folder} was made from them; type --overwrite to make it again"
-        )
+        raise _make_again(job, f"source files were changed after {job.folder} was made from them")
     return True
+
+
+def _make_again(job: Job, problem: str) -> DataError:
+    """Return the error that advises --overwrite; raises another one where that would be refused."""
+    dataset.check_free(job.folder, made_by=job.plan["converter"], overwrite=True)
+    return DataError(f"{problem}; type the command again with --overwrite to make the data set again")
 
 
 def _write(task: Task) -> str | None:

@@ -149,7 +149,7 @@ def _provenance(data: RawData) -> Finding:
                 "conversion.json",
                 False,
                 f"{case!r} was written as {recorded.get(case, 'nothing')} and is now {role_of.get(case, 'gone')}; "
-                "convert again, or delete conversion.json if you changed it on purpose",
+                "undo that, or delete conversion.json if you changed it on purpose",
             )
     return Finding("conversion.json", True, f"{len(recorded)} cases in the roles that were written")
 

@@ -92,7 +92,7 @@ def split(
     if kept_tests:
         role_of |= dict.fromkeys(data.roles.test, "test")
     _check_subjects(role_of, subjects)
-    folder = dataset.new_folder(new_id, dataset_title(data.folder.name))
+    folder = dataset.new_folder(new_id, dataset_title(data.folder.name), "--as")
     work = dataset.workspace(folder).work
     tasks = [
         link_case(case, role, data.roles.files[case], data.labels.get(case), data.ending, work)
@@ -153,13 +153,17 @@ def _protocol(
 
 def _drawn_tests(data: _Data, test: str | float, subjects: Mapping[str, str]) -> tuple[str, ...]:
     number = parse_labeled(test, "--test")
+    cases = data.roles.labeled
     if not isinstance(number, float | int):
         raise ConfigError(f"--test {test}: give a fraction (0.2) or a number of cases")
+    count = labeled_number(number, len(cases), "--test")
+    if count == len(cases):
+        least = "one annotated case is" if count == 1 else f"type --test 1 to {count - 1}: {count} annotated cases are"
+        raise ConfigError(f"--test {test} leaves no case to train on; {least} there")
     # scans in imagesUn stay training cases
     trained = {subjects[case] for case in data.roles.unlabeled if case in subjects}
-    free = [case for case in data.roles.labeled if subjects.get(case) not in trained]
-    count = labeled_number(number, len(data.roles.labeled), "--test")
-    tests = draw(data.roles.labeled, TEST_SEED, subjects, count, among=free)
+    free = [case for case in cases if subjects.get(case) not in trained]
+    tests = draw(cases, TEST_SEED, subjects, count, among=free)
     if not tests:
         raise SplitError(
             f"--test {test}: no subject without a scan in imagesUn has {count} annotated scans or fewer; type a larger "

@@ -36,20 +36,26 @@ def find_reader(content: Mapping[str, Any], images: Iterable[Path]) -> Any:
     DataError
         If nnU-Net has no such reader.
     """
-    wanted, ending = content.get("overwrite_image_reader_writer"), content["file_ending"]
-    if wanted not in (None, "None"):
-        with contextlib.suppress(RuntimeError), _silence():
-            return recursive_find_reader_writer_by_name(wanted)
-        raise DataError(
-            f'dataset.json: nnU-Net has no reader {wanted!r} ("overwrite_image_reader_writer"); there are '
-            f"{', '.join(one.__name__ for one in LIST_OF_IO_CLASSES)}; correct it, or leave it out"
-        )
     for _, image in zip(range(_EXAMPLES), images, strict=False):
         with contextlib.suppress(RuntimeError), _silence():
             return determine_reader_writer_from_dataset_json(dict(content), str(image), verbose=False)
     with contextlib.suppress(RuntimeError), _silence():  # all are broken, which reading each of them will tell
         return determine_reader_writer_from_dataset_json(dict(content), verbose=False)
-    raise DataError(f'dataset.json: nnU-Net reads no {ending} files; correct "file_ending", or convert the images')
+    raise DataError(
+        f'dataset.json: nnU-Net reads no {content["file_ending"]} files; correct "file_ending", or convert the images'
+    )
+
+
+def unknown_reader(content: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the reader in dataset.json; nnU-Net passes over a name that it does not know."""
+    wanted = content.get("overwrite_image_reader_writer")
+    if wanted in (None, "None"):
+        return None
+    with contextlib.suppress(RuntimeError), _silence():
+        recursive_find_reader_writer_by_name(wanted)
+        return None
+    readers = ", ".join(one.__name__ for one in LIST_OF_IO_CLASSES)
+    return f'there is no reader {wanted!r} ("overwrite_image_reader_writer"), but {readers}; correct it or leave it out'
 
 
 def refusal(content: Mapping[str, Any], images: Mapping[str, Sequence[Path]], labels: Mapping[str, Path]) -> str | None:
@@ -64,6 +70,8 @@ def refusal(content: Mapping[str, Any], images: Mapping[str, Sequence[Path]], la
     """
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity  # a second, for torch
 
+    if "channel_names" not in content:
+        return '"modality" is the word of the first nnU-Net; rename it to "channel_names"'
     if not images:
         return None
     cases = {case: {"images": list(map(str, files)), "label": str(labels[case])} for case, files in images.items()}

@@ -67,6 +67,11 @@ def channel_names(dataset_json: Mapping[str, Any]) -> Mapping[str, str]:
     return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
 
 
+def numbers_of(label: Any) -> set[int]:
+    """Return the numbers of a label: one, or those of a region."""
+    return {int(number) for number in (label if isinstance(label, list) else [label])}
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -72,9 +72,7 @@ def dataset_name(dataset: int | str) -> str:
     # nnU-Net's search for 100 finds 1000 too
     found = [str(name) for name in find_candidate_datasets(number) if _is_numbered(str(name), number)]
     if len(found) > 1:
-        raise DataError(
-            f"-d {dataset} may be {' or '.join(found)}; give one of them another id, by renaming its folders"
-        )
+        raise DataError(f"-d {dataset} may be {' or '.join(found)}; rename the folders of one, with another id")
     if not found:
         raise DataError(f"-d {dataset}: no data set has this id; {_what_there_is()}")
     return found[0]

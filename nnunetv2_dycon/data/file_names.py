@@ -5,6 +5,7 @@ Folders are listed; no image or label is opened.
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,8 @@ def hidden_cases(raw_folder: Path, dataset_json: Mapping[str, Any]) -> list[str]
         folder = raw_folder / name
         for found in sorted(os.listdir(folder)) if folder.is_dir() else ():
             if is_hidden(found) and found.endswith(dataset_json["file_ending"]):
-                type_ = f": find '{raw_folder}' -name '._*' -delete" if found.startswith("._") else ""
-                problems.append(f"{folder / found} is hidden, but nnU-Net takes it for a case; delete it{type_}")
+                typed = f": find {shlex.quote(str(raw_folder))} -name '._*' -delete" if found.startswith("._") else ""
+                problems.append(f"{folder / found} is hidden, but nnU-Net takes it for a case; delete it{typed}")
     return problems
 
 
@@ -155,7 +156,7 @@ def _holds(folder: Path, ending: str) -> bool:
 
 
 def _without_channel(path: Path, ending: str) -> list[str]:
-    if re.fullmatch(r".+_\d{4}", path.name.removesuffix(ending)):
+    if re.fullmatch(r".+_\d{4}", path.name.removesuffix(ending), re.DOTALL):
         return []
     return [f"{path} has no channel number; rename it, for example to CASE_0000{ending}"]
 

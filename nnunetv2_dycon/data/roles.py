@@ -134,7 +134,7 @@ def label_sidecar(label: Path, ending: str) -> Path:
 def _image_files(folder: Path, ending: str) -> dict[str, tuple[Path, ...]]:
     # nnU-Net's own list takes hidden files for cases, cuts names without a number, and needs a pool of processes
     files: dict[str, list[Path]] = {}
-    pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
+    pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending), re.DOTALL)
     for path in list_visible(folder, ending):
         match = pattern.fullmatch(path.name)
         if match:

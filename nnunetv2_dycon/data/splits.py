@@ -7,6 +7,7 @@ names cases several times and nnU-Net draws them as often; `"overlap": true`, it
 """
 
 import difflib
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations, zip_longest
@@ -45,7 +46,7 @@ def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None =
         if any(fold.get(UNLABELED) != passed_over.get(UNLABELED) for fold, passed_over in pairs):
             raise SplitError(
                 f'the "unlabeled" lists of {used} and {other} differ and training reads the first; '
-                f"type: cp {other} {used} (this replaces the first), or: cp {used} {other}"
+                f"type: {_copy(other, used)} (this replaces the first), or: {_copy(used, other)}"
             )
     return found[0][1] if found else []
 
@@ -81,7 +82,7 @@ def check_copies(preprocessed_folder: Path, raw_folder: Path) -> None:
         if copy and any(set(fold.get(key, ())) != set(copy.get(key, ())) for key in _LISTS):
             raise SplitError(
                 f"fold {number} of {other} differs from that of {used}, which training reads and planning refuses; "
-                f"type: cp {other} {used} (this replaces the second), or: cp {used} {other}"
+                f"type: {_copy(other, used)} (this replaces the second), or: {_copy(used, other)}"
             )
 
 
@@ -318,6 +319,10 @@ def fold_unlabeled(splits: Splits, fold: int | str, known: Collection[str] | Non
 def benchmark_cases(splits: Splits, known: Collection[str] | None = None) -> tuple[str, ...]:
     """Return the cases that any fold lists as "unlabeled", sorted; checks every list as `fold_unlabeled` does."""
     return tuple(sorted({case for fold in range(len(splits)) for case in fold_unlabeled(splits, fold, known)}))
+
+
+def _copy(source: Path, target: Path) -> str:
+    return shlex.join(["cp", str(source), str(target)])
 
 
 def _some(cases: Iterable[str]) -> str:

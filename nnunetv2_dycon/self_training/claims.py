@@ -58,7 +58,7 @@ def take_ids(trainings: Sequence[Training]) -> None:
     with locked(root, f"another self-training is taking its ids in {root}: waiting for it", wait=True):
         check_ids(trainings)
         for one in trainings[1:]:
-            with writing(one.data.results, "set nnUNet_results"):
+            with writing(one.data.results, "or set nnUNet_results"):
                 one.data.results.mkdir(exist_ok=True)
             write_json(one.data.results / CLAIM_FILE, _settings(trainings))
 

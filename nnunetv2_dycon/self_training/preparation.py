@@ -63,7 +63,7 @@ class Preparation:
 
     def plan(self, lock: int | None) -> None:
         """Copy the plans and the files that go with them."""
-        with writing(self.data.preprocessed, "set nnUNet_preprocessed"):
+        with writing(self.data.preprocessed, "or set nnUNet_preprocessed"):
             self.data.preprocessed.mkdir(exist_ok=True)
         for source, copy in self._copies().items():
             write_bytes(copy, source.read_bytes())

@@ -201,7 +201,7 @@ def list_trainings(
     trainings = [Training(experiment, 0, data, experiment.fold, trainer_of_length(trainer, epochs[0]), epochs)]
     words = dataset_title(data.name)
     for number, new_id in enumerate(new_ids, start=1):
-        raw = dataset.new_folder(new_id, f"{words}_fold{experiment.fold}_self{number}")
+        raw = dataset.new_folder(new_id, f"{words}_fold{experiment.fold}_self{number}", "--as")
         new = DataSet.named(raw.name)
         trainings.append(Training(experiment, number, new, 0, trainer_of_length(trainer, epochs[number]), epochs))
     return trainings

@@ -27,7 +27,7 @@ def try_files(experiment: Experiment) -> None:
     """
     for variable in VARIABLES:
         folder = environment_folder(variable)
-        with writing(folder, f"set {variable}"), tempfile.TemporaryFile(dir=folder):
+        with writing(folder, f"or set {variable}"), tempfile.TemporaryFile(dir=folder):
             pass
     problems = unlabeled_name_problems(experiment.data.raw, experiment.roles, experiment.content)
     if problems:

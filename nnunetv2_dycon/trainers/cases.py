@@ -1,5 +1,6 @@
 """Which cases a training uses, checked before its first step: roles, folds, and the unlabelled images."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from nnunetv2_dycon.data.splits import (
     read_splits,
     write_small_splits,
 )
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import first_few, is_hidden
 from nnunetv2_dycon.folders import raw_folder
 
 if TYPE_CHECKING:
@@ -72,6 +75,12 @@ def _check_fold(trainer: "nnUNetTrainerSSL") -> Sequence[str]:
     """Refuse a wrong split file, and a fold that it does not have or allow; returns all preprocessed cases."""
     preprocessed, folder = Path(trainer.preprocessed_dataset_folder_base), trainer.preprocessed_dataset_folder
     cases: Sequence[str] = infer_dataset_class(folder).get_identifiers(folder)
+    hidden = sorted(case for case in cases if is_hidden(case))
+    if hidden:
+        raise DataError(
+            f"{folder} holds {first_few(hidden)}, hidden files that nnU-Net takes for cases; delete them: "
+            f"find {shlex.quote(str(folder))} -name '.*' -type f -delete"
+        )
     splits = read_splits(preprocessed, raw_folder(trainer.plans_manager.dataset_name))
     if splits and (preprocessed / SPLITS_FILE).is_file():
         # the "unlabeled" ones are compared with what is prepared of them

@@ -238,3 +238,46 @@ def test_a_dataset_json_that_is_a_list_is_one_line(raw):
     (raw / "dataset.json").write_text("[]")
     with pytest.raises(DataError, match=r"dataset\.json must be \{"):
         check(4, processes=1)
+
+
+# ---- spacing -----------------------------------------------------------------------------------------------
+
+
+def respaced(path: Path, factor: float) -> None:
+    image = sitk.ReadImage(str(path))
+    image.SetSpacing([factor * edge for edge in image.GetSpacing()])
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.mark.parametrize("name", ["imagesUn/u_01_0000.nii.gz", "imagesTs/t_00_0000.nii.gz"])
+@pytest.mark.parametrize("factor", [0.001, 0.3, 3.6, 1000])
+def test_an_image_with_voxels_of_quite_another_size_is_found(raw, name, factor):
+    path = raw / name
+    respaced(path, factor)
+    if "Ts" in name:
+        respaced(raw / "labelsTs/t_00.nii.gz", factor)
+    text = failed()["spacing"]
+    assert text.startswith(f"{path} has voxels of ")
+    size = " x ".join(f"{edge:.3g}" for edge in sitk.ReadImage(str(path)).GetSpacing())
+    assert f" {size} mm, labelled images from 0.9 x 1 x 1.4 to 1 x 1.1 x 1.5 mm" in text
+
+
+@pytest.mark.parametrize("factor", [0.4, 2.5])
+def test_voxels_of_another_size_are_fine_within_reason(raw, factor):
+    respaced(raw / "imagesUn/u_01_0000.nii.gz", factor)
+    assert failed() == {}
+
+
+def test_a_slice_among_volumes_is_found(raw):
+    path = raw / "imagesUn/u_01_0000.nii.gz"
+    sitk.WriteImage(sitk.ReadImage(str(path))[:, :, 3:4], str(path))
+    assert failed()["spacing"].startswith(f"{path} is 2-D, labelled images are 3-D")
+
+
+def test_an_image_that_cannot_be_read_is_not_said_to_have_another_spacing(raw):
+    (raw / "imagesTr/l_00_0000.nii.gz").write_bytes(b"")
+    (raw / "imagesUn/u_01_0000.nii.gz").write_bytes(b"")
+    assert failed().keys() == {"images"}
+    for path in (raw / "imagesTr").iterdir():
+        path.write_bytes(b"")
+    assert failed().keys() == {"images"}

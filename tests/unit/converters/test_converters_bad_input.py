@@ -148,7 +148,7 @@ def test_a_folder_that_is_empty_or_not_there_is_refused(raw, source) -> None:
     refused(raw, FORMS["la-nrrd"], source, "the folder is empty")
     refused(raw, FORMS["la-nrrd"], source / "none", "does not exist")
     (source / "zip.zip").touch()
-    refused(raw, FORMS["la-nrrd"], source / "zip.zip", "is a file")
+    refused(raw, FORMS["la-nrrd"], source / "zip.zip", "is an archive; unpack it")
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -215,7 +215,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(raw, source, monkeypatch) -
         mkdir(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # root may write everywhere
-    refused(raw, form, source, "Cannot write to", str(raw), "Permission denied")
+    refused(raw, form, source, "cannot write ", str(raw), "Permission denied")
 
 
 @pytest.mark.parametrize("name", ["la-h5", "btcv-raw"])
@@ -252,13 +252,13 @@ def test_an_id_that_is_taken_and_foreign_files_are_left_alone(raw, source) -> No
     form = FORMS["btcv-raw"]
     lay_out("btcv-raw", source)
     (raw / "Dataset505_Other").mkdir()
-    refused(raw, form, source, "Id 505 belongs to Dataset505_Other")
+    refused(raw, form, source, f"-d 505 belongs to {raw / 'Dataset505_Other'}; choose a free id: -d 506")
     folder = run(form, source, dataset_id=700).folder
     refused(raw, form, source, "--overwrite", dataset_id=700, labeled=2)
     (folder / "imagesTr" / "mine_0000.nii.gz").touch()
     refused(raw, form, source, "mine_0000.nii.gz was added", dataset_id=700, labeled=2, overwrite=True)
     for wrong in (0, 1000):
-        refused(raw, form, source, "give 1 to 999", dataset_id=wrong)
+        refused(raw, form, source, "a number from 1 to 999", dataset_id=wrong)
 
 
 @pytest.mark.parametrize("name", ["btcv-raw", "pancreas-dicom"])
@@ -267,7 +267,6 @@ def test_a_source_that_was_changed_at_the_same_size_is_said(raw, source, name) -
     lay_out(name, source)
     folder = run(form, source).folder
     (find(source, AN_IMAGE[name]).parent / ".DS_Store").touch()  # no file of a scan
-    (find(source, AN_IMAGE[name]).parent / ".DS_Store").unlink()
     assert run(form, source).state == "up to date"
     os.utime(find(source, AN_IMAGE[name]), ns=(1, 1))
     refused(raw, form, source, "source files were changed", str(folder), "--overwrite")
@@ -334,7 +333,7 @@ def test_the_command_ends_with_2_and_one_line(raw, source, capsys) -> None:
 
 def test_no_labeled_case_on_disk_is_said(raw, source) -> None:
     collections.la_h5(source, collections.LA["test"])
-    with pytest.raises(SplitError, match="none of the 8 labelled cases of la_80_20 is there"):
+    with pytest.raises(SplitError, match="no training case of la_80_20 is there with its label"):
         run(FORMS["la-h5"], source)
     assert issubclass(SplitError, UserError)
     assert issubclass(DataError, UserError)
