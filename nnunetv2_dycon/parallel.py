@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -44,7 +45,7 @@ def run(
         return
     # spawn, as nnU-Net: a fork after torch has used threads may hang
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     try:
         futures = {pool.submit(work, task): task for task in tasks}
         for future in as_completed(futures):
@@ -79,12 +80,18 @@ def default_processes() -> int:
     return min(8, usable)
 
 
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is killed; otherwise it would wait for ever."""
+def end_with_parent() -> None:
+    """End this process within a second or two of the one that started it, however that one ended.
+
+    A killed process cannot stop its workers, and a worker that waits for work, or for room in a queue, waits for ever.
+    """
     parent = multiprocessing.parent_process()
+    direct = os.getppid() == parent.pid  # otherwise a fork server stands between them
 
     def watch() -> None:
-        parent.join()
+        # Forked workers hold the other end of each other's pipe to the parent, so the pipe alone would not tell.
+        while parent.is_alive() and (not direct or os.getppid() == parent.pid):
+            time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
+from nnunetv2_dycon.data.reading import CaseReader, folder_reader
 from nnunetv2_dycon.data.ready import UnlabeledCases, ready_cases
 from nnunetv2_dycon.data.roles import read_roles
 from nnunetv2_dycon.data.splits import (
@@ -48,6 +48,21 @@ def find_unlabeled(trainer: "nnUNetTrainerSSL", processes: int) -> UnlabeledCase
     )
 
 
+def labeled_reader(trainer: "nnUNetTrainerSSL") -> CaseReader:
+    """Return what reads the prepared labelled cases, by nnU-Net's class for the format of their folder.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or empty, or holds other files than cases of one format.
+    """
+    plans, configuration = trainer.plans_manager, trainer.configuration_name
+    option = "" if plans.plans_name == "nnUNetPlans" else f" -plans_name {plans.plans_name}"
+    number = convert_dataset_name_to_id(plans.dataset_name)
+    command = f"nnUNetv2_preprocess -d {number} -c {configuration}{option}"
+    return folder_reader(Path(trainer.preprocessed_dataset_folder), command)
+
+
 def write_missing_splits(trainer: "nnUNetTrainerSSL") -> None:
     """Write folds for fewer cases than stock's five folds need; refuse a fold that the split file does not allow."""
     preprocessed = Path(trainer.preprocessed_dataset_folder_base)
@@ -55,7 +70,7 @@ def write_missing_splits(trainer: "nnUNetTrainerSSL") -> None:
     if trainer.fold == "all" or (preprocessed / SPLITS_FILE).exists():
         return
     folder = trainer.preprocessed_dataset_folder
-    cases = infer_dataset_class(folder).get_identifiers(folder)
+    cases = labeled_reader(trainer).get_identifiers(folder)
     if len(cases) < STOCK_FOLDS:
         write_small_splits(preprocessed, cases)
         trainer.print_to_log_file(
