@@ -116,7 +116,7 @@ def _image_files(folder: Path, ending: str) -> dict[str, tuple[Path, ...]]:
         str(case): [] for case in get_identifiers_from_splitted_dataset_folder(str(folder), ending)
     }
     pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):  # paths compare slowly
         match = pattern.fullmatch(path.name)
         if match and match[1] in files:
             files[match[1]].append(path)
