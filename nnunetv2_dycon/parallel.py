@@ -35,7 +35,7 @@ def run(
     ConfigError
         If `processes` is below 1.
     DataError
-        If a worker process was killed.
+        If a worker process was killed, or none can be started.
     """
     processes = worker_processes(processes)
     workers = min(processes, len(tasks))
@@ -45,7 +45,13 @@ def run(
         return
     # spawn, as nnU-Net: a fork after torch has used threads may hang
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    try:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    except OSError as error:  # its locks are files in shared memory
+        raise DataError(
+            f"worker processes cannot be started ({error.strerror}); look at the free space of /dev/shm, "
+            "or type the command again with -np 1"
+        ) from error
     try:
         futures = {pool.submit(work, task): task for task in tasks}
         for future in as_completed(futures):

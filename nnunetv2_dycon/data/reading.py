@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import file_ending_dataset_mapping, nnUNetBaseDataset
 
 from nnunetv2_dycon.checkpoint import TRUST
@@ -193,7 +194,9 @@ class _Array:
 
     def __getitem__(self, key: Any) -> Any:
         with self._reading():
-            return self._array[key]
+            part = self._array[key]
+            # nnU-Net's transforms write into what they get: here into a file that is open for reading alone
+            return np.array(part) if isinstance(part, np.memmap) else part
 
 
 def check_properties(path: Path) -> None:

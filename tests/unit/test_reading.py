@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
-from nnunetv2_dycon.data.reading import CaseReader, check_properties
+from nnunetv2_dycon.data.reading import CaseReader, check_properties, folder_reader
 from nnunetv2_dycon.errors import DataError
 from tests.datasets import environment, make_dataset, plan_and_preprocess, write_splits
 from tests.training import begin, make_trainer, steps
@@ -80,6 +80,21 @@ def test_labelled_cases_of_an_older_nnunet_train_with_unlabelled_ones_of_this(fo
     done = steps(begin(t), 1)
     for key in ("data", "unlabeled"):
         assert (done[0][key] == same_patches[0][key]).all()
+
+
+@pytest.mark.parametrize("format_", ["b2nd", "npz", "npy"])
+def test_what_is_cut_out_of_a_case_may_be_written_to(folder: Path, format_: str) -> None:
+    """nnU-Net's transforms do so; with the files of an older nnU-Net that ended the process."""
+    whole = nnUNetDatasetBlosc2(str(folder), ["l_00"]).load_case("l_00")[0][:]
+    if format_ != "b2nd":
+        as_numpy(folder, unpacked=format_ == "npy")
+    data, seg, previous, _ = folder_reader(folder, "x")(str(folder)).load_case("l_00")
+    assert previous is None
+    for array in (data, seg):
+        part = array[:, 2:5, 3:6]
+        assert part.flags.writeable
+    assert (data[:, 2:5, 3:6] == whole[:, 2:5, 3:6]).all()
+    data[:, 2:5, 3:6][:] = 0
 
 
 @pytest.mark.parametrize("format_", ["b2nd", "npz", "npy"])

@@ -27,7 +27,7 @@ from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import DataError, SplitError
 from tests.datasets import environment, leave, make_dataset, plan_and_preprocess
 from tests.prepared import ID, NAME, Place, load, prepare, tree
-from tests.processes import left_after
+from tests.processes import left_after, with_shared_memory
 
 
 def test_the_folder_holds_exactly_what_nnunet_reads(place: Place) -> None:
@@ -238,6 +238,19 @@ def test_a_dead_worker_is_one_line_with_the_remedy(place: Place, monkeypatch: py
     with pytest.raises(DataError, match=r"worker process died.*-np 1"):
         preprocess_unlabeled(ID, processes=2)
     monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_worker_processes_without_shared_memory_are_one_line(place: Place) -> None:
+    fill = 'head -c 1M /dev/zero > /dev/shm/full; exec "$@"'
+    program = "import sys; from nnunetv2_dycon.commands import main; sys.exit(main())"
+    words = [*with_shared_memory("64k"), "sh", "-c", fill, "sh", sys.executable, "-c", program]
+    command = [*words, "preprocess_unlabeled", "-d", str(ID), "-np", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "worker processes cannot be started (No space left on device)" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].endswith("-np 1")
+    preprocess_unlabeled(ID, processes=1)
 
 
 @pytest.mark.slow
