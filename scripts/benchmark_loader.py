@@ -61,6 +61,8 @@ def measure(mixed: MixedLoader, batches: int) -> list[tuple[float, float, float]
         of_unlabeled = seconds(unlabeled.generate_train_batch)
         seed_everything(2 * number)
         mixed.unlabeled.stream = RandomStream(2 * number + 1)
+        with mixed.unlabeled.stream.active():
+            pass  # it is seeded when it is used first
         found.append((of_labeled, of_unlabeled, seconds(mixed.generate_train_batch)))
     return found[1:]
 

@@ -112,6 +112,7 @@ class CheckedCases:
         self.stock = stock
         self.command = command
         self.identifiers: list[str] = stock.identifiers
+        self._looked_at: dict[str, tuple[int, int]] = {}  # size and time of a case's properties
 
     def load_case(self, case: str) -> tuple["_Array", "_Array", "_Array | None", dict[str, Any]]:
         """Return image, segmentation, that of the stage before, and properties; arrays are read where they are cut.
@@ -123,7 +124,7 @@ class CheckedCases:
             that are not plain.
         """
         with self._reading(case):
-            check_properties(Path(self.stock.source_folder, f"{case}.pkl"))
+            self._look_at_properties(case)
             *arrays, properties = self.stock.load_case(case)
             shapes = {array.shape[1:] for array in arrays if array is not None}
             if len(shapes) > 1:
@@ -134,6 +135,14 @@ class CheckedCases:
         return data, seg, previous, properties
 
     __getitem__ = load_case
+
+    def _look_at_properties(self, case: str) -> None:
+        """Refuse properties that run code, once for each file: large ones take as long as a patch of a small image."""
+        path = os.path.join(self.stock.source_folder, f"{case}.pkl")
+        found = os.stat(path)
+        if self._looked_at.get(case) != (found.st_size, found.st_mtime_ns):
+            check_properties(Path(path))
+            self._looked_at[case] = found.st_size, found.st_mtime_ns
 
     def open_some(self, seconds: float) -> int:
         """Open one case after the other, for so long; returns how many were opened.

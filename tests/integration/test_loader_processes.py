@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from nnunetv2_dycon.data import unlabeled
 from nnunetv2_dycon.data.manifest import unlabeled_folder
 from nnunetv2_dycon.data.prepared_files import SUFFIXES, describe
 from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
+from scripts import benchmark_loader
 from tests.datasets import environment, make_dataset, plan_and_preprocess, write_splits
 from tests.processes import children_of, left_after, with_shared_memory
 from tests.training import begin, make_trainer
@@ -114,6 +116,14 @@ def test_a_case_that_goes_in_mid_training_is_the_last_line(data: Path, name: str
     assert f"/{name[:4]}: the prepared case cannot be read (" in last_line(data)
     assert mend[name[0]] in last_line(data)
     assert not left_after(loaders, 10)
+
+
+def test_one_loader_costs_no_more_than_two_of_stock(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(data).items():
+        monkeypatch.setenv(name, value)
+    t = begin(make_trainer("nnUNetTrainerMeanTeacher_epochs1_iters1"))
+    times = benchmark_loader.measure(t.dataloader_train.data_loader, 100)
+    assert statistics.median(mixed / (labeled + unlabeled) for labeled, unlabeled, mixed in times) <= 1.05
 
 
 def make_many(root: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:

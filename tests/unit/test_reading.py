@@ -252,9 +252,11 @@ def test_properties_of_a_labelled_case_run_no_code(folder: Path, tmp_path: Path,
 def test_properties_of_an_unlabelled_case_run_no_code(folder: Path, tmp_path: Path, malicious, capsys) -> None:
     first = begin(make_trainer(NAME))
     path = first.unlabeled.folder / "u_01.pkl"
+    cases = first.unlabeled.dataset()
+    cases.load_case("u_01")
     malicious(path)
     with pytest.raises(DataError, match=REFUSED.format("u_01")):
-        first.unlabeled.dataset().load_case("u_01")
+        cases.load_case("u_01")
     begin(make_trainer(NAME))
     assert "1 case with damaged files (u_01). Preparing them now" in capsys.readouterr().out
     assert b"posix" not in path.read_bytes()
