@@ -244,6 +244,7 @@ VERBS: dict[str, Verb] = {
             _argument("-c", dest="configurations", nargs="+", help="configurations"),
             _PLANS,
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
+            _argument("--again", nargs="+", metavar="CASE", help="cases to prepare again"),
             _OVERWRITE,
         ),
         _show_paths,

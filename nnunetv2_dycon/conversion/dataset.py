@@ -35,7 +35,7 @@ COMMAND_FILE = "workflow.json"  # where scripts/workflow notes the command that 
 _STAMP = "stamp"
 FILES = ("dataset.json", "splits_final.json", "conversion.json")
 _LAST_ID = 999
-_ELSEWHERE = "let nnUNet_raw point elsewhere"
+_ELSEWHERE = "or let nnUNet_raw point elsewhere"
 _ID_OPTIONS = {"split": "--as", "self_train": "--as"}  # of other commands it is -d
 
 

@@ -14,10 +14,11 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_dycon.data.dataset_json import channel_names
-from nnunetv2_dycon.data.manifest import ELSEWHERE, SUFFIXES
+from nnunetv2_dycon.data.manifest import ELSEWHERE
+from nnunetv2_dycon.data.prepared_files import SUFFIXES, describe, remove_case
 from nnunetv2_dycon.data.readers import is_nifti, open_nifti
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import check_case_names, place, writing
+from nnunetv2_dycon.files import place, writing
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class CaseToPrepare:
     work: str
 
 
-def prepare_case(task: CaseToPrepare) -> str | None:
-    """Prepare one case; returns the problem with its images, None if it is done."""
+def prepare_case(task: CaseToPrepare) -> dict[str, Any] | str:
+    """Prepare one case; returns the record of its files, or the problem with its images."""
     plans = PlansManager(task.plans)
     configuration = plans.get_configuration(task.configuration)
     try:
@@ -52,7 +53,7 @@ def prepare_case(task: CaseToPrepare) -> str | None:
         properties,
         configuration,
     )
-    return None
+    return describe(Path(task.folder), task.case)
 
 
 def read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -131,10 +132,3 @@ def _save(
         remove_case(Path(task.folder), task.case)
         for suffix in SUFFIXES:
             place(Path(scratch, task.case + suffix), Path(task.folder, task.case + suffix))
-
-
-def remove_case(folder: Path, case: str) -> None:
-    """Delete the files of a prepared case; DataError for a name that is not part of a file name."""
-    check_case_names([case], folder)
-    for suffix in reversed(SUFFIXES):  # first the file that marks a complete case
-        (folder / (case + suffix)).unlink(missing_ok=True)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-
 from nnunetv2_dycon.data.datasets import dataset_number
+from nnunetv2_dycon.data.reading import CaseReader, folder_reader
 from nnunetv2_dycon.data.ready import UnlabeledCases, ready_cases
 from nnunetv2_dycon.data.roles import read_roles
 from nnunetv2_dycon.data.splits import (
@@ -55,6 +54,21 @@ def find_unlabeled(trainer: "nnUNetTrainerSSL", processes: int) -> UnlabeledCase
     )
 
 
+def labeled_reader(trainer: "nnUNetTrainerSSL") -> CaseReader:
+    """Return what reads the prepared labelled cases, by nnU-Net's class for the format of their folder.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or empty, or holds other files than cases of one format.
+    """
+    plans, configuration = trainer.plans_manager, trainer.configuration_name
+    option = "" if plans.plans_name == "nnUNetPlans" else f" -plans_name {plans.plans_name}"
+    number = dataset_number(plans.dataset_name)
+    command = f"nnUNetv2_preprocess -d {number} -c {configuration}{option}"
+    return folder_reader(Path(trainer.preprocessed_dataset_folder), command)
+
+
 def write_missing_splits(trainer: "nnUNetTrainerSSL") -> None:
     """Write folds for fewer cases than stock's five folds need.
 
@@ -74,7 +88,7 @@ def write_missing_splits(trainer: "nnUNetTrainerSSL") -> None:
 def _check_fold(trainer: "nnUNetTrainerSSL") -> Sequence[str]:
     """Refuse a wrong split file, and a fold that it does not have or allow; returns all preprocessed cases."""
     preprocessed, folder = Path(trainer.preprocessed_dataset_folder_base), trainer.preprocessed_dataset_folder
-    cases: Sequence[str] = infer_dataset_class(folder).get_identifiers(folder)
+    cases: Sequence[str] = labeled_reader(trainer).get_identifiers(folder)
     hidden = sorted(case for case in cases if is_hidden(case))
     if hidden:
         raise DataError(

@@ -20,29 +20,17 @@ from torch import nn
 
 import nnunetv2_dycon
 from nnunetv2_dycon.checkpoint import KEY, write_checkpoint
-from nnunetv2_dycon.data.loader import (
-    IsolatedLoader,
-    MixedLoader,
-    inner_loader,
-    replace_loader,
-    unlabeled_loader,
-)
 from nnunetv2_dycon.data.ready import UnlabeledCases
-from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.options import Settings
 from nnunetv2_dycon.precision import autocast_of, in_float32, require_bf16
-from nnunetv2_dycon.randomness import (
-    global_states,
-    process_seed,
-    seed_everything,
-    seed_from_here,
-    set_global_states,
-)
-from nnunetv2_dycon.ranks import gathered, share_weights, world_size
+from nnunetv2_dycon.randomness import process_seed, seed_everything, seed_from_here
+from nnunetv2_dycon.ranks import gathered, share_weights
 from nnunetv2_dycon.step import DataInfo, Method, Step
-from nnunetv2_dycon.trainers.cases import check_cases, find_unlabeled, write_missing_splits
+from nnunetv2_dycon.trainers.cases import check_cases, find_unlabeled, labeled_reader, write_missing_splits
 from nnunetv2_dycon.trainers.history import History, class_names, epoch_means, unseen_classes
+from nnunetv2_dycon.trainers.loaders import dataloaders
 from nnunetv2_dycon.trainers.lock import lock_training
 from nnunetv2_dycon.trainers.results import GO_ON
 from nnunetv2_dycon.trainers.resume import checkpoint_file, choose_checkpoint, end_guard, guard_files, take_over
@@ -102,7 +90,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             require_bf16(self.device)
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
+        reader = labeled_reader(self)
         super().initialize()
+        self.dataset_class = reader
         seed = seed_from_here("method") if self.settings.seed is None else self.settings.seed
         labels = self.label_manager
         data = DataInfo(labels.num_segmentation_heads, labels.ignore_label, labels.has_regions, self.is_cascaded)
@@ -160,38 +150,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         return train, val
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """As stock, with the unlabelled patches drawn by the same workers.
-
-        The validation loader gets random states of its own wherever it may not shift the training stream: its draws
-        depend on validation labels. The control without option `seed` keeps stock's stream, draw for draw.
-        """
-        seed = self.settings.seed
-        if seed is not None:  # a training that goes on in loader processes must not draw its first patches again
-            seed = process_seed(seed, self.local_rank, self.step.number)
-        apart = seed is not None or self.method_type.uses_unlabeled
-        before = global_states()
-        train, val = super().get_dataloaders()
-        if seed is not None:
-            seed_everything(seed)
-        elif apart:
-            set_global_states(before)
-        labeled = inner_loader(train)
-        mixed = MixedLoader(labeled, self._unlabeled_loader(labeled) if self.unlabeled else None)
-        train = replace_loader(train, mixed, seed)
-        if apart:
-            val = replace_loader(val, IsolatedLoader(inner_loader(val), seed_from_here("validation")), seed)
-        if hasattr(train, "num_processes"):  # fork the workers now, before the first forward pass, as stock does
-            next(train)
-            next(val)
-        return train, val
-
-    def _unlabeled_loader(self, labeled: Any) -> IsolatedLoader:
-        wanted = self.settings.unlabeledbatch
-        size = self.batch_size if not wanted else len(range(self.local_rank, wanted, world_size()))
-        if size == 0:
-            raise ConfigError(f"option unlabeledbatch{wanted} leaves no unlabelled patch for each of the GPUs.")
-        dataset = self.dataset_class(str(self.unlabeled.folder), list(self.unlabeled.names))
-        return unlabeled_loader(labeled, dataset, size, seed_from_here("unlabeled"), self.label_manager)
+        """As stock, with the unlabelled patches drawn by the same workers."""
+        return dataloaders(self, super().get_dataloaders)
 
     # ------------------------------------------------------------------------------------------- life cycle
     def on_train_start(self) -> None:

@@ -14,7 +14,7 @@ from nnunetv2_dycon.data.prepare_case import remove_case
 from nnunetv2_dycon.data.splits import read_splits
 from nnunetv2_dycon.errors import DataError, SplitError, UserError
 from nnunetv2_dycon.files import check_case_names
-from tests.prepared import ID, NAME, Place, prepare
+from tests.prepared import ID, NAME, Place, prepare, sources
 
 OUTSIDE = (
     "../../../Dataset900_Other/imagesTr/x",
@@ -116,9 +116,9 @@ def test_no_case_of_a_collection_is_written_under_such_a_name(tmp_path: Path) ->
 )
 def test_a_manifest_with_other_content_means_that_all_is_prepared_again(place: Place, cases: object) -> None:
     prepare()
-    content = json.loads(place.manifest.read_text())
+    content = sources(place.manifest)
     for broken in ({**content, "cases": cases}, {**content, "plans": ["x"]}):
         place.manifest.write_text(json.dumps(broken))
         assert unlabeled_status(ID).state == "missing"
     prepare()
-    assert json.loads(place.manifest.read_text()) == content
+    assert sources(place.manifest) == content
