@@ -6,7 +6,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def run_ranks(work: Callable[..., Any], root: Path, *arguments: Any) -> list[Any]:
+def run_ranks(work: Callable[..., Any], root: Path, *arguments: Any, backend: str = "gloo") -> list[Any]:
     """Run `work(rank, *arguments)` in two processes of one group; returns what each gives, in order of ranks.
 
     Parameters
@@ -59,19 +59,23 @@ def run_ranks(work: Callable[..., Any], root: Path, *arguments: Any) -> list[Any
         A function at the top of a module.
     root : Path
         Folder of `make_dataset`.
+    backend : {"gloo", "nccl"}
+        On the CPU, or each on a GPU of its own.
     """
     (root / "rendezvous").unlink(missing_ok=True)  # a stale one would never let the processes meet
-    torch.multiprocessing.spawn(_rank, args=(str(root), work, arguments), nprocs=RANKS)
+    torch.multiprocessing.spawn(_rank, args=(str(root), work, arguments, backend), nprocs=RANKS)
     return [torch.load(root / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
-def _rank(rank: int, root: str, work: Callable[..., Any], arguments: tuple) -> None:
+def _rank(rank: int, root: str, work: Callable[..., Any], arguments: tuple, backend: str) -> None:
     os.environ.update(environment(Path(root)))
     os.environ.update(nnUNet_n_proc_DA="0", nnUNet_def_n_proc="1", nnUNet_compile="f")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=RANKS)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{root}/rendezvous", rank=rank, world_size=RANKS)
     try:
-        with on_cpu():
+        with on_cpu() if backend == "gloo" else nullcontext():
             torch.save(work(rank, *arguments), f"{root}/{rank}.pt")
     finally:
         dist.destroy_process_group()

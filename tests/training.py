@@ -22,8 +22,9 @@ def make_trainer(
     fold: int | str = 0,
     resume: bool = False,
     plans: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Any:
-    """Return the trainer of a name as nnU-Net's command would make it, on the CPU."""
+    """Return the trainer of a name as nnU-Net's command would make it."""
     import os
 
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -34,7 +35,7 @@ def make_trainer(
     loaded = json.loads((folder / "nnUNetPlans.json").read_text()) if plans is None else plans
     dataset_json = json.loads((folder / "dataset.json").read_text())
     kind = trainer_class(name) if name.split("_")[0] in TRAINERS else recursive_find_trainer_class_by_name(name)
-    return kind({**loaded, "continue_training": resume}, configuration, fold, dataset_json, torch.device("cpu"))
+    return kind({**loaded, "continue_training": resume}, configuration, fold, dataset_json, torch.device(device))
 
 
 def seed_all(seed: int) -> None:
@@ -94,6 +95,15 @@ AVERAGING = (
 CO_TRAINING = ("nnUNetTrainerCPS", "nnUNetTrainerCPS_viewcopy_paste", "nnUNetTrainerDyCONCPS_onall_lossguarded")
 METHODS = (*AVERAGING, *CO_TRAINING)
 USING_UNLABELED = METHODS[1:]
+
+
+def at_once(method: str) -> str:
+    """The trainer with all its terms at work from the first step, on a network that knows nothing."""
+    kind = method.removeprefix("nnUNetTrainer").split("_")[0]
+    ramp = "" if kind in ("LabeledOnly", "BCP", "DyCONPaper") else "_rampup0_delay0"
+    own = {"LabeledOnly": "_paste0p5", "BCP": "_pretrain0", "PseudoLabel": "_gate0p5"}
+    gate = "_gate0p3" if "DyCON" in kind and "feclonlabeled" not in method else ""
+    return f"{method}{ramp}{own.get(kind, gate)}"
 
 
 def named(method: str, options: str = SHORT) -> str:

@@ -166,3 +166,19 @@ def test_passes_run_under_autocast_and_backward_does_not() -> None:
     assert seen == [("forward", True, torch.bfloat16), ("backward", False, torch.bfloat16)] * 2
     assert teacher == [torch.bfloat16]
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("name", ["MeanTeacher", "CPS"])
+def test_a_real_loss_scale_that_overflows_leaves_the_networks_alone_and_falls(name: str) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    kind, settings = METHODS[name]
+    step = made(kind, settings, Net(), scaler=scaler, autocast=lambda: torch.autocast("cpu", dtype=torch.float16))
+    before = copied(step.plain), copied(step.method)
+    for parameter in (*step.plain.parameters(), *step.method.parameters()):
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient * torch.inf)
+    step(loader_batch())
+    assert equal(before[0], copied(step.plain))
+    assert equal(before[1], copied(step.method))
+    assert scaler.get_scale() == 2.0**19
+    assert (step.number, step.log[0]["skipped_steps"]) == (1, 0.0)  # the scale's own matter: the loss is finite
