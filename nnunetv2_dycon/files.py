@@ -226,13 +226,13 @@ def check_case_names(names: Iterable[object], source: str | Path, error: type[Us
     Raises
     ------
     UserError
-        Of the class `error`, for the first name that is not a text of one path component.
+        Of the class `error`, for the first name that is not a text of one path component, or that would hide its files.
     """
     for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\"):
+        if not isinstance(name, str) or not name or is_hidden(name) or not name.isprintable() or set(name) & set("/\\"):
             raise error(
-                f"{source} names a case {name!r:.80}, but a case name is part of a file name: it is not empty and has "
-                "no slash, backslash, tab or line end; rename the case"
+                f"{source} names a case {name!r:.80}, but a case name is part of a file name: it does not begin with a "
+                "dot and has no slash, backslash, tab or line end; rename the case"
             )
 
 
@@ -253,7 +253,8 @@ def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") ->
     >>> first_few(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    shown = separator.join(map(str, items[:limit]))
+    texts = map(str, items[:limit])
+    shown = separator.join(text if text.isprintable() else repr(text) for text in texts)  # on one line
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
 
 

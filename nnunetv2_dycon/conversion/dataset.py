@@ -120,9 +120,13 @@ def conversion_of(folder: Path) -> dict[str, Any]:
 
 def _are_cases(cases: Any) -> bool:
     return isinstance(cases, dict) and all(
-        isinstance(entry, dict) and isinstance(entry.get("role"), str) and isinstance(entry.get("written", []), list)
+        isinstance(entry, dict) and isinstance(entry.get("role"), str) and _are_names(entry.get("written", []))
         for entry in cases.values()
     )
+
+
+def _are_names(written: Any) -> bool:
+    return isinstance(written, list) and all(isinstance(name, str) for name in written)
 
 
 def check_free(folder: Path, *, made_by: str, overwrite: bool) -> None:

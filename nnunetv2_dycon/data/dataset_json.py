@@ -119,8 +119,8 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_number, value))
 
 
-def _is_reader(value: Any) -> bool:
-    return value is None or isinstance(value, str)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -130,5 +130,5 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "file_ending": (_is_ending, 'an ending with its dot: ".nii.gz"'),
     "dataset": (_are_cases, '{"CASE": {"images": ["imagesTr/CASE_0000.nii.gz"], "label": "labelsTr/CASE.nii.gz"}}'),
     "regions_class_order": (_are_numbers, "a list of label numbers: [1, 2]"),
-    "overwrite_image_reader_writer": (_is_reader, 'the name of a reader: "SimpleITKIO", or leave it out'),
+    "overwrite_image_reader_writer": (_is_text, 'the name of a reader: "SimpleITKIO", or leave it out'),
 }

@@ -16,10 +16,11 @@ from typing import Any, Literal
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_dycon.data.dataset_json import channel_names
+from nnunetv2_dycon.data.dataset_json import channel_names, check_dataset_json
 from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
 from nnunetv2_dycon.data.difference import compare_manifest, open_unsure
 from nnunetv2_dycon.data.file_names import unlabeled_name_problems
+from nnunetv2_dycon.data.plans import reads_plans
 from nnunetv2_dycon.data.roles import image_sidecar, read_roles
 from nnunetv2_dycon.data.splits import Splits, benchmark_cases, fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
@@ -199,6 +200,7 @@ def unlabeled_status(
     )
 
 
+@reads_plans
 def find_configuration(
     dataset: int | str, configuration: str, plans: str | Mapping[str, Any], need_raw: bool
 ) -> Configuration:
@@ -234,6 +236,7 @@ def find_configuration(
             f"{', '.join(loaded['configurations'])}"
         )
     dataset_json = _load_json(base / name / "dataset.json", command)
+    check_dataset_json(dataset_json, base / name / "dataset.json")
     manager = PlansManager(loaded)
     settings = manager.get_configuration(configuration)
     if Path(settings.data_identifier).name != settings.data_identifier:

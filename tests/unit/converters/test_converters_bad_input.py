@@ -356,3 +356,22 @@ def test_a_label_with_fewer_slices_than_its_scan_is_never_shifted(raw, source, f
             refused(raw, FORMS[form], source, str(path), "the CT does not show clearly", "all slices", overwrite=True)
         else:
             assert np.array_equal(read(folder / "labelsTr" / "PANCREAS_0001.nii.gz")[0], truth.label)
+
+
+@pytest.mark.parametrize("name", ["a\\..\\b", "tab\there", "two\nlines", "x..", " "])
+def test_a_folder_whose_name_no_case_has_is_left_out_and_said_on_one_line(raw, source, name) -> None:
+    cases = [case for group in collections.LA.values() for case in group]
+    collections.la_h5(source, [*cases, name])
+    report = run(FORMS["la-h5"], source)
+    assert sorted(path.name for path in report.folder.parent.iterdir()) == [report.folder.name]
+    files = sorted(path.name for path in report.folder.glob("images*/*"))
+    assert files == sorted(f"{case}_0000.nii.gz" for case in cases)
+    (note,) = (note for note in report.notes if "not in the protocol" in note)
+    assert "\n" not in note
+    assert "\t" not in note
+    path = source.parent / "protocol.json"
+    path.write_text(json.dumps({"labeled": [cases[0]], "unlabeled": [name], "test": [cases[1]]}))
+    if name.strip() and name.isprintable() and "\\" not in name:
+        assert run(FORMS["la-h5"], source, labeled=path, overwrite=True).state == "written"
+    else:
+        refused(raw, FORMS["la-h5"], source, "protocol.json names a case", labeled=path, overwrite=True)

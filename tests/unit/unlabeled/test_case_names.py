@@ -21,6 +21,7 @@ OUTSIDE = (
     "../../../../escaped",
     "/tmp/absolute",
     "..",
+    ".hidden",
     "sub/case",
     "a\\b",
     "",
@@ -41,7 +42,7 @@ def test_a_name_that_is_not_part_of_a_file_name_is_refused_in_one_line(name: obj
 
 
 def test_names_that_are_in_use_pass() -> None:
-    check_case_names(["la_0001", "BraTS19_2013_0_1", "sub-strokecase0001", "P 12 (é)", "..x", "x.y_0001"], "list.json")
+    check_case_names(["la_0001", "BraTS19_2013_0_1", "sub-strokecase0001", "P 12 (é)", "x..", "x.y_0001"], "list.json")
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
