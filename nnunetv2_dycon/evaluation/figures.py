@@ -21,10 +21,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from nnunetv2_dycon.data.readers import read_view
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.comparison import METRICS, Comparison, Method
-from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
+from nnunetv2_dycon.evaluation.label_files import Labels, read_channel, read_label_map
 from nnunetv2_dycon.evaluation.metrics import DISTANCES
 from nnunetv2_dycon.evaluation.tables import column_title
 
@@ -343,19 +342,7 @@ def _overlay_row(
 
 def _image(images: Images, case: str, shape: tuple[int, ...]) -> NDArray:
     path = images.images / f"{case}_0000{images.labels.ending}" if images.images else None
-    if path is None or not path.is_file():
-        return np.zeros(shape)
-    try:
-        values = read_view(path, images.labels.reader).values
-        first = values.reshape(-1, *values.shape[values.ndim - len(shape) :])[0]  # of several channels in one file
-        if first.shape != shape:
-            raise ValueError(f"shape {first.shape} instead of {shape}")
-        return first.astype(np.float32)
-    except MemoryError:
-        raise
-    except Exception as error:  # every format and reader has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise DataError(f"{path} cannot be shown ({reason[:100]}); replace it, or move imagesTs away") from error
+    return read_channel(path, images.labels, shape) if path and path.is_file() else np.zeros(shape)
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:

@@ -141,6 +141,36 @@ def read_label_map(path: Path, labels: Labels, *, truth: bool) -> LabelMap:
     return LabelMap(_as_labels(values, path, known), spacing, place)
 
 
+def read_channel(path: Path, labels: Labels, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return an image of the data set, for a picture; of several channels in one file the first.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    labels : Labels
+        Labels of the data set, with its reader.
+    shape : tuple of int
+        Shape of the label map that belongs to it.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, or has another shape.
+    """
+    try:
+        values = read_view(path, labels.reader).values
+        first = values.reshape(-1, *values.shape[values.ndim - len(shape) :])[0]
+        if first.shape != shape:
+            raise ValueError(f"shape {first.shape} instead of {shape}")
+    except MemoryError:
+        raise
+    except Exception as error:  # every format and reader has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise DataError(f"{path} cannot be shown ({reason[:100]}); replace it, or move imagesTs away") from error
+    return first.astype(np.float32)
+
+
 def _as_labels(values: NDArray, path: Path, known: Collection[int]) -> NDArray:
     """Return the values in the smallest unsigned type; raises DataError for unknown labels."""
     top = max(known)

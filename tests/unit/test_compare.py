@@ -5,6 +5,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation import compare as module
@@ -23,6 +24,7 @@ from tests.madeup_runs import (
     make_dataset,
     make_predictions,
     make_training,
+    make_truth,
     write_splits,
 )
 
@@ -148,6 +150,24 @@ def test_compare_scores_by_the_data_sets_own_labels_and_the_convention_given(roo
         images.truth, folders[0], root / "nnUNet_raw" / DATASET / "dataset.json", root / "s", 1, convention="literature"
     )
     assert list(comparison.methods[0].scores[0].values()) == expected
+
+
+def test_nnunets_predictions_are_compared_where_sform_and_qform_of_images_differ(root):
+    raw = root / "nnUNet_raw" / DATASET
+    elsewhere = np.diag([-1.0, 1, 2, 1])
+    elsewhere[:3, 3] = 40
+    for path in (*(raw / "labelsTs").iterdir(), *(raw / "imagesTs").iterdir()):
+        image = nibabel.load(path, mmap=False)
+        image.set_qform(image.affine, 1)
+        image.set_sform(elsewhere, 2)
+        nibabel.save(image, path)
+    for shift, folder in ((0, root / "a"), (1, root / "b")):
+        folder.mkdir()
+        for case in CASES:
+            _, properties = SimpleITKIO().read_images([str(raw / "imagesTs" / f"{case}_0000.nii.gz")])
+            SimpleITKIO().write_seg(np.roll(make_truth(case).T, shift, 1), str(folder / f"{case}.nii.gz"), properties)
+    text = (report(root, str(root / "a"), str(root / "b")).parent / "report.md").read_text()
+    assert "| a | not recorded | not recorded | 1 | **100.00** |" in text
 
 
 def test_the_truth_may_be_in_another_folder(root, written):
