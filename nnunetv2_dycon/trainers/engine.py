@@ -246,6 +246,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """As stock for the student; then for the method's other models, each in a sub-folder of its name."""
+        if self.local_rank == 0:
+            lock_training(Path(self.output_folder))  # --val has no training that did it
         super().perform_actual_validation(save_probabilities)
         folders = self.output_folder, self.output_folder_base
         for name, network in self.method.models(unwrap(self.network)).items():

@@ -124,8 +124,9 @@ def train(training: Path, lock: Path, device: str, threads: int, loaders: int, c
         variables = {"nnUNet_n_proc_DA": str(loaders)}
         if device == "cpu":
             variables["nnUNet_compile"] = "f"  # its compiler takes longer than it saves in short runs
+            variables["OMP_NUM_THREADS"] = str(threads)  # our trainers keep to it
         if command:
-            _run(command, variables | ({"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {}))
+            _run(command, variables)
             if not final.is_file():
                 raise DataError(f"the command ended without {final}; correct training: in the configuration")
             return
