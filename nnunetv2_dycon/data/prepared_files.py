@@ -57,8 +57,6 @@ def state_of_case(case: str, files: Files, record: Any) -> Literal["whole", "mis
     stats = [files.get(case + suffix) for suffix in SUFFIXES]
     if not all(stats):
         return "missing"
-    if any(stat.st_size == 0 for stat in stats):
-        return "damaged"
     if not isinstance(record, dict):
         return "unsure"
     if record.get("sizes") != [stat.st_size for stat in stats]:

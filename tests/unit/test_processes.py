@@ -19,11 +19,12 @@ from batchgenerators.dataloading.data_loader import DataLoader
 
 from nnunetv2_dycon.data.processes import LoaderProcesses, _death, share, shared_bytes, tensors_of
 from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.randomness import global_states
 from nnunetv2_dycon.shared_memory import file_shortage, memory_shortage, waiting_batches
 from nnunetv2_dycon.trainers import loaders
 from nnunetv2_dycon.trainers.loaders import pool_sizes
 from tests.processes import left_after, running, with_shared_memory
-from tests.training import begin, named
+from tests.training import begin, named, same
 
 # batchgenerators' thread that collects results ends so when its workers are stopped
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -186,6 +187,16 @@ def test_a_training_asks_for_room_for_all_batches_that_may_wait(trainer, monkeyp
     assert asked[1] == wait[0] * len(list(tensors_of(train))) + wait[1] * len(list(tensors_of(val)))
 
 
+def test_loader_processes_leave_the_random_states_of_the_training_alone(trainer, monkeypatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    t = trainer(named("nnUNetTrainerLabeledOnly"))
+    t.initialize()
+    before = global_states()
+    for pool in t.get_dataloaders():
+        pool._finish()
+    assert same(before, global_states())
+
+
 def test_a_negative_number_of_processes_is_refused(trainer, monkeypatch) -> None:
     monkeypatch.setenv("nnUNet_n_proc_DA", "-1")
     with pytest.raises(ConfigError, match=r"nnUNet_n_proc_DA is -1.*type: export nnUNet_n_proc_DA=4"):
@@ -247,6 +258,9 @@ KILLED = """
         for pool in pools:
             next(pool)
         time.sleep(1)  # the queues are full now
+        if sys.argv[1] == "fork" and not (other := os.fork()):
+            time.sleep(600)  # holds the processes' pipes to the training, as any process that it starts may
+        print(other if sys.argv[1] == "fork" else 0)
         print(*(process.pid for pool in pools for process in pool._processes), flush=True)
         time.sleep(600)
 """
@@ -261,10 +275,14 @@ def test_loader_processes_end_when_their_training_is_killed(tmp_path: Path, meth
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), method]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as training:
+        other = int(training.stdout.readline())
         processes = {int(word) for word in training.stdout.readline().split()}
         assert len(running(processes)) == 4
         training.kill()
-    assert not left_after(processes, 10)
+    left = left_after(processes, 10)
+    if other:
+        os.kill(other, signal.SIGKILL)
+    assert not left
 
 
 FULL = """

@@ -148,6 +148,22 @@ def test_a_case_whose_parts_do_not_belong_together_is_refused(folder: Path, tmp_
         cases.load_case("b")
 
 
+def test_cases_are_opened_for_as_long_as_is_said(folder: Path) -> None:
+    cases = folder_reader(folder, "x")(str(folder))
+    assert cases.open_some(60) == 4
+    replace(folder / "l_01.b2nd", DAMAGE["empty"])
+    assert cases.open_some(-1) == 0
+
+
+def test_too_little_memory_is_no_fault_of_a_case(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("nnunetv2_dycon.data.reading.check_properties", refuse)
+    with pytest.raises(MemoryError):
+        CaseReader(nnUNetDatasetBlosc2, "x")(str(folder)).load_case("l_00")
+
+
 def test_a_file_that_may_not_be_read_is_not_prepared_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
@@ -272,6 +288,14 @@ def test_properties_are_not_looked_at_where_the_user_trusts_files(tmp_path: Path
     monkeypatch.setenv("NNUNETV2_DYCON_TRUST_FILES", "1")
     check_properties(path)
     assert not (tmp_path / "it_ran").exists()  # nnU-Net reads it after this
+
+
+@pytest.mark.parametrize("function", [eval, getattr, os.system, np.load, shutil.rmtree, np.ctypeslib.load_library])
+def test_no_function_that_does_anything_may_be_named(tmp_path: Path, function: object) -> None:
+    path = tmp_path / "case.pkl"
+    path.write_bytes(pickle.dumps({"x": function}))
+    with pytest.raises(pickle.UnpicklingError, match=r"its \.pkl names"):
+        check_properties(path)
 
 
 @pytest.mark.parametrize("protocol", [3, pickle.DEFAULT_PROTOCOL, pickle.HIGHEST_PROTOCOL])
