@@ -8,6 +8,8 @@ import ast
 import importlib
 import importlib.util
 import logging
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -23,13 +25,15 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]
 class Verb(NamedTuple):
     """One verb: `arguments` name parameters of `function`; `show` prints its result.
 
-    Only typed arguments are passed, so the defaults are those of the function. `show` returns the exit code.
+    Only typed arguments are passed, so the defaults are those of the function. `show` returns the exit code. `next`
+    takes what was typed and the result, and returns what a user would type next; it is printed apart from the result.
     """
 
     help: str
     function: str  # "module:function"
     arguments: Sequence[Argument]
     show: Callable[[Any], int]
+    next: Callable[[dict[str, Any], Any], str | None] = lambda typed, result: None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +45,13 @@ def _run(argv: Sequence[str] | None) -> int:
     verb, arguments = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     module, name = verb.function.split(":")
-    return verb.show(getattr(importlib.import_module(module), name)(**arguments))
+    result = getattr(importlib.import_module(module), name)(**arguments)
+    code = verb.show(result)
+    sys.stdout.flush()  # before the line on stderr
+    then = None if code else verb.next({**defaults_of(verb.function), **arguments}, result)
+    if then:
+        print(f"next: {then}", file=sys.stderr)
+    return code
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Verb, dict[str, Any]]:
@@ -165,6 +175,27 @@ def _show_scores(rows: Sequence[Any]) -> int:
     return 0
 
 
+def _next_of_conversion(typed: dict[str, Any], result: Any) -> str:
+    if result.state == "planned":
+        return "the same command without --dry_run"
+    return f"nnUNetv2_dycon check -d {int(result.folder.name[len('Dataset') :][:3])}"
+
+
+def _next_of_preparation(typed: dict[str, Any], result: Any) -> str:
+    plans = [] if typed["plans"] == "nnUNetPlans" else ["-p", typed["plans"]]
+    words = ["nnUNetv2_train", str(typed["dataset"]), typed["configurations"][0], "0", "-tr", "nnUNetTrainerDyCON"]
+    return shlex.join([*words, *plans])
+
+
+def _next_of_export(typed: dict[str, Any], result: Any) -> str:
+    folds = sorted(path.name.removeprefix("fold_") for path in result.glob("fold_*"))
+    return shlex.join(["nnUNetv2_predict_from_modelfolder", "-m", str(result), "-f", *folds, "-i", "IN", "-o", "OUT"])
+
+
+def _next_of_comparison(typed: dict[str, Any], result: Any) -> str:
+    return f"open {shlex.quote(str(result))} in a browser"
+
+
 def _show_rows(title: str, rows: Sequence[Any]) -> None:
     print(title)
     name, default = (max(len(row[column]) for row in rows) for column in range(2))
@@ -206,6 +237,7 @@ VERBS: dict[str, Verb] = {
             ),
         ),
         _show,
+        _next_of_conversion,
     ),
     "split": Verb(
         "Write a raw data set with the files of another, by links, some training cases without their labels.",
@@ -225,6 +257,7 @@ VERBS: dict[str, Verb] = {
             _OVERWRITE,
         ),
         _show,
+        _next_of_conversion,
     ),
     "check": Verb(
         "Check a raw data set: roles, duplicates, geometry, channels, labels; prints the next command.",
@@ -248,6 +281,7 @@ VERBS: dict[str, Verb] = {
             _OVERWRITE,
         ),
         _show_paths,
+        _next_of_preparation,
     ),
     "phantom": Verb(
         "Write a generated data set (labelled, unlabelled, test) as nnU-Net raw data.",
@@ -266,6 +300,7 @@ VERBS: dict[str, Verb] = {
             _OVERWRITE,
         ),
         _show,
+        lambda typed, result: f"nnUNetv2_dycon check -d {typed['dataset_id']}",
     ),
     "self_train": Verb(
         "Train with stock nnU-Net, pseudo-label the unlabelled images, train again: the reference at equal compute.",
@@ -288,7 +323,8 @@ VERBS: dict[str, Verb] = {
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
             _argument("--dry_run", action="store_true", help="only report the plan, write nothing"),
         ),
-        _show,
+        lambda result: _show(result.folder),
+        lambda typed, result: result.then,
     ),
     "export": Verb(
         "Write a model folder that predicts with stock nnU-Net, on a machine without this package.",
@@ -304,6 +340,7 @@ VERBS: dict[str, Verb] = {
             _argument("-o", dest="output", required=True, help="folder to write"),
         ),
         _show,
+        _next_of_export,
     ),
     "evaluate": Verb(
         "Score predictions: overlap, surface distances, volumes and lesions of every case.",
@@ -369,5 +406,6 @@ VERBS: dict[str, Verb] = {
             _OVERWRITE,
         ),
         _show,
+        _next_of_comparison,
     ),
 }

@@ -10,29 +10,30 @@ methods.
 """
 
 import argparse
+import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import nibabel as nib
-import numpy as np
-
-from nnunetv2_dycon.errors import ConfigError, DataError, UserError
-from nnunetv2_dycon.files import read_json, whole_folder, write_json
+from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.exit_codes import exit_code
+from nnunetv2_dycon.files import read_json, write_json
 from nnunetv2_dycon.precision import cpu_has_bf16
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from scripts.demo_task04 import make_hippocampus
 
 CONFIGURATION = "3d_demo"
 PATCH, FEATURES, BATCH = 32, 16, 2
@@ -162,86 +163,6 @@ def make_phantom(demo: Demo, labeled: int) -> None:
     demo.command("phantom", "nnUNetv2_dycon", "phantom", "-d", demo.id, "--labeled", str(labeled), "--overwrite")
 
 
-@contextmanager
-def task04_files(path: Path) -> Iterator[dict[str, tuple[Path, Path]]]:
-    """Image and label of every case of the Decathlon's Task04, from its folder or archive."""
-    with TemporaryDirectory() as scratch:
-        if path.is_file():
-            try:
-                with tarfile.open(path) as archive:
-                    archive.extractall(scratch, filter="data")
-            except tarfile.FilterError as error:
-                raise DataError(
-                    f"--task04 {path} is not the published archive: {error}. Nothing was written outside."
-                ) from None
-            except tarfile.TarError:
-                raise DataError(
-                    f"--task04 {path} is not an archive: give Task04_Hippocampus.tar or its folder."
-                ) from None
-        root = Path(scratch) if path.is_file() else path
-        labels = {p.name: p for p in root.rglob("labelsTr/hippocampus_[0-9][0-9][0-9].nii.gz")}
-        images = {p.name: p for p in root.rglob("imagesTr/hippocampus_[0-9][0-9][0-9].nii.gz")}
-        if len(labels.keys() & images.keys()) < 20:
-            raise DataError(f"--task04 {path} has no imagesTr and labelsTr of 20 or more hippocampus_NNN.nii.gz.")
-        for name in sorted(labels.keys() ^ images.keys()):
-            print(f"left out: {name} has no {'label' if name in images else 'image'}")
-        yield {n.removesuffix(".nii.gz"): (images[n], labels[n]) for n in sorted(labels.keys() & images.keys())}
-
-
-def fits(case: str, image: Path, label: Path) -> bool:
-    """Some copies of this archive hold planted errors: whole heads in place of the cut-out."""
-    shape, other = nib.load(image).shape, nib.load(label).shape
-    good = shape == other and len(shape) == 3 and max(shape) <= 100
-    if not good:
-        print(f"left out: {case} has shapes {shape} (image) and {other} (label)")
-    return good
-
-
-def deal_pairs(cases: list[str], sizes: dict[str, int], seed: int) -> dict[str, str]:
-    """Role of each case; both sides of a subject (ids 2k-1 and 2k) get the same one, whole pairs at random."""
-    pairs = defaultdict(list)
-    for case in cases:
-        pairs[(int(case.rsplit("_", 1)[1]) + 1) // 2].append(case)
-    order = [pairs[k] for k in np.random.default_rng(seed).permutation(sorted(pairs))]
-    roles: dict[str, str] = {}
-    for role, size in sizes.items():
-        chosen: list[str] = []
-        while order and len(chosen) < size:
-            chosen += order.pop()
-        roles |= dict.fromkeys(chosen[:size], role)  # the odd one out has no role
-    return roles
-
-
-def make_hippocampus(demo: Demo, path: Path, labeled: int) -> None:
-    """Raw data set from the Decathlon's hippocampus data: labelled, 100 unlabelled, 40 test cases."""
-    with task04_files(path) as files, whole_folder(demo.raw) as part:
-        _lay_out(files, part, labeled)
-
-
-def _lay_out(files: dict[str, tuple[Path, Path]], part: Path, labeled: int) -> None:
-    """Write the data set into an empty folder."""
-    cases = [case for case, pair in files.items() if fits(case, *pair)]
-    roles = deal_pairs(cases, {"Ts": 40, "Tr": labeled, "Un": 100}, seed=0)
-    for name in ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs"):
-        (part / name).mkdir(parents=True)
-    for case, role in roles.items():
-        shutil.copyfile(files[case][0], part / f"images{role}" / f"{case}_0000.nii.gz")
-        if role != "Un":
-            shutil.copyfile(files[case][1], part / f"labels{role}" / f"{case}.nii.gz")
-    training = sorted(case for case, role in roles.items() if role == "Tr")
-    dataset = {
-        "channel_names": {"0": "MRI"},
-        "labels": {"background": 0, "anterior": 1, "posterior": 2},
-        "numTraining": len(training),
-        "file_ending": ".nii.gz",
-        "licence": "CC-BY-SA 4.0",
-        "reference": "Medical Segmentation Decathlon, Task04_Hippocampus",
-    }
-    write_json(part / "dataset.json", dataset)
-    # as for the phantom: all labels train, the same cases are watched, only test cases measure
-    write_json(part / "splits_final.json", [{"train": training, "val": training}])
-
-
 def add_configuration(demo: Demo) -> None:
     """Add the small configuration; its preprocessed data are those of 3d_fullres, so nothing is made twice."""
     plans = read_json(demo.plans)
@@ -268,7 +189,7 @@ def prepare(demo: Demo, task04: Path | None, labeled: int) -> None:
     """Everything before training."""
     with demo.step("data") as todo:
         if todo:
-            make_hippocampus(demo, task04, labeled) if task04 else make_phantom(demo, labeled)
+            make_hippocampus(demo.raw, task04, labeled) if task04 else make_phantom(demo, labeled)
     with demo.step("plan and preprocess") as todo:
         if todo:
             shutil.rmtree(demo.preprocessed, ignore_errors=True)
@@ -312,18 +233,47 @@ class Arm:
                 demo.run(f"{log}_train", sys.executable, "-c", TRAIN, *options, loaders=0)
         self.stage = "done"
 
+    def _log(self) -> str:
+        logs = sorted(self.fold.glob("training_log_*.txt"))
+        return logs[-1].read_text(errors="replace") if logs else ""
+
     def progress(self) -> str:
         """One short phrase: the current stage and its progress."""
         if self.stage != "training":
             return f"{self.title}: {self.stage}"
-        logs = sorted(self.fold.glob("training_log_*.txt"))
-        text = logs[-1].read_text(errors="replace") if logs else ""
+        text = self._log()
         epochs, losses = re.findall(r": Epoch (\d+)", text), re.findall(r"train_loss (\S+)", text)
         dices = re.findall(r"Pseudo dice \[(?:np\.float32\()?([\d.]+|nan)", text)
         if not epochs:
             return f"{self.title}: starting"
         phrase = f"{self.title}: epoch {int(epochs[-1]) + 1}/{self.epochs}"
         return phrase + (f", loss {losses[-1]}, training Dice {dices[-1]}" if losses and dices else "")
+
+    def seconds_left(self, now: datetime) -> float | None:
+        """Seconds until this training ends at the pace of its present start; None before its first epoch has ended."""
+        if self.stage == "done":
+            return 0.0
+        begun = re.findall(r"^(\S+ \S+): Epoch (\d+)", self._log(), re.MULTILINE)
+        if self.stage != "training" or len(begun) < 2:
+            return None
+        (first, one), (last, other) = begun[0], begun[-1]
+        since = datetime.fromisoformat(last)
+        epoch = (since - datetime.fromisoformat(first)).total_seconds() / (int(other) - int(one))
+        return max(0.0, (self.epochs - int(other)) * epoch - (now - since).total_seconds())
+
+
+def training_progress(arms: list[Arm], now: datetime) -> str:
+    """What both trainings do, and when the slower one ends."""
+    left = [arm.seconds_left(now) for arm in arms]
+    known = [seconds for seconds in left if seconds is not None]
+    when = f" | {in_minutes(max(known))} of training left" if len(known) == len(left) else ""
+    return " | ".join(arm.progress() for arm in arms) + when
+
+
+def in_minutes(seconds: float) -> str:
+    """Return a time that is an estimate: whole minutes, rounded up."""
+    minutes = math.ceil(seconds / 60)
+    return f"about {minutes} minute{'s' * (minutes != 1)}"
 
 
 # ---- results -------------------------------------------------------------------------------------------------
@@ -338,6 +288,14 @@ def compare(demo: Demo, arms: list[Arm]) -> Path:
             options += ("--weights", "student", "teacher", "--predict", "--disable_tta", "-device", demo.device)
             demo.command("compare", "nnUNetv2_dycon", "compare", *options, "-np", "2", "-o", report, "--overwrite")
     return report
+
+
+def comparison_progress(demo: Demo) -> str:
+    """What the comparison did last, by its log; it is the last step."""
+    log = demo.out / "logs" / "compare.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    scored = [line for line in lines if re.match(r"\d+ of \d+: ", line)]
+    return f"scoring the test cases, {scored[-1].split(',')[0]}" if scored else "predicting the test cases; then scores"
 
 
 def first_table(report: Path) -> str:
@@ -408,37 +366,49 @@ def run(arguments: argparse.Namespace) -> None:
     suffix = f"_epochs{arguments.epochs}_iters{iters}_valiters2_save5_seed{arguments.seed}{'_bf16' * bf16}"
     arms = [Arm(demo, title, name + suffix, arguments.epochs) for title, name in ARMS.items()]
     demo.say(f"everything goes to {out}; {device}, {threads} thread(s) a training, {'bf16' if bf16 else 'float32'}")
+    demo.say("about 15 minutes in all on two idle CPU cores; stopped with Ctrl-C, the same command goes on")
     try:
         with demo.heartbeat(lambda: f"{demo.current} ..."):
             prepare(demo, task04, labeled)
-        with demo.heartbeat(lambda: " | ".join(arm.progress() for arm in arms)), ThreadPoolExecutor(2) as pool:
+        with demo.heartbeat(lambda: training_progress(arms, datetime.now())), ThreadPoolExecutor(2) as pool:
             try:
                 for future in as_completed([pool.submit(arm.run) for arm in arms]):
                     future.result()
             except BaseException:
                 demo.stop()  # the other arm too, or the pool would wait for its end
                 raise
+        with demo.heartbeat(lambda: comparison_progress(demo)):
+            report = compare(demo, arms)
     finally:
         demo.stop()
-    with demo.heartbeat(lambda: "predicting and scoring the test cases"):
-        report = compare(demo, arms)
     minutes = ", ".join(f"{arm.title} {demo.seconds[f'train {arm.title}'] / 60:.1f} min" for arm in arms)
     print(
         f"\n{first_table(report)}\n\nTraining: {minutes}. One seed, a few minutes of training: this shows that it runs"
     )
     print("and ranks no methods.\n")
-    demo.say(f"open {report / 'report.html'}")
-    demo.say("next, with images of your own: nnUNetv2_dycon check --help, and README.md, Own data")
+    print(what_next(report))
+
+
+def what_next(report: Path) -> str:
+    """What a user would do now, typed in a new terminal."""
+    active = Path(sys.prefix, "bin", "activate")
+    source = f"  source {shlex.quote(str(active))}\n" if active.exists() else ""
+    return (
+        f"Next:\n  open {shlex.quote(str(report / 'report.html'))} in a browser\n"
+        "With images of your own, as README.md says under 'Use it on your data':\n"
+        f"{source}  nnUNetv2_dycon doctor"
+    )
 
 
 def main() -> int:
     """Run the demo; 0 if all went well."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the trainings end too
+    return exit_code(_main)
+
+
+def _main() -> int:
     try:
         run(parse_arguments())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except StepError as error:
         print(f"error: {error}\nMend it and start the same command again: finished steps are kept.", file=sys.stderr)
         return 1

@@ -35,8 +35,9 @@ setup_env() {
     rm -f "$stamp"
     echo "Installing nnU-Net and this package into $venv. The first time takes longest."
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-        echo "No NVIDIA GPU here. The wheels that pip takes by default may still bring CUDA libraries (4 GB);"
-        echo "to avoid them, install a CPU build of torch and torchvision into an environment, activate it, start again."
+        echo "No NVIDIA GPU here, but the wheels that pip takes by default may bring CUDA libraries (4 GB)."
+        echo "To avoid them stop this with Ctrl-C, type the next line, and start again:"
+        echo "    '$PYTHON' -m pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu"
     fi
     # one command, so that pip resolves matching torch and torchvision
     if ! "$PYTHON" -m pip install --editable "$repository[test]"; then

@@ -1,8 +1,10 @@
 """Self-training on the tiny data set, with stand-ins for nnU-Net's commands."""
 
 import json
+import os
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +123,7 @@ def start(monkeypatch, root, rounds=1, commands=None, **options):
     monkeypatch.setattr(running, "call", commands)
     options = {"trainer": "nnUNetTrainer", "epochs": (500,) * (rounds + 1), "device": "cpu", "processes": 1} | options
     result = self_train(options.pop("dataset_id", 901), (911, 912)[:rounds], **options)
-    return result, commands
+    return result.folder, commands
 
 
 def raw(root, name=ROUNDS[0]):
@@ -144,6 +146,25 @@ def tree(root):
     skip = ("pseudo_labels.json", ".cut", "checkpoint_latest.pth")
     files = (path for path in root.rglob("*") if path.is_file() and not path.name.endswith(skip))
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def family(pid):
+    """A process and all that it started, whatever their sessions; the process first."""
+    children = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+def send(processes, number):
+    for one in processes:
+        with suppress(ProcessLookupError):
+            os.kill(one, number)
 
 
 def first_fold(root):

@@ -20,6 +20,13 @@ from nnunetv2_dycon.self_training.trial import try_files, try_images
 logger = logging.getLogger(__name__)
 
 
+class SelfTraining(NamedTuple):
+    """The fold's folder of the last training, and what a user would type next."""
+
+    folder: Path
+    then: str
+
+
 def self_train(
     dataset_id: int | str,
     new_ids: Sequence[int],
@@ -33,7 +40,7 @@ def self_train(
     device: str | None = None,
     processes: int | None = None,
     dry_run: bool = False,
-) -> Path:
+) -> SelfTraining:
     """Train, pseudo-label and train again, one round per new data set; continue where an earlier run stopped.
 
     All trainings have the network, patch, spacing and intensity statistics of the given data set. They start from
@@ -66,8 +73,8 @@ def self_train(
 
     Returns
     -------
-    Path
-        The fold's folder of the last training.
+    SelfTraining
+        The fold's folder of the last training, and what to type next.
 
     Raises
     ------
@@ -95,7 +102,7 @@ def self_train(
     if dry_run:
         for step in steps:
             step.tell("done" if step.done() else "to do")
-        return last.folder
+        return SelfTraining(last.folder, "the same command without --dry_run")
     folder = trainings[0].folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,8 +119,9 @@ def self_train(
             step.act(lock)
             if not step.done():
                 raise DataError(f"{step.title}: no error, but the results are missing; see the output above")
-    logger.info("next: %s", shlex.join([*last.predict_words(), "-i", "IMAGES", "-o", "PREDICTIONS"]))
-    return last.folder
+    images = experiment.data.raw / "imagesTs" if experiment.roles.test else "IMAGES"
+    words = [*last.predict_words(), "-i", str(images), "-o", str(last.folder / "self_training")]
+    return SelfTraining(last.folder, shlex.join(words))
 
 
 def _try(trainings: Sequence[Training]) -> None:

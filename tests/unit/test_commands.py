@@ -27,6 +27,18 @@ REQUIRED = {
 }
 
 
+FINDINGS = [types.SimpleNamespace(name="a", ok=True, text="b")]
+CONVERSION = types.SimpleNamespace(folder=Path("raw/Dataset604_X"), state="written")
+RESULTS = {
+    "doctor": FINDINGS,
+    "check": FINDINGS,
+    "convert": CONVERSION,
+    "split": CONVERSION,
+    "export": Path("no such folder"),
+    "self_train": types.SimpleNamespace(folder="fold_0", then="nnUNetv2_predict -d 601"),
+}
+
+
 @pytest.fixture
 def called(monkeypatch):
     """Put stand-ins in the place of all functions; return what they are called with."""
@@ -41,7 +53,7 @@ def called(monkeypatch):
 
     for name, verb in commands.VERBS.items():
         module, function = verb.function.split(":")
-        result = [types.SimpleNamespace(name="a", ok=True, text="b")] if name in ("doctor", "check") else []
+        result = RESULTS.get(name, [])
         fake = types.ModuleType(module)
         setattr(fake, function, stand_in(name, result))
         monkeypatch.setitem(sys.modules, module, fake)
@@ -176,6 +188,62 @@ def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
         assert f"\n{name}: " in printed
     assert printed.count("0p5to0p05") == 2  # beta of DyCON, and of DyCON in co-training
     assert printed.count("5to0p5 ") == 1  # beta of the preset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "then"),
+    [
+        (["convert", "LA", "x"], "nnUNetv2_dycon check -d 604"),
+        (["split", *REQUIRED["split"]], "nnUNetv2_dycon check -d 604"),
+        (["phantom", "-d", "501"], "nnUNetv2_dycon check -d 501"),
+        (["preprocess_unlabeled", "-d", "501"], "nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerDyCON"),
+        (
+            ["preprocess_unlabeled", "-d", "Dataset501_X", "-c", "2d", "-p", "My Plans"],
+            "nnUNetv2_train Dataset501_X 2d 0 -tr nnUNetTrainerDyCON -p 'My Plans'",
+        ),
+        (["self_train", *REQUIRED["self_train"]], "nnUNetv2_predict -d 601"),
+        (["compare", *REQUIRED["compare"]], "open 'a b/report.html' in a browser"),
+        (["evaluate", "a", "b"], None),
+        (["doctor"], None),
+    ],
+)
+def test_a_verb_ends_with_what_to_type_next_apart_from_its_result(called, monkeypatch, capsys, arguments, then):
+    name = arguments[0]
+    module, function = commands.VERBS[name].function.split(":")
+    if name == "compare":
+        monkeypatch.setattr(sys.modules[module], function, lambda **_: Path("a b/report.html"))
+    monkeypatch.setitem(commands.VERBS, name, commands.VERBS[name]._replace(show=commands._show))
+    assert commands.main(arguments) == 0
+    printed, said = capsys.readouterr()
+    assert "next" not in printed
+    assert said == (f"next: {then}\n" if then else "")
+
+
+def test_after_a_dry_run_the_same_command_is_next(called, monkeypatch, capsys):
+    planned = types.SimpleNamespace(folder=CONVERSION.folder, state="planned")
+    monkeypatch.setattr(sys.modules["nnunetv2_dycon.conversion.split"], "split", lambda **_: planned)
+    commands.main(["split", *REQUIRED["split"], "--dry_run"])
+    assert capsys.readouterr().err == "next: the same command without --dry_run\n"
+
+
+def test_an_exported_model_is_predicted_with_all_of_its_folds(called, monkeypatch, capsys, tmp_path):
+    for fold in ("fold_0", "fold_1"):
+        (tmp_path / fold).mkdir()
+    monkeypatch.setattr(sys.modules["nnunetv2_dycon.export"], "export_model", lambda **_: tmp_path)
+    commands.main(["export", *REQUIRED["export"]])
+    assert f"next: nnUNetv2_predict_from_modelfolder -m {tmp_path} -f 0 1 -i IN -o OUT\n" in capsys.readouterr().err
+
+
+def test_after_a_finding_nothing_is_next(called, monkeypatch, capsys):
+    verb = commands.VERBS["check"]._replace(next=lambda typed, result: "more")
+    monkeypatch.setitem(commands.VERBS, "check", verb)
+    monkeypatch.setattr(sys.modules["nnunetv2_dycon.conversion.check"], "check", lambda **_: [FINDINGS[0]])
+    assert commands.main(["check", "-d", "604"]) == 0
+    assert capsys.readouterr().err == "next: more\n"
+    bad = types.SimpleNamespace(name="a", ok=False, text="b")
+    monkeypatch.setattr(sys.modules["nnunetv2_dycon.conversion.check"], "check", lambda **_: [bad])
+    assert commands.main(["check", "-d", "604"]) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_the_console_script_is_this_main():

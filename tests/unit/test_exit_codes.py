@@ -28,7 +28,8 @@ def function(**arguments):
     {body}
 setattr(fake, name, function)
 sys.modules[module] = fake
-commands.VERBS[verb] = commands.VERBS[verb]._replace(show=lambda result: print(result) or 0)
+show = lambda result: print(result) or 0
+commands.VERBS[verb] = commands.VERBS[verb]._replace(show=show, next=lambda typed, result: None)
 sys.exit(commands.main([verb, *{arguments!r}]))
 """
 

@@ -2,12 +2,16 @@
 
 import json
 import logging
+import shlex
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.self_training import running
+from nnunetv2_dycon.self_training.steps import self_train
 from tests.datasets import no_pools
 from tests.rounds import (
     CASES,
@@ -157,6 +161,21 @@ def test_the_log_has_commands_lengths_and_shares(monkeypatch, root, caplog):
         f"$ nnUNetv2_train 911 3d_fullres 0 {model}",
     ):
         assert line.removeprefix("$ ") in caplog.text
+
+
+@pytest.mark.parametrize("tests", [True, False])
+def test_what_is_next_predicts_the_test_cases_with_the_last_model(monkeypatch, root, tests):
+    if not tests:
+        shutil.rmtree(raw(root, NAME) / "imagesTs")
+    monkeypatch.setattr(running, "call", Commands(root))
+    options = {"epochs": (500, 500), "device": "cpu", "processes": 1}
+    folder, then = self_train(901, [911], **options)
+    words = shlex.split(then)
+    assert words[:5] == ["nnUNetv2_predict", "-d", "911", "-c", "3d_fullres"]
+    images = str(raw(root, NAME) / "imagesTs") if tests else "IMAGES"
+    assert words[-4:] == ["-i", images, "-o", str(folder / "self_training")]
+    assert words[words.index("-device") + 1] == "cpu"
+    assert self_train(901, [911], dry_run=True, **options).then == "the same command without --dry_run"
 
 
 def test_nnunet_preprocesses_and_loads_what_a_round_leaves(monkeypatch, root):

@@ -17,7 +17,21 @@ from nnunetv2_dycon import parallel
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.self_training import running
 from tests.datasets import environment
-from tests.rounds import CASES, NAME, ROUNDS, Commands, Killed, checkpoint, copy_data, first_fold, raw, start, tree
+from tests.rounds import (
+    CASES,
+    NAME,
+    ROUNDS,
+    Commands,
+    Killed,
+    checkpoint,
+    copy_data,
+    family,
+    first_fold,
+    raw,
+    send,
+    start,
+    tree,
+)
 
 # ---- going on ------------------------------------------------------------------------------------------------
 
@@ -212,14 +226,15 @@ def test_real_commands_killed_at_every_stage_end_in_the_weights_of_a_clean_run(r
         (root / "log.txt").write_text("")
         process = launch(root)
         wait_for(root, process, text)
+        all_of_it = family(process.pid)
         if text == "This split has 6 training":
-            os.killpg(process.pid, signal.SIGSTOP)  # or the short training could end before the second command looks
-            os.kill(process.pid, signal.SIGKILL)  # it alone: the training lives, and keeps others out
+            send(all_of_it, signal.SIGSTOP)  # or the short training could end before the second command looks
+            process.kill()  # it alone: the training lives, and keeps others out
             process.wait()
             second = launch(root)
             assert second.wait() == 2
             assert "is working on" in (root / "log.txt").read_text(errors="replace")
-        os.killpg(process.pid, signal.SIGKILL)
+        send(all_of_it, signal.SIGKILL)
         process.wait()
     process = launch(root)
     assert process.wait() == 0, (root / "log.txt").read_text(errors="replace")[-3000:]
