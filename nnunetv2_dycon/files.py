@@ -12,18 +12,19 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_dycon.errors import DataError, UserError, WriteError
 
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota
+ELSEWHERE = "choose another folder"  # ends errors about writing
 PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our own listings pass over them
 
 
 @contextmanager
-def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator[Path]:
+def whole_file(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[Path]:
     """Give a temporary path in the same folder; on leaving without an error it becomes `path`.
 
     The temporary name keeps the ending of `path` (`.nii.gz`, `.png`), by which writers choose the format.
@@ -46,7 +47,8 @@ def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator
             yield part
             place(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there; a read-only disk says so in another way
+            part.unlink()
 
 
 @contextmanager
@@ -101,18 +103,18 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
         part.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    with whole_file(path) as part:
+def write_bytes(path: Path, content: bytes, elsewhere: str = ELSEWHERE) -> None:
+    """Write a file, whole or not at all; `elsewhere` as in `whole_file`."""
+    with whole_file(path, elsewhere) as part:
         part.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all; line ends as given."""
-    write_bytes(path, text.encode())
+def write_text(path: Path, text: str, elsewhere: str = ELSEWHERE) -> None:
+    """Write a UTF-8 file, whole or not at all; line ends as given, `elsewhere` as in `whole_file`."""
+    write_bytes(path, text.encode(), elsewhere)
 
 
-def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
+def write_json(path: Path, content: Any, *, sort_keys: bool = False, elsewhere: str = ELSEWHERE) -> None:
     """Write JSON that a person can read, whole or not at all.
 
     Parameters
@@ -123,8 +125,11 @@ def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
         Anything that JSON can hold.
     sort_keys : bool
         Write keys in alphabetical order.
+    elsewhere : str
+        As in `whole_file`.
     """
-    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+    write_text(path, text, elsewhere)
 
 
 def read_json(path: Path, mend: str = "restore it", error: type[UserError] = DataError) -> Any:
@@ -257,7 +262,7 @@ def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") ->
 
 
 @contextmanager
-def writing(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
+def writing(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
     """Turn errors of the operating system about writing `path` into one line.
 
     Raises
