@@ -19,11 +19,12 @@ from typing import Any
 from nnunetv2_dycon.errors import DataError, UserError, WriteError
 
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota
+ELSEWHERE = "or choose another folder"  # ends errors about writing
 PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our own listings pass over them
 
 
 @contextmanager
-def whole_file(path: Path, elsewhere: str = "or choose another folder") -> Iterator[Path]:
+def whole_file(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[Path]:
     """Give a temporary path in the same folder; on leaving without an error it becomes `path`.
 
     The temporary name keeps the ending of `path` (`.nii.gz`, `.png`), by which writers choose the format.
@@ -46,7 +47,8 @@ def whole_file(path: Path, elsewhere: str = "or choose another folder") -> Itera
             yield part
             place(part, path)
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # it is not there; a read-only disk says so in another way
+                part.unlink()
 
 
 @contextmanager
@@ -103,18 +105,18 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
         part.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    with whole_file(path) as part:
+def write_bytes(path: Path, content: bytes, elsewhere: str = ELSEWHERE) -> None:
+    """Write a file, whole or not at all; `elsewhere` as in `whole_file`."""
+    with whole_file(path, elsewhere) as part:
         part.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all; line ends as given."""
-    write_bytes(path, text.encode())
+def write_text(path: Path, text: str, elsewhere: str = ELSEWHERE) -> None:
+    """Write a UTF-8 file, whole or not at all; line ends as given, `elsewhere` as in `whole_file`."""
+    write_bytes(path, text.encode(), elsewhere)
 
 
-def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
+def write_json(path: Path, content: Any, *, sort_keys: bool = False, elsewhere: str = ELSEWHERE) -> None:
     """Write JSON that a person can read, whole or not at all.
 
     Parameters
@@ -125,8 +127,11 @@ def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
         Anything that JSON can hold.
     sort_keys : bool
         Write keys in alphabetical order.
+    elsewhere : str
+        As in `whole_file`.
     """
-    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+    write_text(path, text, elsewhere)
 
 
 def read_json(path: Path, mend: str = "restore it", error: type[UserError] = DataError) -> Any:
@@ -259,7 +264,7 @@ def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") ->
 
 
 @contextmanager
-def writing(path: Path, elsewhere: str = "or choose another folder") -> Iterator[None]:
+def writing(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
     """Turn errors of the operating system about writing `path` into one line.
 
     Raises
@@ -273,7 +278,7 @@ def writing(path: Path, elsewhere: str = "or choose another folder") -> Iterator
         raise cannot_write(path, error, elsewhere) from error
 
 
-def cannot_write(path: Path, error: OSError, elsewhere: str = "or choose another folder") -> WriteError:
+def cannot_write(path: Path, error: OSError, elsewhere: str = ELSEWHERE) -> WriteError:
     """Return one line about a file that cannot be written; where the disk is full, with its free space.
 
     Parameters

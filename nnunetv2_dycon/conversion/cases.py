@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_dycon.conversion.align import Fit, map_values, on_grid, present, resample, same_grid
-from nnunetv2_dycon.conversion.dataset import IMAGES, LABELS, Workspace
+from nnunetv2_dycon.conversion.dataset import ELSEWHERE, IMAGES, LABELS, Workspace
 from nnunetv2_dycon.conversion.volumes import (
     NiftiFile,
     Source,
@@ -130,7 +130,7 @@ class Task(ABC):
             If nothing can be written.
         """
         try:
-            write_json(self._record, self.make())
+            write_json(self._record, self.make(), elsewhere=ELSEWHERE)
         except WriteError:
             raise
         except DataError as error:

@@ -35,7 +35,7 @@ COMMAND_FILE = "workflow.json"  # where scripts/workflow notes the command that 
 _STAMP = "stamp"
 FILES = ("dataset.json", "splits_final.json", "conversion.json")
 _LAST_ID = 999
-_ELSEWHERE = "or let nnUNet_raw point elsewhere"
+ELSEWHERE = "or let nnUNet_raw point elsewhere"
 _ID_OPTIONS = {"split": "--as", "self_train": "--as"}  # of other commands it is -d
 
 
@@ -195,7 +195,7 @@ def building(folder: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
     space = workspace(folder)
     if not space.work.exists():  # refused before anything is made
         check_free(folder, made_by=made_by, overwrite=overwrite)
-    with writing(folder, _ELSEWHERE), _claimed(space.work):
+    with writing(folder, ELSEWHERE), _claimed(space.work):
         _settle(folder, space.work)
         check_free(folder, made_by=made_by, overwrite=overwrite)
         try:
@@ -225,7 +225,7 @@ def _prepare(space: Workspace, stamp: str) -> None:
     if not _is_stamped(space.work, stamp):
         for folder in (space.data, space.records):
             shutil.rmtree(folder, ignore_errors=True)
-        write_text(space.work / _STAMP, stamp)
+        write_text(space.work / _STAMP, stamp, ELSEWHERE)
     for folder in (*(space.data / name for name in FOLDERS), space.records):
         folder.mkdir(parents=True, exist_ok=True)
     for part in space.data.glob("*/.*"):  # left by a killed run

@@ -194,9 +194,9 @@ def _describe(job: Job, stamp: str, folder: Path) -> list[str]:
         kept = {key: records[name][key] for key in ("label_voxels", "notes") if records[name].get(key)}
         cases[name] = {**case, "written": written[name], **kept}
     job.describe(folder)
-    write_json(folder / "splits_final.json", list(job.folds))
+    write_json(folder / "splits_final.json", list(job.folds), elsewhere=dataset.ELSEWHERE)
     marks = {"fingerprint": job.fingerprint, **({"stamp": stamp} if job.dated else {})}
-    write_json(folder / "conversion.json", {**job.plan, **marks, "cases": cases})
+    write_json(folder / "conversion.json", {**job.plan, **marks, "cases": cases}, elsewhere=dataset.ELSEWHERE)
     ways = Counter(way for record in records.values() for way in record["how"])
     notes = [f"{name}: {note}" for name, record in records.items() for note in record["notes"]]
     return [*notes, "files: " + ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))]

@@ -196,7 +196,7 @@ def _check_subjects(role_of: Mapping[str, str], subjects: Mapping[str, str]) -> 
 def _write_dataset_json(data: _Data, name: str, number: int, folder: Path) -> None:
     content = {key: value for key, value in data.json.items() if key != "dataset"}
     content |= {"name": name, "numTraining": number, "converted_by": f"nnunetv2_dycon {__version__}"}
-    write_json(folder / "dataset.json", content)
+    write_json(folder / "dataset.json", content, elsewhere=dataset.ELSEWHERE)
 
 
 def _left_out(data: _Data, kept_tests: bool) -> list[str]:
