@@ -170,16 +170,18 @@ def _shared_memory() -> Finding:
     """Compare the free shared memory with what loader processes need for patches of nnU-Net's usual size."""
     name = "shared memory"
     try:
+        import torch
+
         from nnunetv2_dycon.trainers.loaders import loader_processes, pool_sizes
 
-        processes = loader_processes()
+        processes, pinned = loader_processes(), torch.cuda.is_available()
     except Exception as error:
         text = f"the number of loader processes is not known ({_one_line(error)}); correct nnUNet_n_proc_DA"
         return Finding(name, False, text)
     if not processes:
         return Finding(name, True, "not needed: nnUNet_n_proc_DA=0")
     pools = zip(USUAL_BATCHES, pool_sizes(processes), strict=True)
-    needed = sum(size * waiting_batches(*pool) for size, pool in pools)
+    needed = sum(size * waiting_batches(*pool, pinned=pinned) for size, pool in pools)
     free = free_bytes()
     found = memory_shortage(free, needed)
     if found:

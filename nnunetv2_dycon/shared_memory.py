@@ -35,8 +35,8 @@ def pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 
 
-def waiting_batches(processes: int, cached: int) -> int:
-    """Return how many batches wait at one time when the training is slower than its loader processes.
+def waiting_batches(processes: int, cached: int, *, pinned: bool) -> int:
+    """Return how many batches wait in shared memory when the training is slower than its loader processes.
 
     Parameters
     ----------
@@ -44,13 +44,17 @@ def waiting_batches(processes: int, cached: int) -> int:
         Loader processes; each holds a batch that it cannot hand over yet.
     cached : int
         Places of the queue of the processes, and as many of the one that the training takes its batches from.
+    pinned : bool
+        Whether they are copied to pinned memory, for a GPU, on the way to the second queue.
 
     Examples
     --------
-    >>> waiting_batches(processes=2, cached=6)  # 6 + 6 in the queues, 2 behind them, 1 between them, 1 in use
+    >>> waiting_batches(processes=2, cached=6, pinned=False)  # 6 + 6 queued, 2 behind, 1 between, 1 in use
     16
+    >>> waiting_batches(processes=2, cached=6, pinned=True)
+    10
     """
-    return 2 * cached + processes + 2
+    return (1 if pinned else 2) * cached + processes + 2
 
 
 def file_shortage(tensors: int) -> str | None:

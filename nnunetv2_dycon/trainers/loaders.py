@@ -99,9 +99,8 @@ def dataloaders(
         val = IsolatedLoader(val, seed_from_here("validation"))
     if not processes:
         return SingleThreadedAugmenter(train, None), SingleThreadedAugmenter(val, None)
-    sizes = pool_sizes(processes)
-    _check_resources(train, sizes)
-    pin_memory = trainer.device.type == "cuda"
+    sizes, pin_memory = pool_sizes(processes), trainer.device.type == "cuda"
+    _check_resources(train, sizes, pin_memory)
     return _started(train, sizes[0], seed, pin_memory), _started(val, sizes[1], seed, pin_memory)
 
 
@@ -129,15 +128,16 @@ def unlabeled_patches(trainer: "nnUNetTrainerSSL", labeled: DataLoader) -> Isola
     return unlabeled_loader(labeled, dataset, size, seed_from_here("unlabeled"), trainer.label_manager)
 
 
-def _check_resources(train: MixedLoader, sizes: tuple[PoolSize, PoolSize]) -> None:
+def _check_resources(train: MixedLoader, sizes: tuple[PoolSize, PoolSize], pin_memory: bool) -> None:
     """Draw a batch here, move it into shared memory, and raise DataError if not as many as may wait have room."""
     with RandomStream(0).active():
         batch = next(train)
     share(batch)
     files = memory = 0
     for part, pool in zip((batch, {key: batch[key] for key in ("data", "target")}), sizes, strict=True):
-        files += waiting_batches(*pool) * len(list(tensors_of(part)))
-        memory += waiting_batches(*pool) * shared_bytes(part)
+        waiting = waiting_batches(*pool, pinned=pin_memory)
+        files += waiting * len(list(tensors_of(part)))
+        memory += waiting * shared_bytes(part)
     del batch, part
     # the processes of a training are all on one machine
     found = memory_shortage(free_bytes(), memory * world_size()) or file_shortage(files)

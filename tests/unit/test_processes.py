@@ -90,6 +90,15 @@ def test_a_loader_process_that_is_killed_ends_the_training_with_one_line(pool, n
     assert "\n" not in str(caught.value)
 
 
+def test_processes_that_the_pool_itself_ends_are_not_killed_ones(pool) -> None:
+    pool.append(LoaderProcesses(Numbered(), 2, 2, None, pin_memory=False))
+    next(pool[0])
+    pool[0]._processes[1].terminate()
+    with pytest.raises(RuntimeError, match="no longer alive"):
+        for _ in pool[0]:
+            pass
+
+
 def test_a_process_that_writes_to_memory_that_is_not_there_lacks_shared_memory() -> None:
     assert "no memory in /dev/shm; give a container more (docker run --shm-size=8g)" in _death("SIGBUS", 2)
 
@@ -164,8 +173,8 @@ def tensors_and_bytes(batch: dict) -> tuple[int, int]:
     return len(list(tensors_of(batch))), shared_bytes(batch)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_training_asks_for_room_for_all_batches_that_may_wait(trainer, monkeypatch, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "device"), [(1, "cpu"), (2, "cpu"), (1, "cuda")])
+def test_a_training_asks_for_room_for_all_batches_that_may_wait(trainer, monkeypatch, ranks: int, device: str) -> None:
     """Both pools, every tensor of the planned batch with its targets of all resolutions, and every process of it."""
     alone = begin(trainer(named("nnUNetTrainerMeanTeacher")))
     train, val = next(alone.dataloader_train), next(alone.dataloader_val)
@@ -174,11 +183,13 @@ def test_a_training_asks_for_room_for_all_batches_that_may_wait(trainer, monkeyp
     monkeypatch.setattr(loaders, "world_size", lambda: ranks)
     monkeypatch.setattr(loaders, "memory_shortage", lambda free, needed: asked.append(needed) or "little memory")
     t = trainer(named("nnUNetTrainerMeanTeacher"))
+    t.initialize()
+    t.unlabeled, t.device = alone.unlabeled, torch.device(device)
     before = children()
     with pytest.raises(DataError, match="nnUNet_n_proc_DA=2: little memory"):
-        t.on_train_start()
+        t.get_dataloaders()
     assert children() == before  # none was started
-    wait = [waiting_batches(2, 6), waiting_batches(1, 3)]
+    wait = [waiting_batches(*size, pinned=device == "cuda") for size in ((2, 6), (1, 3))]
     assert asked == [ranks * (wait[0] * shared_bytes(train) + wait[1] * shared_bytes(val))]
     monkeypatch.setattr(loaders, "memory_shortage", lambda *_: None)
     monkeypatch.setattr(loaders, "file_shortage", lambda files: asked.append(files) or "few files")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
-from nnunetv2_dycon.data.reading import CaseReader, check_properties, folder_reader
+from nnunetv2_dycon.data.reading import CaseReader, CheckedCases, check_properties, folder_reader
 from nnunetv2_dycon.errors import DataError
 from tests.datasets import environment, make_dataset, plan_and_preprocess, write_splits
 from tests.training import begin, make_trainer, steps
@@ -153,6 +153,19 @@ def test_cases_are_opened_for_as_long_as_is_said(folder: Path) -> None:
     assert cases.open_some(60) == 4
     replace(folder / "l_01.b2nd", DAMAGE["empty"])
     assert cases.open_some(-1) == 0
+
+
+def test_cases_of_training_and_validation_are_opened_before_a_training(folder: Path, monkeypatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(CheckedCases, "open_some", lambda self, seconds: opened.extend(self.identifiers))
+    begin(make_trainer(NAME))
+    assert sorted(opened) == ["l_00", "l_01", "l_02", "l_03"]
+
+
+def test_the_command_can_be_typed_whatever_the_name_of_the_case(folder: Path) -> None:
+    cases = CaseReader(nnUNetDatasetBlosc2, "mend CASE")(str(folder), ["l 00"])
+    with pytest.raises(DataError, match=r"type: mend 'l 00' \("):
+        cases.load_case("l 00")
 
 
 def test_too_little_memory_is_no_fault_of_a_case(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
