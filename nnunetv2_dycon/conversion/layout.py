@@ -111,7 +111,7 @@ def _number(data: RawData, fix: bool) -> Finding:
         text = f'"numTraining" of {path} is {said!r}, and there are {there} training cases'
         return Finding("numTraining", False, f"{text}; to correct it type: {command}")
     data.content["numTraining"] = there
-    write_json(path, data.content, elsewhere="correct it by hand")
+    write_json(path, data.content, elsewhere="or correct it by hand")
     return Finding("numTraining", True, f"it was {said!r} in {path} and is {there} now")
 
 
