@@ -246,7 +246,7 @@ def leave(*_: object) -> None:
 def stay(path: Path) -> None:
     """Say by a file that the work has begun, and work for long."""
     path.touch()
-    time.sleep(100)
+    time.sleep(1000)
 
 
 class _Ready:

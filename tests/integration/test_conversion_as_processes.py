@@ -130,7 +130,7 @@ def ended(process: subprocess.Popen, after: float) -> bool:
 
 
 def wait_for_workers(process: subprocess.Popen) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while group_members(process.pid):
         assert time.monotonic() < until, f"workers are alive: {group_members(process.pid)}"
         time.sleep(0.05)

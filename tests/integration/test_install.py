@@ -48,7 +48,7 @@ if __name__ == "__main__":
         queue = context.Queue()
         child = context.Process(target=in_child, args=(name, pickle.dumps(found), queue))
         child.start()
-        said[method] = queue.get(timeout=120)
+        said[method] = queue.get(timeout=900)
         child.join()
     print("SAID " + json.dumps(said))
 """

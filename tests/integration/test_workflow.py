@@ -47,7 +47,7 @@ def command(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subpro
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=300,
+            timeout=1800,
         )
 
     return run
@@ -59,7 +59,7 @@ def words_of(*words: str, profile: str = "local", config: Path = SMOKE) -> list[
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 150
+    end = time.monotonic() + 1800
     while not path.exists():
         assert process.poll() is None, "the workflow ended before the training had a checkpoint"
         assert time.monotonic() < end

@@ -193,7 +193,7 @@ def test_ctrl_c_ends_the_demo_in_one_line(tmp_path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    end = time.monotonic() + 120
+    end = time.monotonic() + 900
     while not (tmp_path / "out" / "logs" / "phantom.log").exists():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end

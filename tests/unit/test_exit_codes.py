@@ -44,7 +44,7 @@ def of_verb(verb: str, body: str) -> str:
 
 
 def wait_until(there: Callable[[], object], process: subprocess.Popen) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 900
     while not there():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end
@@ -150,7 +150,7 @@ def test_ctrl_c_ends_worker_processes_at_once_and_they_say_nothing(tmp_path: Pat
     assert process.communicate() == ("", INTERRUPTED)
     assert process.returncode == 130
     assert living(process.pid) == []
-    assert time.monotonic() - start < 30  # the work takes 100 s
+    assert time.monotonic() - start < 500  # the work takes 1000 s
 
 
 # ---- commands of others --------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from nnunetv2_dycon import locks
 from nnunetv2_dycon.commands import parse as parse_command
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.trainers.names import trainer_class
@@ -377,12 +377,20 @@ def plans_of(patch: int) -> dict:
     return {"configurations": {"3d_fullres": {"spacing": [1, 1, 1]}, "3d_fullres_patch16": own}}
 
 
-def test_a_second_start_waits_for_the_first(tmp_path):
+def test_a_second_start_waits_for_the_first(tmp_path, monkeypatch):
     final, lock = tmp_path / "checkpoint_final.pth", tmp_path / "lock"
-    hold = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); "
-    hold += f"time.sleep(0.5); open({str(final)!r}, 'w')"
-    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as first:
+    hold = f"import fcntl, sys; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); "
+    hold += f"sys.stdin.readline(); open({str(final)!r}, 'w')"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", hold], **pipes) as first:
         first.stdout.readline()
-        begin = time.monotonic()
+        said = []
+
+        def release(text):
+            said.append((text, first.poll()))
+            first.stdin.write("\n")
+            first.stdin.flush()
+
+        monkeypatch.setattr(locks.logger, "warning", release)
         steps.train(tmp_path, lock, "cpu", 1, 0, ["false"])  # the first has trained meanwhile
-        assert time.monotonic() - begin > 0.3
+    assert said == [(f"{tmp_path}: another process trains it; waiting for that", None)]

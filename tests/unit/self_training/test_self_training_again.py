@@ -200,7 +200,7 @@ def launch(root, *more):
         )
 
 
-def wait_for(root, process, text, seconds=120):
+def wait_for(root, process, text, seconds=900):
     until = time.monotonic() + seconds
     while text not in (root / "log.txt").read_text(errors="replace"):
         assert process.poll() is None, (root / "log.txt").read_text(errors="replace")[-3000:]
