@@ -367,7 +367,7 @@ def _is_manifest(content: Any) -> bool:
 
 def write_manifest(config: Configuration, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all."""
-    write_json(config.manifest, manifest, sort_keys=True)
+    write_json(config.manifest, manifest, sort_keys=True, elsewhere=ELSEWHERE)
 
 
 def bad_files(problems: Sequence[str]) -> str:

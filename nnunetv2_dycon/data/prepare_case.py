@@ -1,5 +1,6 @@
 """One unlabelled case, prepared by nnU-Net's own preprocessor: the work of one process."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -119,16 +120,19 @@ def _save(
     blocks, chunks = comp_blosc2_params(data.shape, patch, data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(mask.shape, patch, mask.itemsize)
     with writing(Path(task.folder), ELSEWHERE), tempfile.TemporaryDirectory(dir=task.work) as scratch:
-        nnUNetDatasetBlosc2.save_case(
-            data,
-            mask,
-            properties,
-            os.path.join(scratch, task.case),
-            chunks=chunks,
-            blocks=blocks,
-            chunks_seg=chunks_seg,
-            blocks_seg=blocks_seg,
-        )
+        try:
+            nnUNetDatasetBlosc2.save_case(
+                data,
+                mask,
+                properties,
+                os.path.join(scratch, task.case),
+                chunks=chunks,
+                blocks=blocks,
+                chunks_seg=chunks_seg,
+                blocks_seg=blocks_seg,
+            )
+        except RuntimeError as error:  # blosc2 says no more of a full disk
+            raise OSError(errno.ENOSPC, str(error)) from error
         remove_case(Path(task.folder), task.case)
         for suffix in SUFFIXES:
             place(Path(scratch, task.case + suffix), Path(task.folder, task.case + suffix))

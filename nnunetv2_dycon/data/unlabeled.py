@@ -128,17 +128,17 @@ def _prepare(config: Configuration, processes: int, overwrite: bool, again: Sequ
         "plans": config.entries,
         "cases": {case: manifest["cases"][case] for case in sorted(kept)},
     }
-    with writing(config.folder, ELSEWHERE):
-        for folder in (config.folder, config.work):
-            folder.mkdir(exist_ok=True)
-        write_manifest(config, manifest)  # names nothing that is about to change
-        for case in difference.removed:
-            remove_case(config.folder, case)
     try:
+        with writing(config.folder, ELSEWHERE):
+            for folder in (config.folder, config.work):
+                folder.mkdir(exist_ok=True)
+            write_manifest(config, manifest)  # names nothing that is about to change
+            for case in difference.removed:
+                remove_case(config.folder, case)
         problems = _make_all(config, manifest, {case: expected[case] for case in todo}, processes)
     finally:
+        shutil.rmtree(config.work, ignore_errors=True)  # first, for the space that it takes on a full disk
         write_manifest(config, manifest)
-        shutil.rmtree(config.work, ignore_errors=True)
     if problems:
         raise DataError(bad_files(problems))
 

@@ -12,7 +12,9 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnunetv2_dycon.data import unlabeled
 from nnunetv2_dycon.data.manifest import unlabeled_status
 from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError, UserError, WriteError
@@ -283,6 +285,35 @@ def test_no_permission_to_write(raw: Path, monkeypatch: pytest.MonkeyPatch, call
     monkeypatch.setattr(os, "replace", refuse)
     assert re.search(r"cannot write .*_unlabeled.*: Permission denied; check", message())
     monkeypatch.undo()
+
+
+def test_a_full_disk_under_a_prepared_case(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:  # as blosc2 says it
+        raise RuntimeError("Error while creating the NDArray")
+
+    monkeypatch.setattr(nnUNetDatasetBlosc2, "save_case", full)
+    folder = Path(os.environ["nnUNet_preprocessed"], NAME)
+    assert re.fullmatch(
+        rf"cannot write {folder}/nnUNetPlans_3d_fullres_unlabeled: Error while creating the NDArray; "
+        rf"make room \([0-9.]+ MB free in {folder}\), or let nnUNet_preprocessed point elsewhere",
+        message(),
+    )
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+    assert not list((folder / "nnUNetPlans_3d_fullres_unlabeled").iterdir())
+
+
+@pytest.mark.parametrize("when", ["at the end", "all the time"])
+def test_a_full_disk_leaves_no_work_folder(raw: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    real, calls = unlabeled.write_manifest, iter(range(100))
+
+    def full(*arguments: Any) -> None:
+        if when == "all the time" or next(calls):
+            raise WriteError("full")
+        real(*arguments)
+
+    monkeypatch.setattr(unlabeled, "write_manifest", full)
+    assert message() == "full"
+    assert not [path for path in Path(os.environ["nnUNet_preprocessed"], NAME).iterdir() if path.name.endswith(".tmp")]
 
 
 def test_a_missing_file_of_dataset_json(raw: Path) -> None:
