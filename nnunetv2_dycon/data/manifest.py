@@ -156,7 +156,8 @@ def unlabeled_status(
 ) -> UnlabeledStatus:
     """Return whether the unlabelled images of a configuration are prepared and up to date; nothing is changed.
 
-    Without the raw data set only the prepared files are checked; a note says so.
+    Without the raw data set only the prepared files are checked; a note says so. Cases whose sizes and times do not
+    vouch for them are opened, for a second in all.
 
     Parameters
     ----------
