@@ -106,7 +106,7 @@ def _event(training: Training, phase: str, draw: random.Random) -> Callable[[], 
         return moment
     first = phase == "training"
     wanted, delay = (r": Epoch \d", draw.uniform(0, 3)) if first else (": predicting", draw.uniform(0, 8))
-    number = len(re.findall(wanted, before)) + (draw.randrange(1, 3) if first else 1)
+    number = len(re.findall(wanted, before)) + (draw.randrange(1, 5) if first else 1)
     times: list[float] = []
 
     def later() -> bool:

@@ -124,6 +124,8 @@ def test_an_unfinished_training_is_answered_with_the_command_that_continues_it(
             export_model(DATASET, TRAINER, output=tmp_path / "model")
         command = f"nnUNetv2_train {DATASET} 3d_fullres 0 -tr {TRAINER} -device cpu --c"
         assert str(caught.value).endswith(f"its training is not finished; type: {command}")
+        with pytest.raises(DataError, match=rf"no bset\.pth; give -chk one that it has: checkpoint_{name}\.pth$"):
+            export_model(DATASET, TRAINER, output=tmp_path / "model", checkpoint="bset.pth")
         export_model(DATASET, TRAINER, output=tmp_path / f"model_{name}", checkpoint=f"checkpoint_{name}.pth")
         (trainings[0] / f"checkpoint_{name}.pth").rename(trainings[0] / "checkpoint_final.pth")
 

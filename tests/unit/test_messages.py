@@ -206,8 +206,10 @@ import atexit, sys, threading
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.trainers.messages import end_in_one_line
 sys.excepthook = lambda kind, error, traceback: print("before:", error)
+before = sys.excepthook
 end_in_one_line()
 end_in_one_line()
+assert sys.excepthook.args == (before,)
 try:
     raise KeyError("unforeseen")
 except KeyError:

@@ -115,7 +115,8 @@ def test_a_checkpoint_that_is_whole_but_cannot_be_read_now_is_no_reason_for_an_o
     assert not (tmp_path / "ran").exists()
 
     def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+        if path.name == LATEST:
+            raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("nnunetv2_dycon.checkpoint._check_sums", refuse)
     with pytest.raises(DataError, match="Permission denied"):
