@@ -412,6 +412,8 @@ def test_resampling_agrees_with_sitk_and_keeps_the_header_of_the_grid(tmp_path, 
     source = Resampled(NiftiFile(tmp_path / "moving.nii.gz"), NiftiFile(tmp_path / "grid.nii.gz"))
     volume = source.read()
     assert source.files == (tmp_path / "moving.nii.gz",)
+    seen = source.seen_in(".nii")
+    assert [one.reader for one in (seen.image, seen.onto)] == [NibabelIO] * 2
     assert (volume.array.shape, volume.array.dtype) == ((5, 6, 7), np.float32)
     assert np.allclose(volume.affine, grid, atol=1e-5)
     moving, onto = (sitk.ReadImage(str(tmp_path / f"{n}.nii.gz"), sitk.sitkFloat64) for n in ("moving", "grid"))

@@ -48,12 +48,12 @@ def test_image_and_label_are_on_one_grid_if_nnunets_reader_sees_them_on_one(raw,
     """SimpleITK, for `.nii.gz`, goes by a qform beside an sform that is not the scanner's; nibabel by the sform."""
     lay_out(name, source)
     image, label = (find(source, pattern + FORMS[name].ending.removeprefix(".nii")) for pattern in BRATS)
-    here = nib.load(image).affine
-    change(image, qform=(here, 1), sform=(here, 2))
+    here, there = nib.load(image).affine, oblique((1, 1, 1), (-20, 30, 40), 50)
+    change(image, qform=(here, 1), sform=(there, 2))
     if of_both == "qform":
         change(label, qform=(here, 1), sform=(ELSEWHERE, 2))
     else:
-        change(label, qform=(ELSEWHERE, 1), sform=(here, 2))
+        change(label, qform=(ELSEWHERE, 1), sform=(there, 2))
     if agree == of_both:
         run(FORMS[name], source)
     else:
