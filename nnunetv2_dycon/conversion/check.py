@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.layout import RawData, joined, look_at_layout
+from nnunetv2_dycon.conversion.nifti_header import holds_whole_integers
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.conversion.verification import find_reader, planned_configuration, refusal, unknown_reader
 from nnunetv2_dycon.conversion.volumes import reading
@@ -162,6 +163,8 @@ def _refuse_broken(path: Path) -> None:
     if path.name.endswith((".nii", ".nii.gz")):
         with reading(path):
             _refuse_unpacked(path)
+            if holds_whole_integers(path):
+                return
             values = np.asanyarray(nib.load(path).dataobj)
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 raise DataError(f"{path} has NaN or Inf; replace the values or remove the case")
