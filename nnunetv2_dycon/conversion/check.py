@@ -16,7 +16,6 @@ from tqdm import tqdm
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.headers import passed_over
 from nnunetv2_dycon.conversion.layout import RawData, joined, look_at_layout
-from nnunetv2_dycon.conversion.nifti_header import holds_whole_integers
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.conversion.verification import find_reader, planned_configuration, refusal, unknown_reader
 from nnunetv2_dycon.conversion.volumes import reading
@@ -167,21 +166,6 @@ def _by(read: Callable[[Any], Any], names: str, argument: Any) -> Any:
         raise DataError(f"{names} cannot be read ({reason}); replace it, or remove the case") from error
 
 
-<<<<<<< HEAD
-=======
-def _refuse_broken(path: Path) -> None:
-    # SimpleITK reads NaN in NIfTI, and the missing part of a truncated file, as 0
-    if path.name.endswith((".nii", ".nii.gz")):
-        with reading(path):
-            _refuse_unpacked(path)
-            if holds_whole_integers(path):
-                return
-            values = np.asanyarray(nib.load(path).dataobj)
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise DataError(f"{path} has NaN or Inf; replace the values or remove the case")
-
-
->>>>>>> refs/heads/docs
 def _refuse_unpacked(path: Path) -> None:
     """Refuse a file that is not packed as its name says; SimpleITK reads it, other programs do not."""
     if not path.name.endswith(".nii.gz"):
