@@ -5,6 +5,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_dycon.errors import ConfigError, DataError
@@ -19,6 +20,7 @@ from tests.madeup_runs import (
     CASES,
     DATASET,
     LABELED,
+    PLANS,
     VALIDATION,
     dataset_json,
     make_dataset,
@@ -168,6 +170,14 @@ def test_nnunets_predictions_are_compared_where_sform_and_qform_of_images_differ
             SimpleITKIO().write_seg(np.roll(make_truth(case).T, shift, 1), str(folder / f"{case}.nii.gz"), properties)
     text = (report(root, str(root / "a"), str(root / "b")).parent / "report.md").read_text()
     assert "| a | not recorded | not recorded | 1 | **100.00** |" in text
+
+
+def test_pictures_show_files_as_the_reader_of_the_predictions_plans_sees_them(root, written):
+    runs = [make_predictions(root / name, shift) for name, shift in (("a", 0), ("b", 1))]
+    for folder in runs:
+        (folder / "plans.json").write_text(json.dumps(PLANS | {"image_reader_writer": "NibabelIOWithReorient"}))
+    report(root, *map(str, runs))
+    assert written[0][3].labels.reader is NibabelIOWithReorient
 
 
 def test_the_truth_may_be_in_another_folder(root, written):
