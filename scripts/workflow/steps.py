@@ -33,12 +33,18 @@ def raw(folder: str, labeled: str, draw: str, command: Sequence[str]) -> None:
     Raises
     ------
     DataError
-        If there is a data set by another command, or with another draw.
+        If there is a data set by another command, or with another draw, or the command writes one of another name.
     """
     target = environment_folder("nnUNet_raw") / folder
     note, text = target / COMMAND_FILE, json.dumps({"command": list(command)})
     if not target.exists():
         _run(command)
+        if not target.is_dir():
+            written = ", ".join(path.name for path in target.parent.glob(f"{folder.split('_')[0]}_*")) or "nothing"
+            raise DataError(
+                f"{shlex.join(command)} wrote {written} in place of {folder}: give the data set its name in "
+                "datasets: of the configuration"
+            )
         note.write_text(text)
     if note.is_file():
         if note.read_text() != text:
