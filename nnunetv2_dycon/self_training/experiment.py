@@ -9,8 +9,8 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_dycon import parallel
-from nnunetv2_dycon.data.dataset_json import read_dataset_json
-from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
+from nnunetv2_dycon.conversion.raw import find_raw
+from nnunetv2_dycon.data.datasets import dataset_number
 from nnunetv2_dycon.data.file_names import hidden_cases
 from nnunetv2_dycon.data.roles import Roles, read_roles
 from nnunetv2_dycon.data.splits import (
@@ -140,13 +140,12 @@ def read_experiment(
     ConfigError
         If `repeat`, `processes`, the configuration or the fold cannot be used.
     DataError, SplitError
-        If the data set is not there, not planned or not preprocessed, or has no unlabelled images, or if the fold names
-        a case that is not labelled.
+        If the data set is not there, not planned or not preprocessed, or has no unlabelled images.
     """
     if repeat != "half" and not (isinstance(repeat, int) and repeat >= 1):
         raise ConfigError(f"--repeat {repeat}: give half, or how often each labelled case is listed (1 and more)")
-    data = DataSet.named(dataset_name(dataset_id))
-    content = read_dataset_json(data.raw / "dataset.json")
+    raw, content = find_raw(dataset_id)
+    data = DataSet.named(raw.name)
     roles = read_roles(data.raw, content)
     hidden = hidden_cases(data.raw, content)  # which nnU-Net's prediction would stop at
     if hidden:
@@ -155,6 +154,8 @@ def read_experiment(
         raise DataError(f"{data.raw / 'imagesUn'} has no image; put the unlabelled images there")
     plan = f"plan it first: nnUNetv2_plan_and_preprocess -d {data.id} -c {configuration}"
     plans = read_json(data.preprocessed / f"{plans_name}.json", plan)
+    if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
+        raise DataError(f"{data.preprocessed / f'{plans_name}.json'} has no configurations; {plan}")
     if configuration not in plans["configurations"]:
         raise ConfigError(f"-c {configuration}: the plans have {', '.join(plans['configurations'])}")
     manager = PlansManager(plans)
@@ -174,7 +175,7 @@ def read_experiment(
     labels = read_labels(data.raw / "dataset.json", data.raw / "labelsTr")
     if not (data.preprocessed / planned.data_identifier).is_dir():
         raise DataError(f"{data.preprocessed / planned.data_identifier} does not exist; {plan}")
-    experiment = Experiment(
+    return Experiment(
         data=data,
         content=content,
         roles=roles,
@@ -189,9 +190,6 @@ def read_experiment(
         device=_usable_device(device),
         processes=parallel.worker_processes(processes),
     )
-    if splits:
-        experiment.fold_cases(splits)
-    return experiment
 
 
 def _usable_device(device: str | None) -> str:

@@ -294,8 +294,8 @@ def test_a_full_disk_under_a_prepared_case(raw: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(nnUNetDatasetBlosc2, "save_case", full)
     folder = Path(os.environ["nnUNet_preprocessed"], NAME)
     assert re.fullmatch(
-        rf"cannot write {folder}/nnUNetPlans_3d_fullres_unlabeled: Error while creating the NDArray; "
-        rf"make room \([0-9.]+ MB free in {folder}\), or let nnUNet_preprocessed point elsewhere",
+        rf"cannot write {folder}/nnUNetPlans_3d_fullres_unlabeled: Error while creating the NDArray "
+        r"\([0-9.]+ MB are free\); make room, or let nnUNet_preprocessed point elsewhere",
         message(),
     )
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]

@@ -44,6 +44,19 @@ def test_an_id_is_taken_before_the_first_training(monkeypatch, root, kill_at):
     start(monkeypatch, root)
 
 
+def test_an_id_that_another_self_training_took_a_moment_ago_is_refused(monkeypatch, root):
+    take = steps.take_ids
+
+    def late(trainings):
+        (root / "nnUNet_results" / "Dataset911_Tiny_foldall_self1").mkdir()
+        take(trainings)
+
+    monkeypatch.setattr(steps, "take_ids", late)
+    with pytest.raises(DataError, match="Id 911 belongs to Dataset911_Tiny_foldall_self1"):
+        start(monkeypatch, root, commands=Refusing())
+    assert not (root / "nnUNet_results" / ROUNDS[0]).exists()
+
+
 def test_a_round_whose_first_training_is_gone_is_not_trained_for_in_vain(monkeypatch, root):
     start(monkeypatch, root)
     shutil.rmtree(first_fold(root))
@@ -110,6 +123,10 @@ def prepared(root, name):
     return root / "nnUNet_preprocessed" / NAME / "nnUNetPlans_3d_fullres" / name
 
 
+def replace(path, text):
+    path.write_text(text)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -152,6 +169,10 @@ def drop_splits(root):
         (None, {"trainer": "nnUNetTrainerDyCON"}, "nnUNetTrainerLabeledOnly"),
         (None, {"device": "gpu"}, "-device gpu: torch has no such device here; type -device .*cpu"),
         (lambda root: edit_plans(root, image_reader_writer="MyIO"), {}, "MyIO.*nnUNetv2_plan_and_preprocess -d 901"),
+        (lambda root: replace(root / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json", "{}"), {}, "no configurations"),
+        (lambda root: replace(root / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json", "[]"), {}, "no configurations"),
+        (lambda root: replace(raw(root, NAME) / "dataset.json", "{}"), {}, "dataset.json has no 'labels'; add it"),
+        (lambda root: replace(raw(root, NAME) / "dataset.json", "[1"), {}, "dataset.json cannot be read"),
         # what only a later step would meet
         (lambda root: cut(raw(root, NAME) / "imagesUn/u_01_0000.nii.gz"), {}, "u_01_0000.nii.gz cannot be read"),
         (lambda root: cut(raw(root, NAME) / "imagesUn/u_01_0000.nii.gz"), {"dry_run": True}, "cannot be read"),
