@@ -204,7 +204,7 @@ def building(folder: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
             yield space
             _put_in_place(folder, space)
         except Exception:
-            shutil.rmtree(space.work, ignore_errors=True)
+            _discard(space.work)
             raise
 
 
@@ -220,6 +220,12 @@ def _claimed(work: Path) -> Iterator[None]:
                     break
             stack.close()
         yield
+
+
+def _discard(work: Path) -> None:
+    """Remove the hidden folder; the stamp, by which it is known for ours, goes last."""
+    for folder in (work / "data", work / "records", work / "old", work):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_foreign(work: Path) -> None:
@@ -258,7 +264,7 @@ def settle(folder: Path, stamp: str) -> None:
         _refuse_foreign(work)
         _settle(folder, work)
         if folder.exists() and _is_stamped(work, stamp) and not (work / "data").exists():
-            shutil.rmtree(work, ignore_errors=True)
+            _discard(work)
 
 
 def _settle(folder: Path, work: Path) -> None:
@@ -278,7 +284,7 @@ def _put_in_place(folder: Path, space: Workspace) -> None:
     except OSError:
         _settle(folder, space.work)
         raise
-    shutil.rmtree(space.work, ignore_errors=True)
+    _discard(space.work)
 
 
 def _rename(folder: Path, name: Path) -> None:
