@@ -24,7 +24,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 
 from nnunetv2_dycon.data.datasets import dataset_number
 from nnunetv2_dycon.errors import ConfigError, DataError
-from nnunetv2_dycon.files import read_json, sync, write_text, writing
+from nnunetv2_dycon.files import PART, read_json, sync, write_text, writing
 from nnunetv2_dycon.folders import VARIABLES, unset
 from nnunetv2_dycon.locks import locked
 
@@ -196,6 +196,7 @@ def building(folder: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
     if not space.work.exists():  # refused before anything is made
         check_free(folder, made_by=made_by, overwrite=overwrite)
     with writing(folder, ELSEWHERE), _claimed(space.work):
+        _refuse_foreign(space.work)
         _settle(folder, space.work)
         check_free(folder, made_by=made_by, overwrite=overwrite)
         try:
@@ -203,7 +204,7 @@ def building(folder: Path, *, stamp: str, made_by: str, overwrite: bool) -> Iter
             yield space
             _put_in_place(folder, space)
         except Exception:
-            shutil.rmtree(space.work, ignore_errors=True)
+            _discard(space.work)
             raise
 
 
@@ -219,6 +220,20 @@ def _claimed(work: Path) -> Iterator[None]:
                     break
             stack.close()
         yield
+
+
+def _discard(work: Path) -> None:
+    """Remove the hidden folder; the stamp, by which it is known for ours, goes last."""
+    for folder in (work / "data", work / "records", work / "old", work):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_foreign(work: Path) -> None:
+    """Refuse a folder with files that no run made there: all of it is deleted in the end."""
+    own = {"data", "records", "old", _STAMP}
+    found = sorted(entry.name for entry in os.scandir(work) if entry.name not in own and PART not in entry.name)
+    if work.is_symlink() or found or (os.listdir(work) and not (work / _STAMP).is_file()):
+        raise DataError(f"{work / found[0] if found else work} was not made by this command; move it away first")
 
 
 def _prepare(space: Workspace, stamp: str) -> None:
@@ -246,9 +261,10 @@ def settle(folder: Path, stamp: str) -> None:
     if not work.exists():
         return
     with suppress(FileNotFoundError), locked(work, _busy(work)):  # another run may remove it at any time
+        _refuse_foreign(work)
         _settle(folder, work)
         if folder.exists() and _is_stamped(work, stamp) and not (work / "data").exists():
-            shutil.rmtree(work, ignore_errors=True)
+            _discard(work)
 
 
 def _settle(folder: Path, work: Path) -> None:
@@ -268,7 +284,7 @@ def _put_in_place(folder: Path, space: Workspace) -> None:
     except OSError:
         _settle(folder, space.work)
         raise
-    shutil.rmtree(space.work, ignore_errors=True)
+    _discard(space.work)
 
 
 def _rename(folder: Path, name: Path) -> None:

@@ -1,5 +1,6 @@
 """A data set is written whole or not at all: on a full or read-only disk, and with two runs at once."""
 
+import contextlib
 import errno
 import json
 import os
@@ -164,6 +165,70 @@ def test_a_workspace_that_is_removed_while_it_is_settled_is_no_error(raw: Path, 
 
     monkeypatch.setattr(dataset, "locked", ends_now)
     assert split(4, 604, 2, processes=1).state == "up to date"
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "data/imagesTr/mine_0000.nii.gz", "old/mine.txt", "more/mine.txt"])
+def test_a_hidden_folder_that_no_run_made_is_left_alone(raw: Path, name: str) -> None:
+    mine = raw / ".Dataset604_Tiny.converting" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    before = tree(raw)
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"converting.* was not made by this command; move it away"):
+            split(4, 604, 2, processes=1, overwrite=overwrite)
+    assert tree(raw) == before
+
+
+def test_a_file_of_the_user_in_the_hidden_folder_of_a_killed_run_is_left_alone(raw: Path) -> None:
+    work = dataset.workspace(raw / "Dataset604_Tiny").work
+    for folder in (work / "data/imagesTr", work / "records"):
+        folder.mkdir(parents=True)
+    (work / "stamp").write_text("of a killed run")
+    (work / ".0a1b2c3d.part.stamp").touch()
+    (work / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"converting/mine\.txt was not made by this command"):
+        split(4, 604, 2, processes=1)
+    (work / "mine.txt").rename(raw / "mine.txt")
+    assert split(4, 604, 2, processes=1).state == "written"
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_is_killed_while_it_tidies_up_is_no_stranger_to_the_next(
+    raw: Path, monkeypatch: Any, overwrite: bool
+) -> None:
+    if overwrite:
+        split(4, 604, 1, processes=1)
+    remove, left = shutil.rmtree, 0
+
+    def killed(path: Path, *rest: Any, **options: Any) -> None:
+        nonlocal left
+        ours = ".converting" in str(path)
+        left -= ours
+        if ours and left < 0:
+            raise KeyboardInterrupt
+        remove(path, *rest, **options)
+
+    for moment in range(100):  # before each removal
+        left = moment
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(dataset.shutil, "rmtree", killed)
+            split(4, 604, 2, processes=1, overwrite=overwrite)
+            break
+        assert split(4, 604, 2, processes=1, overwrite=overwrite).state in ("written", "up to date")
+        if not overwrite:
+            remove(raw / "Dataset604_Tiny")
+    assert moment >= 4
+    assert [path.name for path in sorted(raw.iterdir())] == ["Dataset004_Tiny", "Dataset604_Tiny"]
+
+
+def test_a_link_in_the_place_of_the_hidden_folder_is_not_followed(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    work = dataset.workspace(raw / "Dataset604_Tiny").work
+    work.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="was not made by this command"):
+        split(4, 604, 2, processes=1)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 # ---- ids ---------------------------------------------------------------------------------------------------
