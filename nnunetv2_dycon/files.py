@@ -290,8 +290,8 @@ def cannot_write(path: Path, error: OSError, elsewhere: str = ELSEWHERE) -> Writ
     elsewhere : str
         What else the user can do.
     """
-    reason, mend = error.strerror or str(error), "check its permissions and the free space"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    reason, mend = error.strerror or str(error), "check its permissions"
+    if error.errno in _FULL:
         there = next((folder for folder in path.parents if folder.exists()), Path())
         with suppress(OSError):
             reason += f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free)"

@@ -34,7 +34,7 @@ from nnunetv2_dycon.trainers.loaders import dataloaders
 from nnunetv2_dycon.trainers.lock import lock_training
 from nnunetv2_dycon.trainers.results import GO_ON
 from nnunetv2_dycon.trainers.resume import checkpoint_file, choose_checkpoint, end_guard, guard_files, take_over
-from nnunetv2_dycon.trainers.start import check_machine, check_preprocessed, check_start, limit_threads
+from nnunetv2_dycon.trainers.start import check_machine, check_start, limit_threads
 from nnunetv2_dycon.trainers.state import restore_random_states, state_of
 
 
@@ -61,7 +61,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
                 f"cannot write {error.filename}: {error.strerror}; let nnUNet_results name a folder of yours: "
                 "export nnUNet_results=/path/to/nnUNet_results"
             ) from error
-        check_preprocessed(self)
+        labeled_reader(self)
         limit_threads(device)
         s = self.settings
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (

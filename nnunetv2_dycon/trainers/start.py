@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.folders import environment_folder
@@ -34,17 +33,6 @@ def check_machine(device: torch.device) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         other = " ".join(device_flag())
         raise ConfigError(f"torch {torch.__version__} finds no CUDA device here; add to the command: {other}")
-
-
-def check_preprocessed(trainer: "nnUNetTrainerSSL") -> None:
-    """Raise DataError if the labelled cases were not preprocessed for this configuration."""
-    folder = Path(trainer.preprocessed_dataset_folder)
-    if not folder.is_dir():
-        plans = trainer.plans_manager
-        raise DataError(
-            f"{folder} does not exist; type: nnUNetv2_preprocess -d {convert_dataset_name_to_id(plans.dataset_name)} "
-            f"-plans_name {plans.plans_name} -c {trainer.configuration_name}"
-        )
 
 
 def limit_threads(device: torch.device) -> None:

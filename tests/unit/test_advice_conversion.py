@@ -133,7 +133,7 @@ def advised(line: str, words: tuple[str, ...]) -> list[tuple[str, str | None]]:
 
 
 def test_a_dry_run_does_not_send_the_user_to_a_data_set_that_is_not_there(raw: Path, capsys: Any) -> None:
-    assert said(capsys, *SPLIT, "--dry_run") == (0, "next: type it again without --dry_run")
+    assert said(capsys, *SPLIT, "--dry_run") == (0, "next: the same command without --dry_run")
     code, line = said(capsys, *SPLIT)
     assert (code, line) == (0, "next: nnUNetv2_dycon check -d 604")
     code, line = said(capsys, *line.removeprefix("next: ").split()[1:])

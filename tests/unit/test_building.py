@@ -70,7 +70,7 @@ def test_a_split_that_cannot_be_written_leaves_nothing(raw: Path, monkeypatch: A
         assert text.startswith(f"cannot write {raw}")
         assert text.endswith("or let nnUNet_raw point elsewhere")
         full = number in (errno.ENOSPC, errno.EFBIG)
-        assert bool(re.search(r"make room \([0-9.]+ MB free in /", text)) is full
+        assert bool(re.search(r" \([0-9.]+ MB are free\); make room, or", text)) is full
         if (raw / "Dataset604_Tiny").exists():  # the last thing failed: to bring the name of a whole folder to the disk
             assert split(4, 604, 2, processes=1).state == "up to date"
             shutil.rmtree(raw / "Dataset604_Tiny")
@@ -114,7 +114,7 @@ def test_a_full_disk_is_named_by_the_size_limit_of_a_process_too(raw: Path) -> N
     before = tree(raw)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert re.fullmatch(r"error: cannot write .*: File too large; make room \(.* MB free in .*\n", done.stderr)
+    assert re.fullmatch(r"error: cannot write .*: File too large \([0-9.]+ MB are free\); make room, .*\n", done.stderr)
     assert tree(raw) == before
 
 

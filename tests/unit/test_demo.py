@@ -18,6 +18,7 @@ from nnunetv2_dycon.errors import ConfigError, DataError
 from scripts import demo
 from scripts.demo import Arm, Demo
 from scripts.demo_task04 import task04_files
+from tests.processes import hear_ctrl_c
 
 
 def task04(folder: Path) -> Path:
@@ -189,6 +190,7 @@ def test_ctrl_c_ends_the_demo_in_one_line(tmp_path) -> None:
     script = Path(demo.__file__)
     process = subprocess.Popen(
         [sys.executable, str(script), "--out", str(tmp_path / "out")],
+        preexec_fn=hear_ctrl_c,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

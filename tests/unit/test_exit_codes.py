@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_dycon import commands
+from tests.processes import hear_ctrl_c
 from tests.unit.test_commands import REQUIRED
 
 INTERRUPTED = "stopped by Ctrl-C; to go on, type the same command again\n"
@@ -35,7 +36,7 @@ sys.exit(commands.main([verb, *{arguments!r}]))
 
 
 def launch(script: str, **how) -> subprocess.Popen:
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": hear_ctrl_c} | how
     return subprocess.Popen([sys.executable, "-c", script], text=True, cwd=FOLDER, start_new_session=True, **how)
 
 

@@ -67,7 +67,7 @@ def words(**changed: str) -> list[str]:
         ({"dataset": "Dataset901_Tyni"}, "there is no data set Dataset901_Tyni; there are Dataset901_Tiny in"),
         ({"dataset": "Tiny"}, "must either be an integer or a valid dataset name"),
         ({"configuration": "3d_fulres"}, "3d_fulres not found in plans. Available configurations: .*'3d_fullres'"),
-        ({"configuration": "2d"}, "type: nnUNetv2_preprocess -d 901 -plans_name nnUNetPlans -c 2d$"),
+        ({"configuration": "2d"}, "type: nnUNetv2_preprocess -d 901 -c 2d$"),
         ({"-p": "nnUNetPlanz"}, "nnUNetPlanz.json does not exist; the plans there are nnUNetPlans: give -p one of"),
         ({"-tr": TRAINER.replace("Mean", "Maen")}, f"there is no trainer .*: type -tr {TRAINER}$"),
         ({"-tr": TRAINER.replace("Mean", "mean")}, f"there is no trainer .*: type {TRAINER}$"),

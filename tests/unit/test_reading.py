@@ -233,9 +233,8 @@ def test_the_command_has_the_plans_where_they_are_not_the_default(folder: Path) 
     plans = json.loads((folder.parent / "nnUNetPlans.json").read_text())
     plans["plans_name"] = "nnUNetResEncUNetMPlans"
     shutil.rmtree(folder)
-    t = make_trainer(NAME, plans=plans)
     with pytest.raises(DataError, match=r"-d 901 -c 3d_fullres -plans_name nnUNetResEncUNetMPlans$"):
-        t.initialize()
+        make_trainer(NAME, plans=plans).initialize()
 
 
 def test_a_missing_prediction_of_the_stage_before_is_not_mended_by_preparing(folder: Path, tmp_path: Path) -> None:
