@@ -3,8 +3,11 @@
 Left alone, a loader process outlives a killed training, and one that finds no shared memory prints for ever.
 """
 
+import atexit
 import gc
 import signal
+import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +46,8 @@ class LoaderProcesses(NonDetMultiThreadedAugmenter):
     def _start(self) -> None:
         super()._start()
         self._started = list(self._processes)  # nnU-Net's pool forgets them when it ends
+        # Python ends them at its exit, which the pool's thread would report below the error that the exit is for.
+        atexit.register(_finish, weakref.ref(self))
 
     def __next__(self) -> dict[str, Any]:
         """Return the next batch.
@@ -61,9 +66,23 @@ class LoaderProcesses(NonDetMultiThreadedAugmenter):
                 raise
             raise DataError(_death(signal.Signals(killed[0]).name, self.num_processes)) from error
         if _ERROR in batch:
-            self._finish()
+            self.end()
             raise batch[_ERROR]
         return batch
+
+    def end(self, timeout: int = 10) -> None:
+        """End the processes; the pool's thread says nothing of those that end before it does."""
+        before = threading.excepthook
+        threading.excepthook = lambda _: None
+        try:
+            self._finish(timeout)
+        finally:
+            threading.excepthook = before
+
+
+def _finish(pool: "weakref.ref[LoaderProcesses]") -> None:
+    if (alive := pool()) is not None:
+        alive.end(timeout=2)
 
 
 def _death(name: str, processes: int) -> str:

@@ -296,6 +296,38 @@ def test_loader_processes_end_when_their_training_is_killed(tmp_path: Path, meth
     assert not left
 
 
+FAILED = """
+    import atexit, time
+    atexit.register(time.sleep, 0.5)  # runs last: the pools' threads have time to see that their processes are gone
+    import torch
+    from batchgenerators.dataloading.data_loader import DataLoader
+    from nnunetv2_dycon.data.processes import LoaderProcesses
+
+    class Zeros(DataLoader):
+        def __init__(self):
+            super().__init__(None, 1, 1, None, True, False, True)
+            self.transforms = None
+
+        def generate_train_batch(self):
+            return {"data": torch.zeros(1000)}
+
+    if __name__ == "__main__":
+        pools = [LoaderProcesses(Zeros(), 2, 2, None, pin_memory=False) for _ in range(2)]
+        for pool in pools:
+            next(pool)
+        raise ValueError("why the training ends")
+"""
+
+
+def test_the_error_that_ends_a_training_is_its_last_line(tmp_path: Path) -> None:
+    script = tmp_path / "training.py"
+    script.write_text(textwrap.dedent(FAILED))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "ValueError: why the training ends"
+
+
 FULL = """
     import torch
     from batchgenerators.dataloading.data_loader import DataLoader
