@@ -50,7 +50,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, elsewhere: str = "o
             raise
 
 
-def read_checkpoint(path: Path, *keys: str, mend: str = "restore it, or train again with --c") -> dict[str, Any]:
+def read_checkpoint(path: Path, *keys: str, mend: str = "") -> dict[str, Any]:
     """Return the checkpoint, on the CPU, without running code from the file.
 
     Files of nnU-Net hold numpy scalars in their log; those types are allowed. Any other object would be made by code
@@ -64,7 +64,7 @@ def read_checkpoint(path: Path, *keys: str, mend: str = "restore it, or train ag
     keys : str
         What it must have.
     mend : str
-        What the user can do about a damaged file; ends the error message.
+        What the user can do about a damaged file, if it is not one of a training; ends the error message.
 
     Raises
     ------
@@ -157,6 +157,9 @@ def _foreign_objects(path: Path, reason: str) -> list[str]:
 
 def _unreadable(path: Path, reason: str, mend: str) -> str:
     first = shorten(reason.split(". ")[0], 150, placeholder=" ...") or "it is cut short"
+    if not mend:  # --c replaces the latest and the final one
+        best = path.name == "checkpoint_best.pth"
+        mend = f"restore it, or {'take another checkpoint' if best else 'train again with --c'}"
     return f"{path} cannot be read as a checkpoint ({first}); {mend}"
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -41,12 +41,12 @@ def end_guard() -> None:
 @contextmanager
 def checkpoint_file(file_or_content: dict[str, Any] | str) -> Iterator[Path]:
     """Give the file of a checkpoint; nnU-Net's signature takes its content too, but its body reads files alone."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "checkpoint.pth")
-        if isinstance(file_or_content, dict):
+    with TemporaryDirectory() if isinstance(file_or_content, dict) else nullcontext() as folder:
+        path = Path(file_or_content) if folder is None else Path(folder, "checkpoint.pth")
+        if folder is not None:
             torch.save(file_or_content, path)
         try:
-            yield path if isinstance(file_or_content, dict) else Path(file_or_content)
+            yield path
         finally:
             end_guard()  # to load it may have initialised the trainer
 

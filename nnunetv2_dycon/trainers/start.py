@@ -68,10 +68,11 @@ def check_start(trainer: "nnUNetTrainerSSL") -> None:
     folder = Path(trainer.output_folder)
     there = checkpoints(folder)
     if there or (folder / "validation" / "summary.json").is_file():
-        finished = FINAL in there or not there
-        state, flag = ("finished", "--val to validate it again") if finished else ("stopped", "--c to continue it")
+        state, flag = ("stopped", "add --c to continue it; or, ") if there else ("finished", "")
+        if FINAL in there:
+            state, flag = "finished", "add --val to validate it again; or, "
         raise DataError(
-            f"a {state} training is there, which this one would overwrite: add {flag}; or, to train anew, first type: "
+            f"a {state} training is there, which this one would overwrite: {flag}to train anew, first type: "
             f"{set_aside(folder)}"
         )
     if trainer.continues:

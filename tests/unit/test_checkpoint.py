@@ -89,6 +89,20 @@ def test_a_damaged_checkpoint_is_refused_with_a_whole_reason(
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [("latest", "train again with --c"), ("final", "train again with --c"), ("best", "take another checkpoint")],
+)
+def test_a_damaged_checkpoint_says_what_replaces_it(tmp_path: Path, name: str, mend: str) -> None:
+    """A finished training that continues writes its final checkpoint again, and not its best one."""
+    path = tmp_path / f"checkpoint_{name}.pth"
+    path.write_bytes(b"")
+    with pytest.raises(DamagedError, match=rf"\(it is empty\); restore it, or {mend}$"):
+        read_checkpoint(path)
+    with pytest.raises(DamagedError, match=r"\(it is empty\); give another$"):
+        read_checkpoint(path, mend="give another")
+
+
 def test_a_flipped_byte_is_found_or_changes_nothing(tmp_path: Path) -> None:
     """torch itself reads a flipped weight without a word."""
     path, draw = tmp_path / "checkpoint.pth", random.Random(0)

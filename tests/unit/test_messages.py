@@ -162,7 +162,11 @@ def test_what_was_trained_is_never_started_over_unasked(typed: Typed, trainer, c
 def test_results_of_a_training_without_checkpoints_are_kept_too(typed: Typed) -> None:
     assert typed(*words(), "--disable_checkpointing") is None
     assert not list(fold_folder().glob("*.pth"))
-    assert "a finished training is there" in typed(*words(), "--disable_checkpointing")
+    line = typed(*words(), "--disable_checkpointing")
+    assert line.startswith(
+        "a finished training is there, which this one would overwrite: to train anew, first type: mv "
+    )
+    assert typed(*words(), "--c") == line
 
 
 def test_a_training_to_continue_that_is_there_in_another_order_is_named(typed: Typed, trainer, capsys) -> None:
