@@ -178,7 +178,8 @@ def _show_scores(rows: Sequence[Any]) -> int:
 def _next_of_conversion(typed: dict[str, Any], result: Any) -> str:
     if result.state == "planned":
         return "the same command without --dry_run"
-    return f"nnUNetv2_dycon check -d {int(result.folder.name[len('Dataset') :][:3])}"
+    number = int(result.folder.name.removeprefix("Dataset").split("_")[0])
+    return f"nnUNetv2_dycon check -d {number}"
 
 
 def _next_of_preparation(typed: dict[str, Any], result: Any) -> str:

@@ -51,7 +51,7 @@ class Conversion:
         where = {"written": "written", "planned": "nothing was written; would be", "up to date": "is up to date"}
         lines.append(f"{where[self.state]}: {self.folder}")
         check = f"nnUNetv2_dycon check -d {dataset_number(self.folder.name)}"
-        lines.append("next: type it again without --dry_run" if self.state == "planned" else f"next: {check}")
+        lines.append("next: the same command without --dry_run" if self.state == "planned" else f"next: {check}")
         return "\n".join(lines)
 
 
