@@ -30,7 +30,7 @@ def check_ids(trainings: Sequence[Training]) -> None:
     wanted = _settings(trainings)
     for teacher, one in pairwise(trainings):
         data = one.data
-        dataset.new_folder(data.id, data.name.split("_", 1)[1])
+        dataset.new_folder(data.id, data.name.split("_", 1)[1], "--as")
         claim = data.results / CLAIM_FILE
         noted = read_json(claim, "delete it") if claim.is_file() else wanted
         changed = [f"{key} {noted.get(key)}, now {value}" for key, value in wanted.items() if noted.get(key) != value]
