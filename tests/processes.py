@@ -54,8 +54,9 @@ def with_shared_memory(size: str) -> list[str]:
 
 
 def hear_ctrl_c() -> None:
-    """Let a process that is about to start hear Ctrl-C, as `preexec_fn` of `subprocess.Popen`.
+    """Let a process that is about to start hear Ctrl-C and a closed terminal, as `preexec_fn` of `subprocess.Popen`.
 
-    A shell without a terminal lets its background processes, and all that they start, ignore it.
+    A shell without a terminal, and nohup, let their background processes, and all that these start, ignore them.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
