@@ -216,8 +216,9 @@ def run_ddp(rank: int, *arguments: Any) -> None:
             run_training, "setup_ddp", lambda r, n: dist.init_process_group("gloo", rank=r, world_size=n)
         ),
         mock.patch.object(torch.cuda, "set_device"),
+        mock.patch("nnunetv2_dycon.trainers.engine.check_machine"),  # it would ask for the missing GPU
     )
-    with on_cpu(), stand_ins[0], stand_ins[1]:
+    with on_cpu(), stand_ins[0], stand_ins[1], stand_ins[2]:
         if rank == int(os.environ.get("FAILING_RANK", "-1")):
             nnUNetTrainerSSL.on_train_epoch_end = _fail
         run_training.run_ddp(rank, *arguments)

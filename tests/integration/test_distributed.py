@@ -187,9 +187,9 @@ START = "from tests.distributed import run_nnunet; run_nnunet({name!r})"
 NAME = "nnUNetTrainerDyCONCPS_epochs2_iters2_valiters1_save1_batch4"
 
 
-def launch(root: Path, **variables: str) -> subprocess.Popen:
+def launch(root: Path, name: str = NAME, **variables: str) -> subprocess.Popen:
     variables = {**os.environ, **environment(root), "nnUNet_n_proc_DA": "0", **variables}
-    script = [sys.executable, "-c", START.format(name=NAME)]
+    script = [sys.executable, "-c", START.format(name=name)]
     folder = Path(__file__).parents[2]
     return subprocess.Popen(
         script, env=variables, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -217,7 +217,7 @@ def test_a_whole_training_has_one_writer_for_each_file(root: Path) -> None:
 
 
 def test_a_rank_that_fails_ends_the_training_with_its_message(root: Path) -> None:
-    process = launch(root, FAILING_RANK="1")
+    process = launch(root, f"{NAME}_lr0p02", FAILING_RANK="1")  # a training does not start over where one ended
     printed, _ = process.communicate(timeout=1800)
     assert process.returncode != 0
     assert re.search(r"DataError: case u_01 cannot be read; restore it", printed), printed[-3000:]
