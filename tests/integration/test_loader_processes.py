@@ -86,9 +86,7 @@ def test_a_killed_training_leaves_no_loader_process_and_goes_on(data: Path) -> N
 def test_a_training_without_enough_shared_memory_does_not_begin(data: Path) -> None:
     with training(data, "epochs1_iters2_valiters1", *with_shared_memory("1m")) as refused:
         assert refused.wait(100) == 1
-    assert re.search(
-        r"error: nnUNet_n_proc_DA=2: \d+ [kM]B of shared memory are free in /dev/shm, ", last_line(data)
-    )
+    assert re.search(r"error: nnUNet_n_proc_DA=2: \d+ [kM]B of shared memory are free in /dev/shm, ", last_line(data))
     assert "docker run --shm-size=8g" in last_line(data)
     assert "export nnUNet_n_proc_DA=0" in last_line(data)
     assert "Epoch 0" not in (data / "log").read_text()
