@@ -15,6 +15,7 @@ import pytest
 from nnunetv2_dycon.errors import ConfigError, DataError
 from scripts import demo
 from scripts.demo import Arm, Demo
+from tests.unit.test_exit_codes import hear_ctrl_c
 
 
 def task04(folder: Path) -> Path:
@@ -143,6 +144,7 @@ def test_ctrl_c_ends_the_demo_in_one_line(tmp_path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_ctrl_c,
     )
     end = time.monotonic() + 900
     while not (tmp_path / "out" / "logs" / "phantom.log").exists():
