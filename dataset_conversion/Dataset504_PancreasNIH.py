@@ -2,8 +2,9 @@
 
     python dataset_conversion/Dataset504_PancreasNIH.py SOURCE -d 504 --labeled 12
 
-The axes of a label file and its DICOM stack have opposite directions, so labels are placed by position in mm and
-checked by the CT's Hounsfield units. Cases 0025 and 0070 were withdrawn (the patient of 0002) and are left out.
+The axes of a label file and its DICOM stack have opposite directions, so labels are placed by position in mm. Where
+that proves nothing, as with another number of slices, the CT's Hounsfield units decide, or the case is refused. Cases
+0025 and 0070 were withdrawn (the patient of 0002) and are left out.
 """
 
 import argparse
@@ -14,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_dycon.conversion.align import by_position
 from nnunetv2_dycon.conversion.cases import LabelRule, SourceCase
 from nnunetv2_dycon.conversion.commands import converter_parser, run_script
 from nnunetv2_dycon.conversion.convert import Collection, Found, convert
 from nnunetv2_dycon.conversion.dicom import CtSeries
 from nnunetv2_dycon.conversion.job import Conversion
+from nnunetv2_dycon.conversion.placement import by_position
 from nnunetv2_dycon.conversion.source import NIFTI, match, only
 from nnunetv2_dycon.conversion.volumes import H5Array, NiftiFile, Source
 from nnunetv2_dycon.errors import DataError

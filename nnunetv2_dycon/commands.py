@@ -178,7 +178,8 @@ def _show_scores(rows: Sequence[Any]) -> int:
 def _next_of_conversion(typed: dict[str, Any], result: Any) -> str:
     if result.state == "planned":
         return "the same command without --dry_run"
-    return f"nnUNetv2_dycon check -d {int(result.folder.name[len('Dataset') :][:3])}"
+    number = int(result.folder.name.removeprefix("Dataset").split("_")[0])
+    return f"nnUNetv2_dycon check -d {number}"
 
 
 def _next_of_preparation(typed: dict[str, Any], result: Any) -> str:
@@ -265,6 +266,7 @@ VERBS: dict[str, Verb] = {
         (
             _dataset("dataset_id"),
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
+            _argument("--fix", action="store_true", help='correct "numTraining" in dataset.json'),
         ),
         _show_findings,
     ),
@@ -276,6 +278,7 @@ VERBS: dict[str, Verb] = {
             _argument("-c", dest="configurations", nargs="+", help="configurations"),
             _PLANS,
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
+            _argument("--again", nargs="+", metavar="CASE", help="cases to prepare again"),
             _OVERWRITE,
         ),
         _show_paths,

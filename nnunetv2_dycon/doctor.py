@@ -16,10 +16,14 @@ from pathlib import Path
 import nnunetv2_dycon
 from nnunetv2_dycon import _register
 from nnunetv2_dycon.findings import Finding
+from nnunetv2_dycon.shared_memory import free_bytes, in_words, memory_shortage, waiting_batches
 
 START_UP_FILE = "nnunetv2_dycon_ext.pth"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 NNUNET_FROM, NNUNET_BELOW = (2, 8, 1), (2, 9)
+# Bytes: two patches of 128 x 128 x 128 in float32, their targets of five resolutions in int16; in training as many
+# unlabelled patches.
+USUAL_BATCHES = (43_141_120, 26_363_904)
 REINSTALL = "reinstall both in one command: pip install --force-reinstall torch torchvision"
 
 
@@ -34,6 +38,7 @@ def doctor() -> list[Finding]:
             _torchvision(),
             *_trainers(),
             *_machine(),
+            _shared_memory(),
         ]
 
 
@@ -159,6 +164,30 @@ def _machine() -> Iterator[Finding]:
     )
     text = "fast: option bf16 pays" if cpu_has_bf16() else "not in hardware: leave option bf16 out"
     yield Finding("bf16 on this CPU", True, text)
+
+
+def _shared_memory() -> Finding:
+    """Compare the free shared memory with what loader processes need for patches of nnU-Net's usual size."""
+    name = "shared memory"
+    try:
+        import torch
+
+        from nnunetv2_dycon.trainers.loaders import loader_processes, pool_sizes
+
+        processes, pinned = loader_processes(), torch.cuda.is_available()
+    except Exception as error:
+        text = f"the number of loader processes is not known ({_one_line(error)}); correct nnUNet_n_proc_DA"
+        return Finding(name, False, text)
+    if not processes:
+        return Finding(name, True, "not needed: nnUNet_n_proc_DA=0")
+    pools = zip(USUAL_BATCHES, pool_sizes(processes), strict=True)
+    needed = sum(size * waiting_batches(*pool, pinned=pinned) for size, pool in pools)
+    free = free_bytes()
+    found = memory_shortage(free, needed)
+    if found:
+        return Finding(name, False, f"{processes} loader processes and patches of 128 x 128 x 128: {found}")
+    there = "no limit" if free is None else f"{in_words(free)} free"
+    return Finding(name, True, f"{there}, enough for {processes} loader processes")
 
 
 def _one_line(error: Exception) -> str:

@@ -13,6 +13,10 @@ class DataError(UserError):
     """A file or folder on disk that is missing, stale, unreadable or of the wrong kind."""
 
 
+class DamagedError(DataError):
+    """A file whose content is not what was written."""
+
+
 class WriteError(DataError):
     """A file or folder that cannot be written: permissions, or a full disk."""
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import first_few, whole_folder
+from nnunetv2_dycon.trainers.results import Model, model_folder, trained_checkpoint
 
 STOCK_TRAINER = "nnUNetTrainer"
 MODEL_FILES = ("plans.json", "dataset.json")
@@ -61,30 +61,22 @@ def export_model(
     DataError
         If a file of the training is missing, cannot be read or has no teacher, or `output` exists or cannot be written.
     """
-    try:
-        model = Path(get_output_folder(dataset_id, trainer, plans, configuration))
-    except (TypeError, RuntimeError) as error:
-        raise DataError(f"dataset {dataset_id}: {error}; check -d, and that nnUNet_results is exported") from error
     output = Path(output)
     if output.exists():
         raise DataError(f"{output} exists; give -o a new folder")
-    needed = [model / f"fold_{fold}" / checkpoint for fold in folds]
-    missing = [path for path in needed if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{missing[0]} does not exist; train it first: nnUNetv2_train {dataset_id} {configuration} "
-            f"{missing[0].parent.name.removeprefix('fold_')} -tr {trainer} -p {plans}"
-        )
-    lost = [name for name in MODEL_FILES if not (model / name).is_file()]
+    name = Model(trainer, plans, configuration)
+    trained = {fold: trained_checkpoint(dataset_id, name, fold, checkpoint) for fold in folds}
+    model = model_folder(dataset_id, name)
+    lost = [file for file in MODEL_FILES if not (model / file).is_file()]
     if lost:
         raise DataError(f"{model} has no {first_few(lost)}; restore what nnUNetv2_train wrote there")
     with whole_folder(output) as whole:
-        for name in MODEL_FILES:
-            shutil.copyfile(model / name, whole / name)
+        for file in MODEL_FILES:
+            shutil.copyfile(model / file, whole / file)
         for number, fold, kind in _members(folds, weights):
             target = whole / f"fold_{number}" / "checkpoint_final.pth"
             target.parent.mkdir()
-            write_checkpoint(_stock_checkpoint(model / f"fold_{fold}" / checkpoint, kind), target)
+            write_checkpoint(_stock_checkpoint(trained[fold], kind), target)
     return output
 
 

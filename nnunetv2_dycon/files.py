@@ -5,23 +5,26 @@ a power cut the file has its old or its new content; two processes never share a
 leaves nothing behind.
 """
 
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_dycon.errors import DataError, UserError, WriteError
 
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota
+ELSEWHERE = "or choose another folder"  # ends errors about writing
 PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our own listings pass over them
 
 
 @contextmanager
-def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator[Path]:
+def whole_file(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[Path]:
     """Give a temporary path in the same folder; on leaving without an error it becomes `path`.
 
     The temporary name keeps the ending of `path` (`.nii.gz`, `.png`), by which writers choose the format.
@@ -31,7 +34,7 @@ def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator
     path : Path
         The file to write; its folder exists.
     elsewhere : str
-        Where else the user can write; ends the error message.
+        What else the user can do; ends the error message.
 
     Raises
     ------
@@ -39,12 +42,13 @@ def whole_file(path: Path, elsewhere: str = "choose another folder") -> Iterator
         If the disk is full, or the folder cannot be written.
     """
     part = temporary_name(path)
-    try:
-        with writing(path, elsewhere):
+    with writing(path, elsewhere):
+        try:
             yield part
             place(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):  # it is not there; a read-only disk says so in another way
+                part.unlink()
 
 
 @contextmanager
@@ -64,8 +68,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         If the disk is full, or the parent cannot be written.
     """
     part, old = temporary_name(path), temporary_name(path)
-    try:
-        with writing(path):
+    with writing(path):
+        try:
             part.mkdir(parents=True)
             yield part
             for inner in (*part.rglob("*"), part):
@@ -74,11 +78,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 os.rename(path, old)
             os.rename(part, path)
             sync(path.parent)
-    finally:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        for folder in (part, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        except WriteError as error:  # names a file of the temporary folder
+            raise error.__cause__ or error from None
+        finally:
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            for folder in (part, old):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def place(part: Path, path: Path) -> None:
@@ -99,18 +105,18 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
         part.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
-    with whole_file(path) as part:
+def write_bytes(path: Path, content: bytes, elsewhere: str = ELSEWHERE) -> None:
+    """Write a file, whole or not at all; `elsewhere` as in `whole_file`."""
+    with whole_file(path, elsewhere) as part:
         part.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all; line ends as given."""
-    write_bytes(path, text.encode())
+def write_text(path: Path, text: str, elsewhere: str = ELSEWHERE) -> None:
+    """Write a UTF-8 file, whole or not at all; line ends as given, `elsewhere` as in `whole_file`."""
+    write_bytes(path, text.encode(), elsewhere)
 
 
-def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
+def write_json(path: Path, content: Any, *, sort_keys: bool = False, elsewhere: str = ELSEWHERE) -> None:
     """Write JSON that a person can read, whole or not at all.
 
     Parameters
@@ -121,8 +127,11 @@ def write_json(path: Path, content: Any, *, sort_keys: bool = False) -> None:
         Anything that JSON can hold.
     sort_keys : bool
         Write keys in alphabetical order.
+    elsewhere : str
+        As in `whole_file`.
     """
-    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n"
+    write_text(path, text, elsewhere)
 
 
 def read_json(path: Path, mend: str = "restore it", error: type[UserError] = DataError) -> Any:
@@ -148,6 +157,32 @@ def read_json(path: Path, mend: str = "restore it", error: type[UserError] = Dat
         raise error(f"{path} cannot be read ({reason.strerror}); {mend}") from reason
     except ValueError as reason:  # not JSON, or not UTF-8
         raise error(f"{path} cannot be read (not JSON: {reason}); {mend}") from reason
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether systems hide a file or folder of this name; it is nobody's data, like the `._` files of macOS."""
+    return name.startswith(".")
+
+
+def list_visible(folder: Path, ending: str = "") -> list[Path]:
+    """Return the files in a folder, sorted, without hidden ones and folders; none if it is not a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder.
+    ending : str
+        End of the names.
+    """
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = [
+            entry.name
+            for entry in entries
+            if entry.name.endswith(ending) and not is_hidden(entry.name) and not entry.is_dir()
+        ]
+    return [folder / name for name in sorted(names)]
 
 
 def sync(path: Path) -> None:
@@ -196,13 +231,13 @@ def check_case_names(names: Iterable[object], source: str | Path, error: type[Us
     Raises
     ------
     UserError
-        Of the class `error`, for the first name that is not a text of one path component.
+        Of the class `error`, for the first name that is not a text of one path component, or that would hide its files.
     """
     for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\"):
+        if not isinstance(name, str) or not name or is_hidden(name) or not name.isprintable() or set(name) & set("/\\"):
             raise error(
-                f"{source} names a case {name!r:.80}, but a case name is part of a file name: it is not empty and has "
-                "no slash, backslash, tab or line end; rename the case"
+                f"{source} names a case {name!r:.80}, but a case name is part of a file name: it does not begin with a "
+                "dot and has no slash, backslash, tab or line end; rename the case"
             )
 
 
@@ -223,22 +258,42 @@ def first_few(items: Sequence[object], limit: int = 3, separator: str = ", ") ->
     >>> first_few(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    shown = separator.join(map(str, items[:limit]))
+    texts = map(str, items[:limit])
+    shown = separator.join(text if text.isprintable() else repr(text) for text in texts)  # on one line
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown
 
 
 @contextmanager
-def writing(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
+def writing(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
     """Turn errors of the operating system about writing `path` into one line.
 
     Raises
     ------
     WriteError
-        In place of an OSError; `elsewhere` says where else the user can write.
+        In place of an OSError, with the free space of a full disk; `elsewhere` says what else the user can do.
     """
     try:
         yield
     except OSError as error:
-        raise WriteError(
-            f"cannot write {path}: {error.strerror or error}; check its permissions and the free space, or {elsewhere}"
-        ) from error
+        raise cannot_write(path, error, elsewhere) from error
+
+
+def cannot_write(path: Path, error: OSError, elsewhere: str = ELSEWHERE) -> WriteError:
+    """Return one line about a file that cannot be written; where the disk is full, with its free space.
+
+    Parameters
+    ----------
+    path : Path
+        What was to be written.
+    error : OSError
+        What the operating system said.
+    elsewhere : str
+        What else the user can do.
+    """
+    reason, mend = error.strerror or str(error), "check its permissions"
+    if error.errno in _FULL:
+        there = next((folder for folder in path.parents if folder.exists()), Path())
+        with suppress(OSError):
+            reason += f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free)"
+        mend = "make room"
+    return WriteError(f"cannot write {path}: {reason}; {mend}, {elsewhere}")

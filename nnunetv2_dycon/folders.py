@@ -1,11 +1,17 @@
 """nnU-Net's three folders; a missing one is an error that tells how to set it."""
 
 import os
+import shlex
 from pathlib import Path
 
 from nnunetv2_dycon.errors import DataError
 
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def unset(variable: str) -> str:
+    """Return what to type where one of nnU-Net's variables is not set."""
+    return f"{variable} is not set; type: export {variable}=/path/to/{variable}"
 
 
 def environment_folder(variable: str) -> Path:
@@ -18,11 +24,10 @@ def environment_folder(variable: str) -> Path:
     """
     value = os.environ.get(variable)
     if not value:
-        raise DataError(f"{variable} is not set; type: export {variable}=/path/to/{variable}")
+        raise DataError(unset(variable))
     if not Path(value).is_dir():
-        raise DataError(
-            f"{variable} is {value}, which is not a folder; type: mkdir -p '{value}', or correct the variable"
-        )
+        typed = f"mkdir -p {shlex.quote(value)}"
+        raise DataError(f"{variable} is {value}, which is not a folder; type: {typed}, or correct the variable")
     return Path(value)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -39,7 +40,7 @@ def run(
     ConfigError
         If `processes` is below 1.
     DataError
-        If a worker process was killed.
+        If a worker process was killed, or none can be started.
     """
     processes = worker_processes(processes)
     workers = min(processes, len(tasks))
@@ -49,8 +50,14 @@ def run(
         return
     # spawn, as nnU-Net: a fork after torch has used threads may hang
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     others, finished = {*multiprocessing.active_children()}, False
+    try:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    except OSError as error:  # its locks are files in shared memory
+        raise DataError(
+            f"worker processes cannot be started ({error.strerror}); look at the free space of /dev/shm, "
+            "or type the command again with -np 1"
+        ) from error
     try:
         with interrupts_held():
             futures = {pool.submit(work, task): task for task in tasks}
@@ -158,12 +165,18 @@ def default_processes() -> int:
     return min(8, usable)
 
 
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is killed; otherwise it would wait for ever."""
+def end_with_parent() -> None:
+    """End this process within a second or two of the one that started it, however that one ended.
+
+    A killed process cannot stop its workers, and a worker that waits for work, or for room in a queue, waits for ever.
+    """
     parent = multiprocessing.parent_process()
+    direct = os.getppid() == parent.pid  # otherwise a fork server stands between them
 
     def watch() -> None:
-        parent.join()
+        # Forked workers hold the other end of each other's pipe to the parent, so the pipe alone would not tell.
+        while parent.is_alive() and (not direct or os.getppid() == parent.pid):
+            time.sleep(1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

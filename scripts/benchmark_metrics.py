@@ -30,6 +30,7 @@ from nnunetv2_dycon.evaluation.metrics import ScoreSettings, Structure, score_ca
 CT, CT_SPACING = (128, 512, 512), (2.5, 0.8, 0.8)
 LA, LA_SPACING = (112, 112, 80), (0.625, 0.625, 0.625)
 ORGANS = 13
+NOISE = 160
 
 
 def ellipsoid(shape: tuple[int, ...], center: tuple[float, ...], radii: tuple[float, ...]) -> NDArray[np.bool_]:
@@ -255,6 +256,34 @@ def against_others(bars: Bars) -> None:
                 bars.add(f"{label}: times {package}", theirs / own, least, least=True, note=note)
 
 
+def against_noise(bars: Bars) -> None:
+    """Compare with MedPy on masks that are surface everywhere, and on such a mask with a smooth or a sparse one."""
+    rng = np.random.default_rng(0)
+    noise, other, sparse = (rng.random((NOISE,) * 3) < share for share in (0.5, 0.5, 0.001))
+    ball = ellipsoid((NOISE,) * 3, (NOISE / 2,) * 3, (NOISE / 4,) * 3)
+    for name, truth in {"noise": other, "a ball": ball, "sparse voxels": sparse}.items():
+        masks = truth.view(np.uint8), noise.view(np.uint8)
+        own = seconds(ours(*masks, CT_SPACING), repeats=3)
+        try:
+            theirs = seconds(medpys(*masks, CT_SPACING), repeats=1, warm=False)
+        except ImportError as error:
+            print(f"skip  noise: MedPy ({error})")
+            return
+        note = f"({own:.2f} s, MedPy {theirs:.2f} s)"
+        bars.add(f"noise of {NOISE}^3 against {name}: times MedPy", theirs / own, 1, least=True, note=note)
+
+
+def noise_bytes() -> int:
+    """Return the additional memory of scoring noise against noise, in a process that has scored a small case."""
+    rng = np.random.default_rng(0)
+    truth, prediction = ((rng.random((NOISE,) * 3) < 0.5).view(np.uint8) for _ in range(2))
+    ours(*pair((20, 20, 20), (10, 10, 10), (5, 5, 5), blob=False), (1, 1, 1))()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_now()
+    ours(truth, prediction, (1, 1, 1))()
+    return peak_now() - before
+
+
 def against_classes(bars: Bars) -> None:
     """Compare a CT with thirteen organs, scored for all of them, with one organ."""
     truth, prediction = organs()
@@ -273,8 +302,11 @@ def main() -> int:
     """Print all results; return 1 if a bar is missed."""
     bars = Bars()
     against_others(bars)
-
+    against_noise(bars)
     against_classes(bars)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak = pool.apply(noise_bytes)
+    bars.add(f"noise of {NOISE}^3, peak memory: MB", peak / 2**20, 400, least=False)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_folders(root / "la", 20, LA, LA_SPACING)

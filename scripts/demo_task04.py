@@ -23,13 +23,17 @@ def task04_files(path: Path) -> Iterator[dict[str, tuple[Path, Path]]]:
             try:
                 with tarfile.open(path) as archive:
                     archive.extractall(scratch, filter="data")
+            except tarfile.FilterError as error:
+                raise DataError(
+                    f"--task04 {path} is not the published archive: {error}. Nothing was written outside."
+                ) from None
             except tarfile.TarError:
                 raise DataError(
                     f"--task04 {path} is not an archive: give Task04_Hippocampus.tar or its folder."
                 ) from None
         root = Path(scratch) if path.is_file() else path
-        labels = {p.name: p for p in root.rglob("labelsTr/hippocampus_*.nii.gz")}
-        images = {p.name: p for p in root.rglob("imagesTr/hippocampus_*.nii.gz")}
+        labels = {p.name: p for p in root.rglob("labelsTr/hippocampus_[0-9][0-9][0-9].nii.gz")}
+        images = {p.name: p for p in root.rglob("imagesTr/hippocampus_[0-9][0-9][0-9].nii.gz")}
         if len(labels.keys() & images.keys()) < 20:
             raise DataError(f"--task04 {path} has no imagesTr and labelsTr of 20 or more hippocampus_NNN.nii.gz.")
         for name in sorted(labels.keys() ^ images.keys()):

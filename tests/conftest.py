@@ -12,7 +12,8 @@ for variable, value in {
 }.items():
     os.environ[variable] = value  # before torch and nnunetv2 are imported anywhere
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _files_are_read_as_before() -> Iterator[None]:
+    """A trainer that was initialised and never trained leaves torch's reading restricted in this process."""
+    yield
+    resume = sys.modules.get("nnunetv2_dycon.trainers.resume")
+    if resume:
+        resume.end_guard()
 
 
 @pytest.fixture(scope="session")

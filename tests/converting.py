@@ -134,7 +134,7 @@ def refused(raw: Path, form: Form, source: Path, *words: str, **options: Any) ->
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z) and RAS affine, by the reader that the converters do not use for NIfTI."""
+    """Voxels (X, Y, Z) and RAS affine, as SimpleITK sees them."""
     image = sitk.ReadImage(str(path))
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()

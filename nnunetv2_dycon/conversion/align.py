@@ -1,7 +1,7 @@
 """Label maps on the grid of their image, with the values of the data set."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 from scipy.ndimage import affine_transform
@@ -11,8 +11,6 @@ from nnunetv2_dycon.errors import DataError
 
 TOLERANCE_MM = 1e-3
 TOLERANCE_VOXELS = 0.01  # two programs round headers differently
-_ANY_CT_TISSUE = (0.0, 200.0)  # HU between which the median of an abdominal organ lies
-_AIR_HU, _AIR_SHARE = -200.0, 0.05
 
 Fit = Callable[[Volume, Volume, str], tuple[np.ndarray, list[str]]]
 
@@ -128,7 +126,7 @@ def resample(volume: Volume, onto: Volume, order: int) -> np.ndarray:
         0 is nearest neighbour, 1 is linear.
     """
     index = np.linalg.inv(volume.affine) @ onto.affine
-    flips = _flips(index, volume.array.shape, onto.array.shape)
+    flips = flips_between(index, volume.array.shape, onto.array.shape)
     if flips is not None:
         return np.flip(volume.array, flips)
     return affine_transform(
@@ -136,7 +134,7 @@ def resample(volume: Volume, onto: Volume, order: int) -> np.ndarray:
     )
 
 
-def _flips(index: np.ndarray, shape: Sequence[int], onto: Sequence[int]) -> tuple[int, ...] | None:
+def flips_between(index: np.ndarray, shape: Sequence[int], onto: Sequence[int]) -> tuple[int, ...] | None:
     """Return the axes to flip, if a matrix (4, 4) between voxel indices only flips axes; None otherwise."""
     signs = np.sign(np.diag(index)[:3])
     offset = np.where(signs < 0, np.array(shape) - 1, 0)
@@ -146,71 +144,3 @@ def _flips(index: np.ndarray, shape: Sequence[int], onto: Sequence[int]) -> tupl
     if tuple(shape) != tuple(onto) or slack[:3, :3].max() * max(shape) > 0.1 or slack[:3, 3].max() > 0.1:
         return None
     return tuple(int(axis) for axis in np.flatnonzero(signs < 0))
-
-
-# ---- CT labels whose axes run in other directions than those of the image -----------------------------------
-
-
-def by_position(image: Volume, label: Volume, name: str) -> tuple[np.ndarray, list[str]]:
-    """Return the label (X, Y, Z) of a soft organ on the grid of its CT by position in mm, and notes.
-
-    The Hounsfield units inside the label check the position. If they do not fit an organ, flipped axes are tried,
-    since the headers of such files are known to be wrong; a note tells of it.
-
-    Parameters
-    ----------
-    image : Volume
-        CT in Hounsfield units.
-    label : Volume
-        Foreground is every value except 0.
-
-    Raises
-    ------
-    DataError
-        If the label is empty, or no placement has a median from 0 to 200 HU and less than 5 % below -200 HU.
-    """
-    if not label.array.any():
-        raise DataError(f"{name} is empty; a case of this collection has the organ: fetch it again")
-    placed = resample(label, image, order=0)
-    if np.count_nonzero(placed) > 0.5 * _expected_voxels(label, image) and is_organ(image.array, placed):
-        return placed, []
-    candidates = []
-    if label.array.shape == image.array.shape:
-        for axes in (axes for n in range(4) for axes in combinations(range(3), n)):
-            turned = np.flip(label.array, axes)
-            if is_organ(image.array, turned):
-                candidates.append((_air(image.array, turned), axes, turned))
-    if not candidates:
-        raise DataError(
-            f"{name}: the label does not fit its CT, neither by position nor with turned axes (median "
-            f"{_median(image.array, placed)} HU inside it); check that both are of the same case"
-        )
-    _, axes, turned = min(candidates, key=lambda found: found[0])  # of equal ones the one with the fewest flipped axes
-    how = f"axes {', '.join('xyz'[axis] for axis in axes)} turned" if axes else "voxel by voxel"
-    return turned, [f"the label's position does not fit the CT; placed {how}, which does"]
-
-
-def _expected_voxels(label: Volume, image: Volume) -> float:
-    return np.count_nonzero(label.array) * abs(
-        np.linalg.det(label.affine[:3, :3]) / np.linalg.det(image.affine[:3, :3])
-    )
-
-
-def is_organ(ct: np.ndarray, mask: np.ndarray) -> bool:
-    """Return whether a mask can be a soft organ: median 0 to 200 HU, less than 5 % below -200 HU; both (X, Y, Z)."""
-    values = ct[mask != 0]
-    if not values.size:
-        return False
-    low, high = _ANY_CT_TISSUE
-    return bool(low <= np.median(values) <= high and np.mean(values < _AIR_HU) < _AIR_SHARE)
-
-
-def _air(ct: np.ndarray, mask: np.ndarray) -> float:
-    """Return the share of air inside a mask; both (X, Y, Z)."""
-    return float(np.mean(ct[mask != 0] < _AIR_HU))
-
-
-def _median(ct: np.ndarray, mask: np.ndarray) -> str:
-    """Return the median inside a mask, for messages; both (X, Y, Z)."""
-    values = ct[mask != 0]
-    return f"{np.median(values):.0f}" if values.size else "no"

@@ -3,6 +3,7 @@
 No file of the collection is opened: roles depend only on names, a protocol and a seed.
 """
 
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -103,6 +104,7 @@ def parse_labeled(text: str | float | Path, option: str = "--labeled") -> Labele
     """
     if isinstance(text, Path):
         return text
+    every = option == "--labeled"
     try:
         number = float(text)
     except ValueError:
@@ -110,17 +112,17 @@ def parse_labeled(text: str | float | Path, option: str = "--labeled") -> Labele
             return "all"
         if Path(str(text)).is_file():
             return Path(str(text))
-        raise ConfigError(
-            f"{option} {text}: no such file; give a fraction (0.1), a number (8), all, or a file with one id per line"
-        ) from None
+        forms = ", all, or a file with one id per line; there is no such file" if every else ""
+        raise ConfigError(f"{option} {text}: give a fraction (0.1), or a number of cases (8){forms}") from None
     if 0 < number < 1:
         return number
     if number == 1 and not str(text).strip().isdecimal():
-        every = " or all" if option == "--labeled" else ""
-        raise ConfigError(f"{option} {text} may mean one case or all of them; type 1 (one case){every}")
+        either = " or all" if every else ""
+        raise ConfigError(f"{option} {text} may mean one case or all of them; type 1 (one case){either}")
     if number >= 1 and number.is_integer() and "." not in str(text).removesuffix(".0"):
         return int(number)
-    raise ConfigError(f"{option} {text}: give a fraction between 0 and 1, a whole number of cases, all, or a file")
+    forms = ", all, or a file" if every else ""
+    raise ConfigError(f"{option} {text}: give a fraction between 0 and 1, a whole number of cases{forms}")
 
 
 def assign(protocol: Protocol, request: Request, known: Known, canonical: Callable[[str], str]) -> Assignment:
@@ -164,14 +166,28 @@ def assign(protocol: Protocol, request: Request, known: Known, canonical: Callab
         cases[role] = tuple(case for case in names if case in usable)
         missing[role] = tuple(case for case in names if case not in usable)
     if not cases["labeled"]:
-        raise SplitError(
-            f"none of the {len(labeled)} labelled cases of {protocol.name} is there with its label "
-            f"({first_few(labeled)}); name others with --labeled FILE, or draw among those there with --labeled_seed 0"
-        )
+        raise _without_labeled(protocol, labeled, request, known)
     named = {case for names in wanted.values() for case in names} | set(known.dropped)
     unknown = tuple(sorted(set(known.with_label) - named))
     folds, meaning = _folds(cases["labeled"], cases["validation"], _reference(protocol, labeled), known.groups)
     return Assignment(protocol, cases, missing, unknown, folds, (*notes, meaning))
+
+
+def _without_labeled(protocol: Protocol, labeled: Sequence[str], request: Request, known: Known) -> SplitError:
+    """Return the error for a request by which no labelled case is left."""
+    with_label = [case for case in protocol.train if known.with_label.get(case)]
+    if not with_label:
+        return SplitError(f"no training case of {protocol.name} is there with its label; add images and labels")
+    if not labeled:  # drawn by whole subjects
+        least = min(len(cases) for cases in _by_group(with_label, known.groups).values())
+        return SplitError(
+            f"--labeled {request.labeled}: each subject has {least} or more scans; type --labeled {least}"
+        )
+    drawn = "" if request.seed is not None else ", or draw among those there with --labeled_seed 0"
+    return SplitError(
+        f"none of the {len(labeled)} labelled cases of {protocol.name} is there with its label "
+        f"({first_few(labeled)}); name others with --labeled FILE{drawn}"
+    )
 
 
 def _has_truth(case: str, known: Known) -> bool:
@@ -246,10 +262,12 @@ def _from_file(
             )
         return protocol, names, []
     own = read_protocol(path, canonical)
-    if len(own.labeled) != 1:
-        raise SplitError(
-            f'{path} has {len(own.labeled)} "labeled" lists; keep one, or type --protocol {path} --labeled NUMBER'
-        )
+    if not own.labeled:
+        raise SplitError(f'{path} has no "labeled" list; add it')
+    if len(own.labeled) > 1:
+        typed = f"--protocol {shlex.quote(str(path))} --labeled {min(own.labeled)}"
+        numbers = ", ".join(map(str, sorted(own.labeled)))
+        raise SplitError(f'{path} has "labeled" lists of {numbers} cases; keep one, or type for example: {typed}')
     return own, next(iter(own.labeled.values())), []
 
 

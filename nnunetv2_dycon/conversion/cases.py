@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_dycon.conversion.align import Fit, map_values, on_grid, present, resample, same_grid
-from nnunetv2_dycon.conversion.dataset import IMAGES, LABELS, Workspace
+from nnunetv2_dycon.conversion.dataset import ELSEWHERE, IMAGES, LABELS, Workspace
 from nnunetv2_dycon.conversion.volumes import (
     NiftiFile,
     Source,
@@ -74,6 +74,10 @@ class Resampled(Source):
         """Files of the image."""
         return self.image.files
 
+    def seen_in(self, ending: str) -> "Resampled":
+        """Return both images as nnU-Net's reader of a data set with this file ending sees them."""
+        return Resampled(self.image.seen_in(ending), self.onto.seen_in(ending))
+
     def read(self) -> Volume:
         """Return the values at the voxels of the other image, float32; 0 outside this image."""
         grid, image = self.onto.read(), self.image.read()
@@ -126,7 +130,7 @@ class Task(ABC):
             If nothing can be written.
         """
         try:
-            write_json(self._record, self.make())
+            write_json(self._record, self.make(), elsewhere=ELSEWHERE)
         except WriteError:
             raise
         except DataError as error:
@@ -212,7 +216,7 @@ class CaseTask(Task):
         how = []
         for channel, source in enumerate(self.case.images):
             whole = first is None and self.role in LABELS and self.rule.needs_image
-            volume, done = _write_image(source, self._place(image_name(self, channel)), whole)
+            volume, done = _write_image(source.seen_in(self.ending), self._place(image_name(self, channel)), whole)
             how.append(done)
             if first is None:
                 first = volume
@@ -232,7 +236,7 @@ class CaseTask(Task):
             record["notes"].append("no label file; it is known to have no lesion, so an empty label was written")
         else:
             name = names_of(self.case.label)
-            array, notes = self.rule.fit(image, self.case.label.read(), name)
+            array, notes = self.rule.fit(image, self.case.label.seen_in(self.ending).read(), name)
             record["notes"] += notes
             array = map_values(array, self.rule.maps, name, self.rule.hint)
         save(Volume(array, image.affine, image.header), self._place(label_name(self)))
@@ -295,15 +299,9 @@ def link_case(name: str, role: str, images: Sequence[Path], label: Path | None, 
 def _write_image(source: Source, path: Path, whole: bool) -> tuple[Volume, str]:
     if isinstance(source, NiftiFile):
         done = put_nifti(source, path)
-        return source.read() if whole else grid_of(source), done
+        return source.read() if whole else source.grid(), done
     volume = source.read()
     if volume.array.size == 0:
         raise DataError(f"{names_of(source)} holds no voxel; fetch it again")
     save(volume, path)
     return volume, "written"
-
-
-def grid_of(source: NiftiFile) -> Volume:
-    """Return the volume without its voxels: shape and geometry from the header."""
-    image = source.open()
-    return Volume(np.broadcast_to(np.uint8(0), image.shape), image.affine, image.header)

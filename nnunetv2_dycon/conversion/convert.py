@@ -1,7 +1,6 @@
 """From a downloaded collection to a raw data set of nnU-Net, for all converters."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.source import inside, list_files, looks_like
 from nnunetv2_dycon.conversion.volumes import NiftiFile
 from nnunetv2_dycon.errors import DataError, SplitError
-from nnunetv2_dycon.files import first_few
+from nnunetv2_dycon.files import first_few, list_visible
 
 WORDS = {"labeled": "labelled", "validation": "validation", "unlabeled": "unlabelled", "test": "test"}
 _SHOWN = 8  # case names in one line of the summary; conversion.json has all
@@ -262,7 +261,7 @@ def _described(task: Task, root: Path) -> list[dict[str, Any]]:
     described = []
     for path in task.sources:
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-        size = {"files": len(os.listdir(path))} if path.is_dir() else {"bytes": path.stat().st_size}
+        size = {"files": len(list_visible(path))} if path.is_dir() else {"bytes": path.stat().st_size}
         described.append({"name": name, **size})
     return described
 

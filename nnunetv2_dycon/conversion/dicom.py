@@ -9,6 +9,7 @@ import numpy as np
 
 from nnunetv2_dycon.conversion.volumes import Source, Volume, from_sitk, reading
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import is_hidden
 
 _POSITION, _ORIENTATION, _MODALITY = "0020|0032", "0020|0037", "0008|0060"
 
@@ -89,7 +90,7 @@ def _series(folder: Path) -> list[_Series]:
 
 
 def _should_be_slice(path: Path) -> bool:
-    if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or not path.is_file():
+    if is_hidden(path.name) or path.name.upper() == "DICOMDIR" or not path.is_file():
         return False
     with reading(path), path.open("rb") as file:
         start = file.read(132)

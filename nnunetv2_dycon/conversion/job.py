@@ -15,7 +15,7 @@ from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.cases import Task
 from nnunetv2_dycon.data.datasets import dataset_number
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import first_few, json_digest, text_digest, write_json
+from nnunetv2_dycon.files import first_few, json_digest, list_visible, text_digest, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class Conversion:
         lines += [f"- {note}" for note in self.notes]
         where = {"written": "written", "planned": "nothing was written; would be", "up to date": "is up to date"}
         lines.append(f"{where[self.state]}: {self.folder}")
-        lines.append(f"next: nnUNetv2_dycon check -d {dataset_number(self.folder.name)}")
+        check = f"nnUNetv2_dycon check -d {dataset_number(self.folder.name)}"
+        lines.append("next: the same command without --dry_run" if self.state == "planned" else f"next: {check}")
         return "\n".join(lines)
 
 
@@ -99,7 +100,7 @@ class Job:
             file.stat().st_mtime_ns
             for task in self.tasks
             for path in task.sources
-            for file in (sorted(path.iterdir()) if path.is_dir() else (path,))
+            for file in (list_visible(path) if path.is_dir() else (path,))
         ]
         return text_digest(f"{self.fingerprint} {times}")
 
@@ -153,12 +154,16 @@ def _is_there(job: Job, stamp: str) -> bool:
         return False
     for name in (*dataset.FILES, *(name for task in job.tasks for name in task.outputs)):
         if not (job.folder / name).is_file():
-            raise DataError(f"{job.folder / name} is gone; type --overwrite to make the data set again")
+            raise _make_again(job, f"{job.folder / name} is gone")
     if made.get("stamp", stamp) != stamp:  # older versions kept none
-        raise DataError(
-            f"source files were changed after {job.folder} was made from them; type --overwrite to make it again"
-        )
+        raise _make_again(job, f"source files were changed after {job.folder} was made from them")
     return True
+
+
+def _make_again(job: Job, problem: str) -> DataError:
+    """Return the error that advises --overwrite; raises another one where that would be refused."""
+    dataset.check_free(job.folder, made_by=job.plan["converter"], overwrite=True)
+    return DataError(f"{problem}; type the command again with --overwrite to make the data set again")
 
 
 def _write(task: Task) -> str | None:
@@ -189,9 +194,9 @@ def _describe(job: Job, stamp: str, folder: Path) -> list[str]:
         kept = {key: records[name][key] for key in ("label_voxels", "notes") if records[name].get(key)}
         cases[name] = {**case, "written": written[name], **kept}
     job.describe(folder)
-    write_json(folder / "splits_final.json", list(job.folds))
+    write_json(folder / "splits_final.json", list(job.folds), elsewhere=dataset.ELSEWHERE)
     marks = {"fingerprint": job.fingerprint, **({"stamp": stamp} if job.dated else {})}
-    write_json(folder / "conversion.json", {**job.plan, **marks, "cases": cases})
+    write_json(folder / "conversion.json", {**job.plan, **marks, "cases": cases}, elsewhere=dataset.ELSEWHERE)
     ways = Counter(way for record in records.values() for way in record["how"])
     notes = [f"{name}: {note}" for name, record in records.items() for note in record["notes"]]
     return [*notes, "files: " + ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))]

@@ -2,27 +2,32 @@
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from nnunetv2_dycon.conversion.dataset import free_id
+from nnunetv2_dycon.data.datasets import dataset_number
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.files import is_hidden
 
 _JUNK = {"desktop.ini", "thumbs.db", "__macosx"}
 NIFTI = r"\.nii(?:\.gz)?"
 
 # Patterns of each collection's files, for paths in lower case with "/"; the first that fits is named.
 _LOOKS = (
-    (rf"strokecase\d{{4}}[^/]*_(dwi|adc|flair|msk){NIFTI}$", "ISLES-2022", "convert ISLES22"),
-    (rf"_(flair|t1|t1ce|t2|seg){NIFTI}$", "BraTS", "convert BraTS19"),
-    (r"(lgemri|laendo)\.nrrd$|mri_norm2\.h5$", "LA (2018 Atrial Segmentation Challenge)", "convert LA"),
-    (rf"(^|/)img\d{{4}}{NIFTI}$", "BTCV", "convert BTCV"),
-    (rf"pancreas_?\d{{4}}|(^|/)image\d{{4}}({NIFTI}|(_norm)?\.h5)$", "Pancreas-NIH", "convert PancreasNIH"),
-    (r"case\d{4}\.npy\.h5$|slice\d{3}\.npz$", "TransUNet's preprocessed BTCV, whose slices and labels differ", ""),
-    (r"btcv_h5/|\d{4}_(image|label)\.npy$", "a preprocessed BTCV (MagicNet, DHC), whose grid differs", ""),
-    (r"brats[^/]*\.h5$", "SSL4MIS's preprocessed BraTS, cropped and normalised", ""),
-    (r"case_\d{3}\.h5$", "a preprocessed ISLES-2022, resized to one shape", ""),
-    (r"(^|/)dataset\.json$", "an nnU-Net or Decathlon data set", "split"),
+    (rf"strokecase\d{{4}}[^/]*_(dwi|adc|flair|msk){NIFTI}$", "ISLES-2022", "ISLES22", "0.1"),
+    (rf"_(flair|t1|t1ce|t2|seg){NIFTI}$", "BraTS", "BraTS19", "25"),
+    (r"(lgemri|laendo)\.nrrd$|mri_norm2\.h5$", "LA (2018 Atrial Segmentation Challenge)", "LA", "8"),
+    (rf"(^|/)img\d{{4}}{NIFTI}$", "BTCV", "BTCV", "4"),
+    (rf"pancreas_?\d{{4}}|(^|/)image\d{{4}}({NIFTI}|(_norm)?\.h5)$", "Pancreas-NIH", "PancreasNIH", "12"),
+    (r"case\d{4}\.npy\.h5$|slice\d{3}\.npz$", "TransUNet's preprocessed BTCV, whose slices and labels differ", "", ""),
+    (r"btcv_h5/|\d{4}_(image|label)\.npy$", "a preprocessed BTCV (MagicNet, DHC), whose grid differs", "", ""),
+    (r"brats[^/]*\.h5$", "SSL4MIS's preprocessed BraTS, cropped and normalised", "", ""),
+    (r"case_\d{3}\.h5$", "a preprocessed ISLES-2022, resized to one shape", "", ""),
 )
+_DATASET = "dataset.json"  # of nnU-Net, and of the Decathlon
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 
 def list_files(source: str | Path, inner: Collection[str] = ()) -> tuple[Path, list[Path]]:
@@ -42,6 +47,8 @@ def list_files(source: str | Path, inner: Collection[str] = ()) -> tuple[Path, l
         If it is not a folder, or a link in it leads out of it.
     """
     root = Path(source).expanduser()
+    if root.is_file() and root.name.lower().endswith(_ARCHIVES):
+        raise DataError(f"{root} is an archive; unpack it, and give the folder that it makes")
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise DataError(f"{root} {what}; give the folder that holds the collection")
@@ -65,7 +72,7 @@ def list_files(source: str | Path, inner: Collection[str] = ()) -> tuple[Path, l
 
 
 def _is_junk(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _JUNK
+    return is_hidden(name) or name.lower() in _JUNK
 
 
 def inside(path: Path, root: Path) -> Path:
@@ -134,12 +141,25 @@ def looks_like(root: Path, files: Sequence[Path], asked: str = "") -> str:
         Collection that the user asked for.
     """
     if not files:
-        return "the folder is empty"
+        return "the folder is empty; give the folder that holds the collection"
     names = ["/".join(path.relative_to(root).parts).lower() for path in files]
-    for pattern, title, command in _LOOKS:
+    for pattern, title, collection, labeled in _LOOKS:
         if any(re.search(pattern, name) for name in names):
-            if command == f"convert {asked}":
+            if asked and collection == asked:
                 return f"it looks like a part of {title} without the images; give the whole collection"
-            advice = f"; type: nnUNetv2_dycon {command} ..." if command else "; it cannot be converted"
-            return f"it looks like {title}{advice}"
-    return f"it holds, for example, {files[0].relative_to(root)}"
+            typed = f"nnUNetv2_dycon convert {collection} {shlex.quote(str(root))} --labeled {labeled}"
+            return f"it looks like {title}; {f'type: {typed}' if collection else 'it cannot be converted'}"
+    of_nnunet = next((path for path in files if path.name == _DATASET), None)
+    if of_nnunet is not None:
+        return f"it looks like an nnU-Net or Decathlon data set; {_to_split(of_nnunet.parent)}"
+    return f"it holds, for example, {files[0].relative_to(root)}; give the folder that holds the collection"
+
+
+def _to_split(folder: Path) -> str:
+    """Return how a data set in nnU-Net's or in the Decathlon's form becomes one with unlabelled cases."""
+    try:
+        number = dataset_number(folder.name)
+    except DataError:
+        typed = f"nnUNetv2_convert_MSD_dataset -i {shlex.quote(str(folder))}"
+        return f"bring it into nnU-Net's form first ({typed}), then type: nnUNetv2_dycon split --help"
+    return f"type: nnUNetv2_dycon split -d {number} --as {free_id(number)} --labeled 0.1"

@@ -15,6 +15,7 @@ from nnunetv2_dycon.conversion.groups import read_groups
 from nnunetv2_dycon.conversion.job import Conversion, Job, carry_out
 from nnunetv2_dycon.conversion.protocols import Protocol, find_protocol
 from nnunetv2_dycon.conversion.raw import find_raw
+from nnunetv2_dycon.data.datasets import dataset_title
 from nnunetv2_dycon.data.roles import Roles, label_paths, read_roles
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError
 from nnunetv2_dycon.files import write_json
@@ -91,7 +92,7 @@ def split(
     if kept_tests:
         role_of |= dict.fromkeys(data.roles.test, "test")
     _check_subjects(role_of, subjects)
-    folder = dataset.new_folder(new_id, data.folder.name.split("_", 1)[1])
+    folder = dataset.new_folder(new_id, dataset_title(data.folder.name), "--as")
     work = dataset.workspace(folder).work
     tasks = [
         link_case(case, role, data.roles.files[case], data.labels.get(case), data.ending, work)
@@ -116,7 +117,7 @@ def split(
             **plan_of(tasks, roles, data.folder),
         },
         folds=roles.folds,
-        describe=partial(_write_dataset_json, data, folder.name.split("_", 1)[1], training_cases(tasks)),
+        describe=partial(_write_dataset_json, data, dataset_title(folder.name), training_cases(tasks)),
         title=f"{data.folder.name} as {folder.name}, --labeled {Path(str(labeled)).name}",
         rows=rows,
         notes=(*role_notes(roles), *_left_out(data, kept_tests)),
@@ -152,13 +153,17 @@ def _protocol(
 
 def _drawn_tests(data: _Data, test: str | float, subjects: Mapping[str, str]) -> tuple[str, ...]:
     number = parse_labeled(test, "--test")
+    cases = data.roles.labeled
     if not isinstance(number, float | int):
         raise ConfigError(f"--test {test}: give a fraction (0.2) or a number of cases")
+    count = labeled_number(number, len(cases), "--test")
+    if count == len(cases):
+        least = "one annotated case is" if count == 1 else f"type --test 1 to {count - 1}: {count} annotated cases are"
+        raise ConfigError(f"--test {test} leaves no case to train on; {least} there")
     # scans in imagesUn stay training cases
     trained = {subjects[case] for case in data.roles.unlabeled if case in subjects}
-    free = [case for case in data.roles.labeled if subjects.get(case) not in trained]
-    count = labeled_number(number, len(data.roles.labeled), "--test")
-    tests = draw(data.roles.labeled, TEST_SEED, subjects, count, among=free)
+    free = [case for case in cases if subjects.get(case) not in trained]
+    tests = draw(cases, TEST_SEED, subjects, count, among=free)
     if not tests:
         raise SplitError(
             f"--test {test}: no subject without a scan in imagesUn has {count} annotated scans or fewer; type a larger "
@@ -191,7 +196,7 @@ def _check_subjects(role_of: Mapping[str, str], subjects: Mapping[str, str]) -> 
 def _write_dataset_json(data: _Data, name: str, number: int, folder: Path) -> None:
     content = {key: value for key, value in data.json.items() if key != "dataset"}
     content |= {"name": name, "numTraining": number, "converted_by": f"nnunetv2_dycon {__version__}"}
-    write_json(folder / "dataset.json", content)
+    write_json(folder / "dataset.json", content, elsewhere=dataset.ELSEWHERE)
 
 
 def _left_out(data: _Data, kept_tests: bool) -> list[str]:

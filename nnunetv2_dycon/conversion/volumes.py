@@ -6,28 +6,23 @@ In memory a volume is an array with axes (X, Y, Z) and an affine to millimetres 
 import gzip
 import os
 import shutil
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunetv2_dycon.data.readers import Reader, find_reader, open_nifti, read_itk, read_itk_header, read_view, reading
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import whole_file
 
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # SimpleITK counts millimetres to the left and to the back
-_UNREADABLE = (
-    *(OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, struct.error),
-    *(ImageFileError, HeaderDataError),
-)
+_AGAIN = "fetch it again"
 
 
 class Volume(NamedTuple):
@@ -71,26 +66,9 @@ class Source(ABC):
             With the file's name, if it cannot be read.
         """
 
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn the errors of a reader of `path` into one line.
-
-    Raises
-    ------
-    DataError
-        In place of the reader's own errors.
-    """
-    try:
-        yield
-    except MemoryError:
-        raise
-    except DataError:
-        raise
-    except _UNREADABLE as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[-1][-200:] if lines else type(error).__name__
-        raise DataError(f"{path} cannot be read ({reason}); it may be damaged: fetch it again") from error
+    def seen_in(self, ending: str) -> "Source":
+        """Return the source as nnU-Net's reader of a data set with this file ending sees it."""
+        return self
 
 
 # ---- NIfTI -------------------------------------------------------------------------------------------------
@@ -98,20 +76,43 @@ def reading(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NiftiFile(Source):
-    """A 3-D NIfTI file."""
+    """A 3-D NIfTI file.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    reader : type
+        The reader of nnU-Net that sees it; two may disagree where its sform and qform do.
+    """
 
     path: Path
+    reader: Reader = SimpleITKIO
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The file."""
         return (self.path,)
 
+    def seen_in(self, ending: str) -> "NiftiFile":
+        """Return the file as nnU-Net's reader of a data set with this file ending sees it."""
+        return replace(self, reader=find_reader({"file_ending": ending}))
+
     def read(self) -> Volume:
-        """Read voxels in their type on disk, scaled where the header says so."""
+        """Read voxels and geometry as nnU-Net's reader sees them, scaled where the header says so."""
         image = self.open()
         with reading(self.path):
-            return Volume(np.asanyarray(image.dataobj), image.affine, image.header)
+            if self.reader is SimpleITKIO:
+                volume = from_sitk(read_itk(self.path, _AGAIN), str(self.path))
+            else:
+                volume = Volume(read_view(self.path, self.reader).values.T, image.affine)
+        return volume._replace(header=image.header)
+
+    def grid(self) -> Volume:
+        """Return the volume without its voxels, all 0: shape and geometry from the header."""
+        image = self.open()
+        affine = image.affine if self.reader is not SimpleITKIO else affine_of(read_itk_header(self.path))
+        return Volume(np.broadcast_to(np.uint8(0), image.shape), affine, image.header)
 
     def open(self) -> nib.Nifti1Image:
         """Check that the file is complete and 3-D; reads the header, and the voxels only if the header is not enough.
@@ -122,47 +123,12 @@ class NiftiFile(Source):
             If it is empty, truncated, of another format, not 3-D, or has no usable geometry.
         """
         with reading(self.path):
-            size = self.path.stat().st_size
-            if size == 0:
-                raise DataError(f"{self.path} is empty (0 bytes); fetch it again")
-            with self.path.open("rb") as file:
-                packed = file.read(2) == b"\x1f\x8b"
-            named = self.path.name.lower().endswith(".gz")
-            if packed != named:
-                now, then = ("gzip", "no .gz") if packed else ("not gzip", ".gz")
-                raise DataError(f"{self.path} is {now} data but its name says {then}; rename it or fetch it again")
-            image = nib.load(self.path)
-        _check_header(self.path, image)
-        stored = int(image.dataobj.offset) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize
-        whole = self._is_whole(image, stored) if packed else size >= stored
-        if not whole:
-            raise DataError(f"{self.path} is truncated ({size} bytes); fetch it again")
+            image = open_nifti(self.path, _AGAIN)
+            _check_header(self.path, image)
         return image
-
-    def _is_whole(self, image: nib.Nifti1Image, stored: int) -> bool:
-        # gzip ends with the unpacked size; only if it differs must the whole file be unpacked
-        if _unpacked_size(self.path) == stored % 2**32:
-            return True
-        try:
-            np.asanyarray(image.dataobj)
-            with gzip.open(self.path) as file:
-                while file.read(1 << 24):
-                    pass
-        except (EOFError, zlib.error, OSError, ValueError):
-            return False
-        return True
-
-
-def _unpacked_size(path: Path) -> int:
-    """Return the last four bytes of a gzip file: the size of its (last) content, modulo 2^32."""
-    with path.open("rb") as file:
-        file.seek(-4, os.SEEK_END)
-        return struct.unpack("<I", file.read(4))[0]
 
 
 def _check_header(path: Path, image: nib.Nifti1Image) -> None:
-    if not isinstance(image, nib.Nifti1Image | nib.Nifti2Image):
-        raise DataError(f"{path} is not a single NIfTI file ({type(image).__name__}); fetch it again")
     if len(image.shape) != 3:
         raise DataError(f"{path} is {len(image.shape)}-D {image.shape}; give one 3-D file for each channel")
     if image.get_data_dtype().kind not in "iuf":
@@ -194,7 +160,7 @@ def put_file(source: Path, path: Path) -> str:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    with whole_file(path, "let nnUNet_raw point elsewhere") as part:
+    with whole_file(path, "or let nnUNet_raw point elsewhere") as part:
         yield part
 
 
@@ -329,10 +295,15 @@ def from_sitk(image: Any, name: str) -> Volume:
     import SimpleITK as sitk
 
     array = _smaller(np.ascontiguousarray(sitk.GetArrayFromImage(image).T), name)
+    return Volume(array, affine_of(image))
+
+
+def affine_of(image: Any) -> np.ndarray:
+    """Return the affine (4, 4) to RAS+ of a SimpleITK image, or of a reader that knows its header."""
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) @ np.diag(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
-    return Volume(array, _TO_RAS @ affine)
+    return _TO_RAS @ affine
 
 
 def _smaller(array: np.ndarray, name: str) -> np.ndarray:

@@ -7,16 +7,13 @@ did the same would shift the labelled patches; each further source therefore has
 import os
 from typing import Any
 
+import numpy as np
 from batchgenerators.dataloading.data_loader import DataLoader
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_dycon.randomness import RandomStream, derived_seed, part_from_other_workers, seed_from_here
-
-Augmenter = SingleThreadedAugmenter | NonDetMultiThreadedAugmenter
+from nnunetv2_dycon.data.reading import CheckedCases
+from nnunetv2_dycon.randomness import RandomStream, part_from_other_workers, seed_from_here
 
 
 class IsolatedLoader(DataLoader):
@@ -70,7 +67,7 @@ class MixedLoader(DataLoader):
 
 def unlabeled_loader(
     labeled: nnUNetDataLoader,
-    dataset: nnUNetBaseDataset,
+    dataset: CheckedCases,
     batch_size: int,
     seed: int,
     label_manager: LabelManager,
@@ -81,7 +78,7 @@ def unlabeled_loader(
     ----------
     labeled : nnUNetDataLoader
         Loader of the labelled half, whose sizes and transforms are taken.
-    dataset : nnUNetBaseDataset
+    dataset : CheckedCases
         The prepared unlabelled cases.
     batch_size : int
         Unlabelled patches per batch.
@@ -100,37 +97,6 @@ def unlabeled_loader(
         oversample_foreground_percent=0.0,
         transforms=labeled.transforms,
     )
+    inner.indices = np.array(inner.indices)  # otherwise numpy makes an array of all names for each draw
     inner.has_ignore = False  # otherwise nnU-Net looks for positions among annotated voxels, and there are none
     return IsolatedLoader(inner, seed)
-
-
-def inner_loader(augmenter: Augmenter) -> DataLoader:
-    """Return the loader inside nnU-Net's single- or multi-process augmenter."""
-    return augmenter.data_loader if isinstance(augmenter, SingleThreadedAugmenter) else augmenter.generator
-
-
-def replace_loader(augmenter: Augmenter, loader: DataLoader, seed: int | None) -> Augmenter:
-    """Return an augmenter like `augmenter` (which is shut down) that runs `loader`.
-
-    Parameters
-    ----------
-    augmenter : SingleThreadedAugmenter or NonDetMultiThreadedAugmenter
-        nnU-Net's.
-    loader : DataLoader
-        The loader to run.
-    seed : int or None
-        Start of the workers' random states; None as stock. Without workers the caller's global states serve.
-    """
-    if isinstance(augmenter, SingleThreadedAugmenter):
-        return SingleThreadedAugmenter(loader, None)
-    augmenter._finish()
-    processes = augmenter.num_processes
-    return NonDetMultiThreadedAugmenter(
-        loader,
-        None,
-        processes,
-        num_cached=augmenter.num_cached,
-        seeds=None if seed is None else [derived_seed(seed, worker) for worker in range(processes)],
-        pin_memory=augmenter.pin_memory,
-        wait_time=augmenter.wait_time,
-    )

@@ -7,7 +7,6 @@ files and the plans that the case was made from.
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,12 @@ from typing import Any, Literal
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_dycon.data.dataset_json import channel_names, check_dataset_json
 from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
-from nnunetv2_dycon.data.roles import channel_names, image_sidecar, read_roles, unlabeled_name_problems
+from nnunetv2_dycon.data.difference import compare_manifest, open_unsure
+from nnunetv2_dycon.data.file_names import unlabeled_name_problems
+from nnunetv2_dycon.data.plans import reads_plans
+from nnunetv2_dycon.data.roles import image_sidecar, read_roles
 from nnunetv2_dycon.data.splits import Splits, benchmark_cases, fold_unlabeled, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.files import check_case_names, first_few, read_json, write_json
@@ -31,11 +34,6 @@ BENCHMARK_NOTE = (
 )
 UNCHECKED_NOTE = "the raw images are not there, so it was not checked whether they changed since preparation"
 FORMAT = 1
-SUFFIXES = (
-    ".b2nd",
-    "_seg.b2nd",
-    ".pkl",
-)  # in the order of writing: the last one says that the case is whole
 _PLAN_ENTRIES = (
     "preprocessor_name",
     "spacing",
@@ -46,7 +44,8 @@ _PLAN_ENTRIES = (
     "resampling_fn_seg",
     "resampling_fn_seg_kwargs",
 )
-ELSEWHERE = "let nnUNet_preprocessed point elsewhere"  # ends errors about writing
+_OPENING = 1.0  # s in which cases are opened whose files may be damaged
+ELSEWHERE = "or let nnUNet_preprocessed point elsewhere"  # ends errors about writing
 
 Manifest = dict[str, Any]
 
@@ -58,9 +57,10 @@ class UnlabeledStatus:
     Attributes
     ----------
     state : 'ok', 'missing' or 'stale'
-        'missing': cases are not prepared yet; 'stale': plans or images changed, or images were removed.
+        'missing': cases are not prepared yet; 'stale': plans or images changed, prepared files are damaged, or images
+        were removed.
     reason : str
-        The missing or changed cases and plans, in words; empty for 'ok'.
+        The missing, changed or damaged cases and plans, in words; empty for 'ok'.
     folder : Path
         Where the prepared cases are; nnU-Net's dataset class reads it.
     unlabeled, benchmark : tuple of str
@@ -145,34 +145,6 @@ class Configuration:
         return self.folder.with_name(f".{self.folder.name}.tmp")
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Difference between the prepared cases and the expected ones."""
-
-    plans: tuple[str, ...] = ()
-    new: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-
-    @property
-    def state(self) -> Literal["ok", "missing", "stale"]:
-        """See `UnlabeledStatus.state`."""
-        if self.plans or self.changed or self.removed:
-            return "stale"
-        return "missing" if self.new else "ok"
-
-    def __str__(self) -> str:
-        parts = [f"plans changed ({', '.join(self.plans)})"] if self.plans else []
-        for cases, what in (
-            (self.new, "to prepare"),
-            (self.changed, "with changed images"),
-            (self.removed, "removed"),
-        ):
-            if cases:
-                parts.append(f"{len(cases)} case{'s' * (len(cases) > 1)} {what} ({first_few(cases)})")
-        return "; ".join(parts)
-
-
 def unlabeled_folder(preprocessed_dataset_folder: str | Path, data_identifier: str) -> tuple[Path, Path]:
     """Return the folder of the prepared unlabelled images of a data identifier, and their manifest next to it."""
     folder = Path(preprocessed_dataset_folder, f"{data_identifier}_unlabeled")
@@ -184,7 +156,8 @@ def unlabeled_status(
 ) -> UnlabeledStatus:
     """Return whether the unlabelled images of a configuration are prepared and up to date; nothing is changed.
 
-    Without the raw data set only the prepared files are checked; a note says so.
+    Without the raw data set only the prepared files are checked; a note says so. Cases whose sizes and times do not
+    vouch for them are opened, for a second in all.
 
     Parameters
     ----------
@@ -206,7 +179,12 @@ def unlabeled_status(
         expected, notes = _recorded(config, manifest), [UNCHECKED_NOTE]
     else:
         expected, notes = expected_cases(config), []
-    difference = compare_manifest(config, manifest, expected)
+    difference, opened = open_unsure(compare_manifest(config, manifest, expected), config.folder, _OPENING)
+    if difference.unsure:
+        notes.append(
+            f"{len(difference.unsure)} of the prepared unlabelled cases have other times than when they were written, "
+            f"or no record of their files; {opened} of them were opened. To look at all of them: {config.command}"
+        )
     by_source: dict[str, list[str]] = {"imagesUn": [], "imagesTr": []}
     for case in sorted(expected):
         by_source[expected[case]["from"]].append(case)
@@ -223,6 +201,7 @@ def unlabeled_status(
     )
 
 
+@reads_plans
 def find_configuration(
     dataset: int | str, configuration: str, plans: str | Mapping[str, Any], need_raw: bool
 ) -> Configuration:
@@ -258,6 +237,7 @@ def find_configuration(
             f"{', '.join(loaded['configurations'])}"
         )
     dataset_json = _load_json(base / name / "dataset.json", command)
+    check_dataset_json(dataset_json, base / name / "dataset.json")
     manager = PlansManager(loaded)
     settings = manager.get_configuration(configuration)
     if Path(settings.data_identifier).name != settings.data_identifier:
@@ -340,8 +320,8 @@ def _record(source: str, files: Sequence[Path], raw: Path, ending: str) -> dict[
             stat = path.stat()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; restore it or remove the case") from error
-        name = path.relative_to(raw) if path.is_relative_to(raw) else path
-        described.append({"name": str(name), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+        name = str(path).removeprefix(f"{raw}{os.sep}")
+        described.append({"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
     return {"from": source, "files": described}
 
 
@@ -388,41 +368,7 @@ def _is_manifest(content: Any) -> bool:
 
 def write_manifest(config: Configuration, manifest: Manifest) -> None:
     """Write the manifest, whole or not at all."""
-    write_json(config.manifest, manifest, sort_keys=True)
-
-
-def compare_manifest(
-    config: Configuration, manifest: Manifest, expected: Mapping[str, Mapping[str, Any]]
-) -> Difference:
-    """Compare the prepared cases with the expected ones, by their records.
-
-    Parameters
-    ----------
-    config : Configuration
-        The configuration.
-    manifest : dict
-        Content of its manifest.
-    expected : mapping
-        Records of the expected cases by name.
-    """
-    recorded = manifest["cases"]
-    present = set(os.listdir(config.folder)) if config.folder.is_dir() else set()
-    plans = manifest["plans"] or config.entries
-    # as text, where NaN equals NaN
-    entries = tuple(sorted(key for key, value in config.entries.items() if _text(plans.get(key)) != _text(value)))
-    new, changed = [], []
-    for case, record in sorted(expected.items()):
-        if entries or case not in recorded or not {case + suffix for suffix in SUFFIXES} <= present:
-            new.append(case)
-        elif any(recorded[case][key] != record[key] for key in ("from", "files")):
-            changed.append(case)
-    on_disk = {re.sub(r"(_seg)?\.(b2nd|pkl)$", "", name) for name in present if name.endswith((".b2nd", ".pkl"))}
-    removed = sorted((on_disk | recorded.keys()) - expected.keys())
-    return Difference(entries, tuple(new), tuple(changed), tuple(removed))
-
-
-def _text(value: object) -> str:
-    return json.dumps(value, sort_keys=True)
+    write_json(config.manifest, manifest, sort_keys=True, elsewhere=ELSEWHERE)
 
 
 def bad_files(problems: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """One unlabelled case, prepared by nnU-Net's own preprocessor: the work of one process."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_dycon.data.manifest import ELSEWHERE, SUFFIXES
-from nnunetv2_dycon.data.roles import channel_names
+from nnunetv2_dycon.data.dataset_json import channel_names
+from nnunetv2_dycon.data.manifest import ELSEWHERE
+from nnunetv2_dycon.data.prepared_files import SUFFIXES, describe, remove_case
+from nnunetv2_dycon.data.readers import is_nifti, open_nifti
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import check_case_names, place, writing
+from nnunetv2_dycon.files import place, writing
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class CaseToPrepare:
     work: str
 
 
-def prepare_case(task: CaseToPrepare) -> str | None:
-    """Prepare one case; returns the problem with its images, None if it is done."""
+def prepare_case(task: CaseToPrepare) -> dict[str, Any] | str:
+    """Prepare one case; returns the record of its files, or the problem with its images."""
     plans = PlansManager(task.plans)
     configuration = plans.get_configuration(task.configuration)
     try:
@@ -51,7 +54,7 @@ def prepare_case(task: CaseToPrepare) -> str | None:
         properties,
         configuration,
     )
-    return None
+    return describe(Path(task.folder), task.case)
 
 
 def read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -64,6 +67,8 @@ def read_image(files: Sequence[str], plans: PlansManager, channels: int) -> tupl
     """
     names = ", ".join(files)
     reader = plans.image_reader_writer_class
+    for file in filter(is_nifti, map(Path, files)):
+        open_nifti(file, "replace or remove it", unpack=True)
     try:
         not_finite = [_not_finite_on_disk(file) if issubclass(reader, SimpleITKIO) else 0 for file in files]
         image, properties = reader().read_images(files)
@@ -95,7 +100,7 @@ def _per_channel(files: Sequence[str], channels: int) -> Sequence[str]:
 def _not_finite_on_disk(file: str) -> int:
     """Return the number of NaN and Inf in a NIfTI file.
 
-    SimpleITK reads both as 0, and the missing part of a truncated file too.
+    SimpleITK reads both as 0.
     """
     if not file.endswith((".nii", ".nii.gz")):
         return 0
@@ -115,23 +120,19 @@ def _save(
     blocks, chunks = comp_blosc2_params(data.shape, patch, data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(mask.shape, patch, mask.itemsize)
     with writing(Path(task.folder), ELSEWHERE), tempfile.TemporaryDirectory(dir=task.work) as scratch:
-        nnUNetDatasetBlosc2.save_case(
-            data,
-            mask,
-            properties,
-            os.path.join(scratch, task.case),
-            chunks=chunks,
-            blocks=blocks,
-            chunks_seg=chunks_seg,
-            blocks_seg=blocks_seg,
-        )
+        try:
+            nnUNetDatasetBlosc2.save_case(
+                data,
+                mask,
+                properties,
+                os.path.join(scratch, task.case),
+                chunks=chunks,
+                blocks=blocks,
+                chunks_seg=chunks_seg,
+                blocks_seg=blocks_seg,
+            )
+        except RuntimeError as error:  # blosc2 says no more of a full disk
+            raise OSError(errno.ENOSPC, str(error)) from error
         remove_case(Path(task.folder), task.case)
         for suffix in SUFFIXES:
             place(Path(scratch, task.case + suffix), Path(task.folder, task.case + suffix))
-
-
-def remove_case(folder: Path, case: str) -> None:
-    """Delete the files of a prepared case; DataError for a name that is not part of a file name."""
-    check_case_names([case], folder)
-    for suffix in reversed(SUFFIXES):  # first the file that marks a complete case
-        (folder / (case + suffix)).unlink(missing_ok=True)

@@ -4,17 +4,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
 from nnunetv2_dycon.data.manifest import unlabeled_status
+from nnunetv2_dycon.data.reading import CASE, CaseReader, CheckedCases
 from nnunetv2_dycon.data.splits import read_splits
 from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import DataError
 
 
 class UnlabeledCases(NamedTuple):
-    """Folder of the prepared cases, which nnU-Net's data set class reads, and the cases of a fold."""
+    """Folder of the prepared cases, the cases of a fold, and the command that prepares the folder."""
 
     folder: Path
     names: tuple[str, ...]
+    command: str
+
+    def dataset(self) -> CheckedCases:
+        """Return the data set of the cases, in the format of this folder, whatever that of the labelled cases is."""
+        return CaseReader(nnUNetDatasetBlosc2, f"{self.command} --again {CASE}")(str(self.folder), list(self.names))
 
 
 def ready_cases(
@@ -66,4 +74,4 @@ def ready_cases(
         raise DataError(
             f"fold {fold} of {dataset} has no unlabelled case: put images into imagesUn, or train another fold"
         )
-    return UnlabeledCases(status.folder, names)
+    return UnlabeledCases(status.folder, names, status.command)

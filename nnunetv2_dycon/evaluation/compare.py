@@ -9,6 +9,7 @@ from pathlib import Path
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.data.datasets import dataset_name
 from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.evaluation.advice import short
 from nnunetv2_dycon.evaluation.comparison import make_comparison
 from nnunetv2_dycon.evaluation.facts import Weights
 from nnunetv2_dycon.evaluation.figures import Images
@@ -105,7 +106,7 @@ def compare(
     processes = parallel.default_processes() if processes is None else processes
     dataset = dataset_name(dataset_id)
     raw = environment_folder("nnUNet_raw") / dataset
-    truth = raw / "labelsTs" if truth_folder is None else Path(truth_folder)
+    truth = _truth(raw, truth_folder)
     labels = read_labels(raw / "dataset.json", truth)
     cases = case_files(truth, labels.ending)
     place = Place(dataset, configuration, plans, tuple(folds), checkpoint)
@@ -123,6 +124,7 @@ def compare(
             _predict(run, predict, raw / "imagesTs", mirroring, device, save_probabilities)
     predicted = {str(run.predictions): case_files(run.predictions, labels.ending) for run in found}
     check_alike(found, cases, predicted)
+    labels = read_labels(raw / "dataset.json", truth, found[0].predictions)
     images = Images(truth, raw / "imagesTs" if (raw / "imagesTs").is_dir() else None, labels)
     title = f"Comparison on {dataset.split('_', 1)[-1]}"
     with whole_folder(output) as whole:
@@ -149,6 +151,18 @@ def _quiet(module: str) -> Iterator[None]:
         other.setLevel(level)
 
 
+def _truth(raw: Path, given: str | Path | None) -> Path:
+    if given is not None:
+        return Path(given)
+    if not (raw / "labelsTs").is_dir():
+        command = f"nnUNetv2_dycon split -d {short(raw.name)} --as ID --labeled all --test 0.2"
+        raise DataError(
+            f"{raw / 'labelsTs'} does not exist, so there are no test cases to compare on; name their true label maps "
+            f"with --truth, or set cases aside before the training, as data set ID: {command}"
+        )
+    return raw / "labelsTs"
+
+
 def _labeled(runs: Sequence[Run]) -> list[int | None]:
     return [run.facts.labeled_count for run in runs]
 
@@ -162,7 +176,10 @@ def _predict(
     run: Run, wanted: bool, images: Path, mirroring: bool, device: str | None, save_probabilities: bool
 ) -> None:
     if not wanted:
-        raise DataError(f"{run.name} has no predictions in {run.predictions}; type --predict, or RUN=FOLDER")
+        name = run.facts.trainer or run.name
+        raise DataError(
+            f"{name} has no predictions in {run.predictions}; type --predict, or where they are: --runs {name}=FOLDER"
+        )
     if not images.is_dir():
         raise DataError(f"{images} does not exist, so nothing can be predicted; put the test images there")
     logger.info("predicting the test cases with %s, fold %s", run.method, run.facts.fold)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from nnunetv2_dycon.data.roles import read_roles
 from nnunetv2_dycon.data.splits import read_splits
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.advice import unfinished
 from nnunetv2_dycon.files import file_digest, json_digest, read_json, write_json
 from nnunetv2_dycon.folders import raw_folder
 
@@ -99,7 +100,7 @@ def read_training(folder: Path, checkpoint: str = FINAL) -> Facts:
         If the training is not finished, a file is missing or unreadable, or the split has changed since.
     """
     trainer, _, configuration = folder.parent.name.split("__") if folder.parent.name.count("__") == 2 else (None,) * 3
-    state = _read_checkpoint(folder, checkpoint, trainer, configuration)
+    state = _read_checkpoint(folder, checkpoint)
     plans = read_json(folder.parent / "plans.json")
     configuration = configuration or state["init_args"]["configuration"]
     debug = read_json(folder / "debug.json") if (folder / "debug.json").is_file() else {}
@@ -107,7 +108,8 @@ def read_training(folder: Path, checkpoint: str = FINAL) -> Facts:
     settings = ours.get("settings") or {}
     epochs, iterations = _length(settings, debug, folder)
     if checkpoint == FINAL and state["current_epoch"] < epochs:
-        raise _unfinished(folder, trainer, configuration, f"epoch {state['current_epoch']} of {epochs}")
+        done = f"epoch {state['current_epoch']} of {epochs}"
+        raise DataError(f"{folder} is not a finished training ({done}); {unfinished(folder)}")
     planned = resolved_plans(plans, configuration)
     labeled, validation, count, unlabeled = _cases(folder, plans["dataset_name"], ours.get("cases"))
     unlabeled_cases = tuple(ours["cases"]["unlabeled"]) if "cases" in ours else None
@@ -165,23 +167,16 @@ def _of_all_rounds(facts: Facts, iterations: int) -> Facts:
     )
 
 
-def _read_checkpoint(folder: Path, name: str, trainer: str | None, configuration: str | None) -> dict[str, Any]:
-    path = folder / name
-    for needed in (FINAL, name):  # the best checkpoint of a running training may still change
-        if not (folder / needed).is_file():
-            there = sorted(file.name for file in folder.glob("checkpoint_*.pth"))
-            raise _unfinished(
-                folder, trainer, configuration, f"no {needed}, only {', '.join(there) or 'no checkpoint'}"
-            )
+def _read_checkpoint(folder: Path, name: str) -> dict[str, Any]:
+    there = sorted(file.name for file in folder.glob("checkpoint_*.pth"))
+    if FINAL not in there:  # another checkpoint of a running training may still change
+        what = f"no {FINAL}, only {', '.join(there)}" if there else "it has no checkpoint"
+        raise DataError(f"{folder} is not a finished training ({what}); {unfinished(folder)}")
+    if name not in there:
+        raise DataError(f"{folder} has no {name}, only {', '.join(there)}; correct -chk")
     from nnunetv2_dycon.checkpoint import read_checkpoint  # imports torch, which takes seconds
 
-    return read_checkpoint(path, "current_epoch", "init_args", "trainer_name")
-
-
-def _unfinished(folder: Path, trainer: str | None, configuration: str | None, what: str) -> DataError:
-    fold = folder.name.removeprefix("fold_")
-    command = f"nnUNetv2_train DATASET {configuration or 'CONFIGURATION'} {fold} -tr {trainer or 'TRAINER'} --c"
-    return DataError(f"{folder} is not a finished training ({what}); type: {command}")
+    return read_checkpoint(folder / name, "current_epoch", "init_args", "trainer_name")
 
 
 def _length(settings: Mapping[str, Any], debug: Mapping[str, Any], folder: Path) -> tuple[int, int]:

@@ -7,12 +7,12 @@ always repeats the information of a colour.
 import io
 import math
 import textwrap
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.comparison import METRICS, Comparison, Method
-from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
+from nnunetv2_dycon.evaluation.label_files import Labels, read_channel, read_label_map
 from nnunetv2_dycon.evaluation.metrics import DISTANCES
 from nnunetv2_dycon.evaluation.tables import column_title
 
@@ -124,7 +124,7 @@ def paired_lines(comparison: Comparison) -> Picture:
     ]
     for at, method in enumerate(methods):
         style = {**_line(at), "markersize": 8, "markeredgecolor": "black", "linestyle": "none"}
-        handles.append(Line2D([], [], label=f"{at + 1}: {method.short}", **style))
+        handles.append(Line2D([], [], label=_shown(f"{at + 1}: {method.short}"), **style))
     longest = max(len(method.short) for method in methods)
     figure.legend(handles=handles, loc="outside lower center", ncols=4 if longest < 24 else 2, frameon=False)
     return Picture(
@@ -156,7 +156,7 @@ def training_curves(comparison: Comparison) -> Picture | None:
         teacher = run.facts.curves.get("teacher's pseudo Dice", [])
         axes[-1].plot(range(1, len(teacher) + 1), teacher, "--", color=_color(at), linewidth=1)
         label = comparison.methods[at].short.removesuffix(" (student)").removesuffix(" (teacher)")
-        handles.setdefault(label, Line2D([], [], color=_color(at), marker=MARKERS[at % len(MARKERS)], label=label))
+        handles.setdefault(label, Line2D([], [], label=_shown(label), **_line(at)))
     for axis, panel in zip(axes, panels, strict=True):
         axis.set(xlabel="epoch", ylabel=panel[0].upper() + panel[1:])
         axis.grid(alpha=0.3)
@@ -193,7 +193,7 @@ def calibration(comparison: Comparison, images: Images) -> Picture | None:
         there = count > 0
         share, mean = right[there] / count[there], confidence[there] / count[there]
         errors[at] = float(np.sum(np.abs(share - mean) * count[there]) / count.sum())
-        label = f"{comparison.methods[at].short} (ECE {100 * errors[at]:.1f} %)"
+        label = _shown(f"{comparison.methods[at].short} (ECE {100 * errors[at]:.1f} %)")
         axis.plot(mean, share, marker=MARKERS[at % len(MARKERS)], color=_color(at), markersize=5, label=label)
         bars.plot((np.arange(BINS) + 0.5) / BINS, 100 * count / count.sum(), **_line(at))
     axis.set(xlabel="Confidence (largest probability)", ylabel="Share of voxels that are right")
@@ -342,19 +342,7 @@ def _overlay_row(
 
 def _image(images: Images, case: str, shape: tuple[int, ...]) -> NDArray:
     path = images.images / f"{case}_0000{images.labels.ending}" if images.images else None
-    if path is None or not path.is_file():
-        return np.zeros(shape)
-    try:
-        if images.labels.reader is not None:
-            return images.labels.reader().read_images([str(path)])[0][0].reshape(shape)
-        image = nibabel.load(path)
-        image = nibabel.as_closest_canonical(image) if images.labels.reorient else image
-        return np.asarray(image.dataobj, dtype=np.float32).T.reshape(shape)
-    except MemoryError:
-        raise
-    except Exception as error:  # every format and reader has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise DataError(f"{path} cannot be shown ({reason[:100]}); replace it, or move imagesTs away") from error
+    return read_channel(path, images.labels, shape) if path and path.is_file() else np.zeros(shape)
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
@@ -399,7 +387,9 @@ def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in letters that the font lacks; the tables have it
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -418,7 +408,12 @@ def _every(at: int, series: Sequence[float]) -> dict[str, Any]:
 def _wrapped(text: str) -> str:
     """Return a name in lines that fit above a narrow panel, broken after underscores if possible."""
     spaced = textwrap.fill(text.replace("_", "_ "), 22, break_long_words=True, break_on_hyphens=False)
-    return spaced.replace("_ ", "_")
+    return _shown(spaced.replace("_ ", "_"))
+
+
+def _shown(text: str) -> str:
+    """Return a name as matplotlib shows it: no formula between dollars, no legend entry hidden for an underscore."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _scale(metric: str) -> float:

@@ -1,26 +1,21 @@
 """Read label maps in any format of nnU-Net's readers, and check that they are complete and have known labels."""
 
-import contextlib
-import io
+import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel
 import numpy as np
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from numpy.typing import NDArray
 
+from nnunetv2_dycon.data.readers import Reader, find_reader, read_view, readers_of
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.metrics import Structure
 from nnunetv2_dycon.files import first_few, read_json
 
 DATASET_FILE = "dataset.json"
-_NIFTI = (".nii", ".nii.gz")
-_MILLIMETERS = {"meter": 1000.0, "micron": 0.001}  # as SimpleITK reads them; without a unit: mm
-_NIFTI_READERS = ("SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient")
+PLANS_FILE = "plans.json"  # nnU-Net leaves a copy of both in every folder of predictions
 
 
 class LabelMap(NamedTuple):
@@ -32,14 +27,13 @@ class LabelMap(NamedTuple):
         Axes in the order of nnU-Net's arrays.
     spacing : tuple of float
         Voxel size in mm, one number per axis.
-    origin, direction : array or None
-        As in the file; None in formats without them.
+    place : dict
+        Spacing, origin and direction as nnU-Net's reader sees them, as far as the format has them.
     """
 
     labels: NDArray
     spacing: tuple[float, ...]
-    origin: NDArray[np.float64] | None
-    direction: NDArray[np.float64] | None
+    place: dict[str, NDArray[np.float64]]
 
 
 class Labels(NamedTuple):
@@ -55,21 +49,18 @@ class Labels(NamedTuple):
         The value of voxels that are not scored; not allowed in predictions.
     ending : str
         File ending.
-    reader : type or None
-        nnU-Net's reader; None for NIfTI.
-    reorient : bool
-        Whether nnU-Net reorients the files of this data set.
+    reader : type
+        nnU-Net's reader of the data set.
     """
 
     structures: tuple[Structure, ...]
     values: frozenset[int]
     ignore: int | None
     ending: str
-    reader: type[BaseReaderWriter] | None
-    reorient: bool
+    reader: Reader
 
 
-def read_labels(path: Path, folder: Path) -> Labels:
+def read_labels(path: Path, folder: Path, predictions: Path | None = None) -> Labels:
     """Return labels, ignore label and file format from a dataset.json.
 
     Parameters
@@ -77,7 +68,9 @@ def read_labels(path: Path, folder: Path) -> Labels:
     path : Path
         The dataset.json.
     folder : Path
-        Folder of label maps: for .tif, nnU-Net chooses the reader by the first file.
+        Folder of label maps: nnU-Net chooses the reader by the first file.
+    predictions : Path, optional
+        Folder of predictions; the plans in it name the reader that wrote them.
 
     Raises
     ------
@@ -98,10 +91,10 @@ def read_labels(path: Path, folder: Path) -> Labels:
     values = {value for span in spans.values() for value in span} | ({ignore} - {None})
     if not structures or min(values) < 0:
         raise DataError(f'{path}: "labels" must name at least one label above 0 and none below; mend it')
-    wanted = content.get("overwrite_image_reader_writer")
-    ours = ending.lower() in _NIFTI and wanted in (None, "None", *_NIFTI_READERS)
-    reader = None if ours else _nnunet_reader(content, folder)
-    return Labels(structures, frozenset(values), ignore, ending, reader, ours and "Reorient" in str(wanted))
+    plans = predictions / PLANS_FILE if predictions else None
+    example = min(_files(folder, ending), default=None)
+    reader = find_reader(content, example, read_json(plans) if plans and plans.is_file() else None)
+    return Labels(structures, frozenset(values), ignore, ending, reader)
 
 
 def _structures(named: Mapping[str, Any], spans: Mapping[str, tuple[int, ...]]) -> tuple[Structure, ...]:
@@ -113,16 +106,6 @@ def _structures(named: Mapping[str, Any], spans: Mapping[str, tuple[int, ...]]) 
         for name, span in spans.items()
         if set(span) != {0}
     )
-
-
-def _nnunet_reader(content: Mapping[str, Any], folder: Path) -> type[BaseReaderWriter]:
-    example = min(map(str, folder.glob("*.tif")), default=None) if content["file_ending"].lower() == ".tif" else None
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints a traceback for every reader that does not fit
-            return determine_reader_writer_from_dataset_json(dict(content), example, verbose=False)
-    except RuntimeError as error:
-        what = f"{example} cannot be read as" if example else "nnU-Net has no reader for"
-        raise DataError(f'{what} {content["file_ending"]}; correct "file_ending" in {DATASET_FILE}') from error
 
 
 def read_label_map(path: Path, labels: Labels, *, truth: bool) -> LabelMap:
@@ -143,8 +126,8 @@ def read_label_map(path: Path, labels: Labels, *, truth: bool) -> LabelMap:
         If the file is unreadable or truncated, or holds other values than the labels of the data set.
     """
     try:
-        values, spacing, origin, direction = (_read_nifti if labels.reader is None else _read_other)(path, labels)
-    except MemoryError:
+        values, spacing, place = read_view(path, labels.reader)
+    except (MemoryError, DataError):
         raise
     except Exception as error:  # every format and reader has its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
@@ -155,34 +138,37 @@ def read_label_map(path: Path, labels: Labels, *, truth: bool) -> LabelMap:
     if not all(0 < step < np.inf for step in spacing):
         raise DataError(f"{path} has spacing {_numbers(spacing)}; correct its header")
     known = labels.values if truth else labels.values - {labels.ignore}
-    return LabelMap(_as_labels(values, path, known), spacing, origin, direction)
+    return LabelMap(_as_labels(values, path, known), spacing, place)
 
 
-def _read_nifti(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...], NDArray, NDArray]:
-    """Read a NIfTI file without nnU-Net's readers, which accept truncated files and need the memory of floats."""
-    image = nibabel.load(path)
-    if labels.reorient:
-        image = nibabel.as_closest_canonical(image)
-    values = np.asanyarray(image.dataobj)
-    while values.ndim > 3 and values.shape[-1] == 1:
-        values = values[..., 0]
-    in_mm = _MILLIMETERS.get(image.header.get_xyzt_units()[0], 1.0)
-    spacing = tuple(in_mm * float(step) for step in image.header.get_zooms()[: values.ndim])
-    steps = np.linalg.norm(image.affine[:3, :3], axis=0)
-    direction = image.affine[:3, :3] / np.where(steps > 0, steps, 1)
-    return values.T, spacing[::-1], in_mm * image.affine[:3, 3], direction
+def read_channel(path: Path, labels: Labels, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return an image of the data set, for a picture; of several channels in one file the first.
 
+    Parameters
+    ----------
+    path : Path
+        The file.
+    labels : Labels
+        Labels of the data set, with its reader.
+    shape : tuple of int
+        Shape of the label map that belongs to it.
 
-def _read_other(path: Path, labels: Labels) -> tuple[NDArray, tuple[float, ...], NDArray | None, NDArray | None]:
-    reader: Any = labels.reader
-    values, properties = reader().read_seg(str(path))
-    spacing = tuple(map(float, properties["spacing"]))
-    where = properties.get("sitk_stuff", {})
-    values = values[0] if len(values) == 1 else values
-    # nnU-Net gives a 2D image a first axis with 999 times the largest spacing
-    if len(values) == 1 and np.isclose(spacing[0], 999 * max(spacing[1:])):
-        values, spacing = values[0], spacing[1:]
-    return values, spacing, *(np.asarray(where[key]) if key in where else None for key in ("origin", "direction"))
+    Raises
+    ------
+    DataError
+        If it cannot be read, or has another shape.
+    """
+    try:
+        values = read_view(path, labels.reader).values
+        first = values.reshape(-1, *values.shape[values.ndim - len(shape) :])[0]
+        if first.shape != shape:
+            raise ValueError(f"shape {first.shape} instead of {shape}")
+    except MemoryError:
+        raise
+    except Exception as error:  # every format and reader has its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise DataError(f"{path} cannot be shown ({reason[:100]}); replace it, or move imagesTs away") from error
+    return first.astype(np.float32)
 
 
 def _as_labels(values: NDArray, path: Path, known: Collection[int]) -> NDArray:
@@ -193,7 +179,7 @@ def _as_labels(values: NDArray, path: Path, known: Collection[int]) -> NDArray:
     for at, part in enumerate(values):  # by slices, to save memory
         if part.dtype.kind == "f" and not np.array_equal(part, np.rint(part)):
             odd = part[part != np.rint(part)].flat[0]
-            raise DataError(f"{path} holds {odd:g}, so probabilities or intensities; give label maps")
+            raise DataError(f"{path} holds {odd!s}, so probabilities or intensities; give label maps")
         lowest, highest = part.min(), part.max()
         if lowest < 0 or highest > top:
             raise _unknown(path, lowest if lowest < 0 else highest, known)
@@ -222,11 +208,32 @@ def same_geometry(truth: LabelMap, prediction: LabelMap) -> str | None:
     """
     if truth.labels.shape != prediction.labels.shape:
         return f"shape {prediction.labels.shape} instead of {truth.labels.shape}"
-    limits = {"spacing": 1e-3 * min(truth.spacing), "direction": 1e-3, "origin": 0.1 * min(truth.spacing)}
-    for key, limit in limits.items():
-        one, other = getattr(truth, key), getattr(prediction, key)
+    step = min(truth.place["spacing"])
+    for key, limit in {"spacing": 1e-3 * step, "direction": 1e-3, "origin": 0.1 * step}.items():
+        one, other = truth.place.get(key), prediction.place.get(key)
         if one is not None and other is not None and not np.allclose(one, other, rtol=0, atol=limit):
-            return f"{key} {_numbers(np.ravel(other))} instead of {_numbers(np.ravel(one))}"
+            return f"{key} {_numbers(other)} instead of {_numbers(one)}"
+    return None
+
+
+def reader_that_agrees(truth: Path, prediction: Path, labels: Labels) -> str | None:
+    """Return another reader of nnU-Net for these files, to which they have one geometry; None if there is none.
+
+    Parameters
+    ----------
+    truth, prediction : Path
+        Label maps that differ in geometry.
+    labels : Labels
+        Labels of the data set.
+    """
+    for reader in readers_of(labels.ending):
+        other = labels._replace(reader=reader)
+        try:
+            seen = [read_label_map(path, other, truth=True) for path in (truth, prediction)]
+        except DataError:
+            continue
+        if same_geometry(*seen) is None:
+            return reader.__name__
     return None
 
 
@@ -243,12 +250,24 @@ def case_files(folder: Path, ending: str) -> dict[str, Path]:
         If the folder does not exist, or has no label map.
     """
     if not folder.is_dir():
+        parts = folder.parts
+        if not os.environ.get("nnUNet_raw") and len(parts) > 2 and parts[1].startswith("Dataset"):
+            raise DataError(f"{folder} is not a folder, since nnUNet_raw is not set; type: export nnUNet_raw=FOLDER")
         raise DataError(f"{folder} is not a folder; give the folder with the label maps")
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(ending) and path.is_file())
+    files = sorted(_files(folder, ending))
     if files:
         return {path.name.removesuffix(ending): path for path in files}
     if any(folder.glob("*.npz")):
         raise DataError(f"{folder} holds probabilities (.npz) and no {ending}; predict without --save_probabilities")
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and any(_files(path, ending)))
+    if inside:
+        raise DataError(f"{folder} holds no file ending in {ending}, but {first_few(inside)} does; give that folder")
     endings = sorted({re.sub(r"^[^.]*", "", path.name) for path in folder.iterdir()} - {""})
     there = f", only {first_few(endings)}" if endings else ""
     raise DataError(f"{folder} holds no file ending in {ending}{there}; give the folder with the label maps")
+
+
+def _files(folder: Path, ending: str) -> Iterator[Path]:
+    # hidden files such as ._a.nii.gz are notes of file managers
+    files = (path for path in folder.glob(f"*{ending}") if not path.name.startswith("."))
+    return (path for path in files if path.is_file())

@@ -5,9 +5,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.advice import short
 from nnunetv2_dycon.evaluation.facts import FINAL, Facts
 from nnunetv2_dycon.evaluation.runs import Run
 from nnunetv2_dycon.files import first_few
+
+_PREFIX = "nnUNetTrainer"
 
 
 def check_alike(runs: Sequence[Run], cases: Collection[str], predicted: Mapping[str, Collection[str]]) -> None:
@@ -61,9 +64,9 @@ def _check_cases(run: Run, cases: set[str], predicted: set[str]) -> None:
     if predicted != cases:
         missing, extra = sorted(cases - predicted), sorted(predicted - cases)
         what = f"lacks {first_few(missing)}" if missing else f"has {first_few(extra)}, which has no truth"
-        raise DataError(
-            f"{run.name} has other test cases: {run.predictions} {what}; predict the same cases with every run"
-        )
+        own = run.training is not None and run.training in run.predictions.parents
+        mend = f"delete {run.predictions} and type --predict" if own else "predict the same cases with every run"
+        raise DataError(f"{run.name} has other test cases: {run.predictions} {what}; {mend}")
     trained = cases & set(run.facts.labeled or ())
     if trained:
         raise DataError(f"{run.name} was trained on the test cases {first_few(sorted(trained))}; test on others")
@@ -154,8 +157,18 @@ def _check_upper(upper: Run, others: Sequence[Run]) -> None:
     if upper.facts.plans is not None and None not in plans and upper.facts.plans not in plans:
         raise DataError(
             f"--upper {upper.name} was trained with other plans ({upper.facts.plans}) than {others[0].name} "
-            f"({others[0].facts.plans}); move those to its data set first: nnUNetv2_move_plans_between_datasets"
+            f"({others[0].facts.plans}); {_same_plans(others[0], upper)}"
         )
+
+
+def _same_plans(run: Run, upper: Run) -> str:
+    ours, theirs = (short(one.facts.dataset or "") for one in (run, upper))
+    if ours == theirs or not (ours and theirs):
+        return "train it anew with the same -p and -c"
+    plans = run.training.parent.name.split("__")[1] if run.training else "nnUNetPlans"
+    new = f"{plans}_of_{ours}"
+    command = f"nnUNetv2_move_plans_between_datasets -s {ours} -t {theirs} -sp {plans} -tp {new}"
+    return f"move those to its data set, then preprocess and train it anew with -p {new}: {command}"
 
 
 def _count(facts: Facts) -> int | None:
@@ -182,20 +195,28 @@ def find_baseline(text: str, runs: Sequence[Run]) -> str:
 
 
 def short_names(methods: Sequence[str]) -> dict[str, str]:
-    """Return a short name for each method: without nnU-Net's prefix and the options that all share.
+    """Return a short name for each method: without nnU-Net's prefix and what all trainers share.
+
+    A folder of predictions keeps its name.
 
     Examples
     --------
-    >>> short_names(["nnUNetTrainer_epochs5 (student)", "nnUNetTrainerDyCON_epochs5 (student)"])
-    {'nnUNetTrainer_epochs5 (student)': 'nnU-Net', 'nnUNetTrainerDyCON_epochs5 (student)': 'DyCON'}
+    >>> short_names(["nnUNetTrainer_epochs5", "nnUNetTrainerDyCON_epochs5", "of others"])
+    {'nnUNetTrainer_epochs5': 'nnU-Net', 'nnUNetTrainerDyCON_epochs5': 'DyCON', 'of others': 'of others'}
     """
-    parts = {method: re.findall(r"^([^_ ]*)(.*?)( \(\w+\))?$", method)[0] for method in methods}
-    options = {method: set(part[1].split("_")[1:]) for method, part in parts.items()}
-    shared = set.intersection(*options.values()) if len(methods) > 1 else set()
-    same_weights = len({part[2] for part in parts.values()}) == 1
+    parts = {method: _name_and_weights(method) for method in methods}
+    options = [set(name.split("_")[1:]) for name, _ in parts.values() if name.startswith(_PREFIX)]
+    shared = set.intersection(*options) if len(options) > 1 else set()
+    of_weights = {weights for name, weights in parts.values() if name.startswith(_PREFIX)}
     names = {}
-    for method, (base, text, weights) in parts.items():
-        own = [option for option in text.split("_")[1:] if option not in shared]
-        head = re.sub(r"^nnUNetTrainer", "", base) or "nnU-Net"
-        names[method] = "_".join([head, *own]) + ("" if same_weights else weights or "")
+    for method, (name, weights) in parts.items():
+        if name.startswith(_PREFIX):
+            base, *own = name.removeprefix(_PREFIX).split("_")
+            name = "_".join([base or "nnU-Net", *(option for option in own if option not in shared)])
+        names[method] = name + (weights if len(of_weights) > 1 or not name else "")
     return names if len(set(names.values())) == len(methods) else {method: method for method in methods}
+
+
+def _name_and_weights(method: str) -> tuple[str, str]:
+    fit = re.fullmatch(r"(.*?)( \((?:student|teacher)\))?", method, re.DOTALL)
+    return (fit[1], fit[2] or "") if fit else (method, "")

@@ -1,23 +1,34 @@
 """Predict test cases of a run with nnU-Net's own predictor, in a separate process."""
 
+import errno
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.evaluation.facts import write_run_file
+from nnunetv2_dycon.evaluation.facts import FINAL, write_run_file
 from nnunetv2_dycon.evaluation.runs import Run
-from nnunetv2_dycon.files import whole_folder
+from nnunetv2_dycon.files import whole_folder, writing
 
-_PREDICT = (
-    "import sys, torch; from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as go; "
-    "sys.argv += [] if '-device' in sys.argv or torch.cuda.is_available() else ['-device', 'cpu']; go()"
-)
-_EXPORT = "import sys; from nnunetv2_dycon.commands import main; sys.exit(main())"
+# Its workers are a group with it, which ends when this process is killed: nobody would read what it still predicts.
+_WATCH = """
+import os, signal, sys, threading, time
+def watch(parent=int(sys.argv.pop(1))):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+if hasattr(os, "killpg"):
+    threading.Thread(target=watch, daemon=True).start()
+"""
+_PREDICT = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as go; go()"
+_EXPORT = "from nnunetv2_dycon.commands import main; sys.exit(main())"
 
 
 def predict(
@@ -41,41 +52,102 @@ def predict(
     Raises
     ------
     DataError
-        If the run is a folder of predictions, or a command of nnU-Net fails.
+        If the run is a folder of predictions, nothing can be written, or a command of nnU-Net fails.
     """
     if run.training is None:
         raise DataError(f"{run.name} is a folder of predictions: it cannot be predicted; name its training")
-    run.predictions.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".predict.", dir=run.predictions.parent) as scratch:
-        model, fold, checkpoint = run.training.parent, str(run.facts.fold), str(run.facts.checkpoint)
+    model, checkpoint = run.training.parent, str(run.facts.checkpoint)
+    options = ["-f", str(run.facts.fold), "-device", device or _best_device(), "-npp", "1", "-nps", "1"]
+    options += [*([] if mirroring else ["--disable_tta"]), *(["--save_probabilities"] if save_probabilities else [])]
+    with writing(run.predictions), _scratch(run.predictions.parent) as scratch, whole_folder(run.predictions) as out:
+        by_hand = _ByHand({out: str(run.predictions), Path(scratch): "."})
         if run.facts.weights == "teacher":
-            model = _export_teacher(run, Path(scratch, "model"))
-            checkpoint = "checkpoint_final.pth"
-        options = ["-npp", "1", "-nps", "1", *([] if mirroring else ["--disable_tta"])]
-        options += [*(["-device", device] if device else []), *(["--save_probabilities"] if save_probabilities else [])]
-        with whole_folder(run.predictions) as out:
-            files = ["-i", str(images), "-o", str(out), "-m", str(model), "-f", fold, "-chk", checkpoint]
-            _call(_PREDICT, [*files, *options], run)
-            write_run_file(out, run.facts)
+            model = _export_teacher(run, Path(scratch, "model"), by_hand)
+            checkpoint = FINAL
+        words = ["-i", str(images), "-o", str(out), "-m", str(model), "-chk", checkpoint, *options]
+        _call(_PREDICT, ["nnUNetv2_predict_from_modelfolder", *words], run, by_hand)
+        write_run_file(out, run.facts)
 
 
-def _export_teacher(run: Run, model: Path) -> Path:
-    training: Any = run.training
-    folder = training.parent
-    trainer, plans, configuration = folder.name.split("__")
-    arguments = ["export", "-d", folder.parent.name, "-tr", trainer, "-c", configuration, "-p", plans]
-    arguments += ["-f", str(run.facts.fold), "-chk", str(run.facts.checkpoint), "--weights", "teacher"]
-    _call(_EXPORT, [*arguments, "-o", str(model)], run, nnUNet_results=str(folder.parent.parent))
+@dataclass
+class _ByHand:
+    """Commands so far, as a user can type them: with names in place of temporary folders."""
+
+    names: Mapping[Path, str]
+    commands: list[str] = field(default_factory=list)
+
+    def add(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        changed = [f"{key}={shlex.quote(value)} " for key, value in environment.items() if os.environ.get(key) != value]
+        self.commands.append("".join(changed) + shlex.join(words))
+
+    def __str__(self) -> str:
+        text = " && ".join(self.commands)
+        for folder, name in self.names.items():
+            text = text.replace(shlex.quote(str(folder)), shlex.quote(name)).replace(str(folder), name)
+        return text
+
+
+def _best_device() -> str:
+    import torch  # imported when the run was read
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _scratch(folder: Path) -> tempfile.TemporaryDirectory:
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=".predict.", dir=folder)
+
+
+def _export_teacher(run: Run, model: Path, by_hand: _ByHand) -> Path:
+    folder: Any = run.training
+    trainer, plans, configuration = folder.parent.name.split("__")
+    words = ["nnUNetv2_dycon", "export", "-d", folder.parents[1].name, "-tr", trainer, "-c", configuration, "-p", plans]
+    words += ["-f", str(run.facts.fold), "-chk", str(run.facts.checkpoint), "--weights", "teacher", "-o", str(model)]
+    _call(_EXPORT, words, run, by_hand, {"nnUNet_results": str(folder.parents[2])})
     return model
 
 
-def _call(script: str, arguments: Sequence[str], run: Run, **environment: str) -> None:
-    command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, errors="replace"
-    )
-    if done.returncode:
-        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1].strip()
+def _call(
+    script: str, words: Sequence[str], run: Run, by_hand: _ByHand, environment: Mapping[str, str] | None = None
+) -> None:
+    """Run a command by the Python script that is behind it.
+
+    Raises
+    ------
+    DataError
+        If it fails: its last line, and the commands that show all of its output.
+    OSError
+        If it fails since the disk is full.
+    """
+    by_hand.add(words, environment or {})
+    with subprocess.Popen(
+        [sys.executable, "-c", _WATCH + script, str(os.getpid()), *words[1:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, **(environment or {})},
+        start_new_session=True,
+    ) as process:
+        try:
+            _, said = process.communicate()
+        except BaseException:
+            _end(process)
+            raise
+    if process.returncode:
+        full = os.strerror(errno.ENOSPC)
+        if full in said:
+            raise OSError(errno.ENOSPC, full)
+        last = ([line for line in said.splitlines() if line.strip()] or ["no message"])[-1].strip()
         raise DataError(
-            f"prediction with {run.method}, fold {run.facts.fold}, failed ({last[:200]}); try nnUNetv2_predict"
+            f"prediction with {run.method}, fold {run.facts.fold}, failed ({last[:200]}); to see all that it prints, "
+            f"type: {by_hand}"
         )
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and those that it started."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()

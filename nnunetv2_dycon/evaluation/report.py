@@ -18,15 +18,13 @@ from nnunetv2_dycon.evaluation.figures import (
     paired_lines,
     training_curves,
 )
+from nnunetv2_dycon.evaluation.forms import Table, latex, markdown, markdown_text
 from nnunetv2_dycon.evaluation.tables import (
     OTHER_PROTOCOL,
-    Table,
     class_table,
     difference_table,
     facts_table,
-    latex,
     main_table,
-    markdown,
     results_csv,
 )
 from nnunetv2_dycon.files import write_bytes, write_text
@@ -109,21 +107,21 @@ def as_markdown(title: str, introduction: Sequence[str], tables: Sequence[Table]
     pictures : sequence of Picture
         Pictures in order.
     """
-    parts = [f"# {title}", *introduction, *(markdown(table).rstrip() for table in tables)]
+    parts = [f"# {markdown_text(title)}", *map(markdown_text, introduction)]
+    parts += [markdown(table).rstrip() for table in tables]
     for p in pictures:
-        parts.append(f"## {p.title}\n\n![{p.alt}](figures/{p.name}.png)\n\n{p.caption}")
+        heading, alt, caption = map(markdown_text, (p.title, p.alt, p.caption))
+        parts.append(f"## {heading}\n\n![{alt}](figures/{p.name}.png)\n\n{caption}")
     return "\n\n".join(parts) + "\n"
 
 
 def _introduction(comparison: Comparison) -> list[str]:
     methods, baseline = comparison.methods, comparison.methods[0]
-    names = dict.fromkeys(m.runs[0].facts.trainer or m.name for m in methods)
     runs = [run for method in methods for run in method.runs]
     dataset = next((run.facts.dataset for run in runs if run.facts.dataset), "an unnamed data set")
     return [
         f"{len(methods)} methods in {len(runs)} runs on {len(comparison.cases)} test cases of {dataset}; baseline: "
         f"{baseline.short}. Written by nnunetv2_dycon {__version__}.",
-        f"Trainers, the first run of each: {', '.join(names)}.",
         _verdict(comparison),
     ]
 

@@ -3,7 +3,6 @@
 A run is one training with one choice of weights, or a folder of predictions from anywhere.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.advice import unknown
 from nnunetv2_dycon.evaluation.facts import (
     FINAL,
     RUN_FILE,
@@ -78,7 +78,9 @@ def find_runs(text: str, place: Place, weights: Sequence[Weights], mirroring: bo
     DataError
         If nothing has that name, or a training is not finished.
     """
-    name, _, given = text.rpartition("=") if "=" in text and Path(text.rpartition("=")[2]).is_dir() else (text, "", "")
+    name, _, given = text.rpartition("=") if "=" in text and not Path(text).exists() else (text, "", "")
+    if given and not Path(given).is_dir():
+        raise DataError(f"--runs {text}: {given} is not a folder; name the folder of the predictions of {name}")
     trainings = _trainings(name, place)
     if trainings is None:
         return [Run(text, recorded_facts(Path(text)), Path(text))]
@@ -94,7 +96,7 @@ def find_runs(text: str, place: Place, weights: Sequence[Weights], mirroring: bo
             predictions = Path(given) if given else _own_predictions(folder, place.checkpoint, choice, mirroring)
             recorded = read_run_file(predictions) if (predictions / RUN_FILE).is_file() else None
             if recorded:
-                _check_recorded(recorded, replace(facts, weights=choice), predictions)
+                _check_recorded(recorded, replace(facts, weights=choice), predictions, own=not given)
             known = recorded.mirroring if recorded else None if given else mirroring
             runs.append(Run(text, replace(facts, weights=choice, mirroring=known), predictions, folder))
     return runs
@@ -104,13 +106,12 @@ def _own_predictions(folder: Path, checkpoint: str, weights: Weights, mirroring:
     return folder / "test" / f"{Path(checkpoint).stem}_{weights}{'' if mirroring else '_nomirror'}"
 
 
-def _check_recorded(recorded: Facts, facts: Facts, predictions: Path) -> None:
+def _check_recorded(recorded: Facts, facts: Facts, predictions: Path, *, own: bool) -> None:
     if recorded.weights != facts.weights:
         raise DataError(f"{predictions} was predicted by the {recorded.weights}; type --weights {recorded.weights}")
     if recorded.checkpoint_digest != facts.checkpoint_digest:
-        raise DataError(
-            f"{predictions} was predicted with another state of {facts.checkpoint}; delete it and type --predict"
-        )
+        mend = "delete it and" if own else f"name other predictions of {facts.trainer}, or none and"
+        raise DataError(f"{predictions} was predicted with another state of {facts.checkpoint}; {mend} type --predict")
 
 
 def _trainings(name: str, place: Place) -> list[Path] | None:
@@ -128,8 +129,6 @@ def _trainings(name: str, place: Place) -> list[Path] | None:
     ending = f"__{place.plans}__{place.configuration}"
     found = sorted(results.glob(f"{name}{ending}"))
     if not found:
-        known = [path.name.removesuffix(ending) for path in results.glob(f"*{ending}")]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        hint = f"the nearest there is {near[0]}" if near else f"train it: nnUNetv2_train ... -tr {name}"
-        raise DataError(f"{results} has no {name}{ending}; {hint}")
+        advice = unknown(name, results, place.plans, place.configuration, str(place.folds[0]))
+        raise DataError(f"{results} has no {name}{ending}; {advice}")
     return [path / f"fold_{fold}" for path in found for fold in place.folds]

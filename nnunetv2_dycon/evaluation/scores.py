@@ -1,15 +1,16 @@
 """Score a folder of predictions: a table of all cases, a summary, and nnU-Net's summary.json."""
 
 import csv
-import io
+import errno
 import json
 import logging
 import math
+import shlex
 import statistics
 import tempfile
 import types
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -20,12 +21,15 @@ from tqdm import tqdm
 
 from nnunetv2_dycon import __version__, parallel
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.forms import csv_table, plain_text
 from nnunetv2_dycon.evaluation.label_files import (
     DATASET_FILE,
+    PLANS_FILE,
     Labels,
     case_files,
     read_label_map,
     read_labels,
+    reader_that_agrees,
     same_geometry,
 )
 from nnunetv2_dycon.evaluation.metrics import (
@@ -41,10 +45,11 @@ from nnunetv2_dycon.evaluation.metrics import (
     recall,
     score_case,
 )
-from nnunetv2_dycon.files import first_few, whole_file
+from nnunetv2_dycon.files import first_few, whole_file, writing
 
 logger = logging.getLogger(__name__)
 
+MADE_BY_NNUNET = (PLANS_FILE, "predict_from_raw_data_args.json")  # in a folder of predictions
 SUMMARIZED = (*OVERLAPS, *DISTANCES, "volume_error_ml", "lesion_f1")
 
 Scored = list[tuple[Score, Counts]]
@@ -106,12 +111,14 @@ def evaluate(
     """
     settings = ScoreSettings(convention, tolerance, distances, lesions)
     truth_folder, prediction_folder = Path(truth_folder), Path(prediction_folder)
+    _check_order(truth_folder, prediction_folder, output)
     output = prediction_folder if output is None else Path(output)
     path = _dataset_file(truth_folder, prediction_folder) if dataset_json is None else Path(dataset_json)
-    labels = read_labels(path, truth_folder)
+    labels = read_labels(path, truth_folder, prediction_folder)
     truths, predictions = (case_files(folder, labels.ending) for folder in (truth_folder, prediction_folder))
     _check_names(truths, predictions, truth_folder, prediction_folder, chill)
-    check_writable(output)
+    names = _file_names(convention)
+    check_writable(output, names)
     tasks = [_Task(case, truths[case], file, labels, settings) for case, file in predictions.items()]
     done: dict[str, Scored] = {}
     workers = parallel.default_processes() if processes is None else processes
@@ -119,17 +126,14 @@ def evaluate(
         for task, scored in tqdm(results, total=len(tasks), desc="Scoring cases"):
             done[task.case] = scored
     rows = [score for task in tasks for score, _ in done[task.case]]
-    stem = "scores" if convention == "mm" else f"scores_{convention}"
     of_nnunet = nnunet_summary([(task.truth, task.prediction, done[task.case]) for task in tasks])
-    files = {
-        f"{stem}.csv": _csv(rows),
-        f"{stem}.json": json.dumps(
-            {"truth": str(truth_folder), "predictions": str(prediction_folder), **summarize(rows)},
-            indent=2,
-            allow_nan=False,
-        ),
-        "summary.json": json.dumps(of_nnunet, indent=4, sort_keys=True),
-    }
+    summary = {"truth": str(truth_folder), "predictions": str(prediction_folder), **summarize(rows)}
+    texts = (
+        _csv(rows),
+        json.dumps(summary, indent=2, allow_nan=False),
+        json.dumps(of_nnunet, indent=4, sort_keys=True),
+    )
+    files = dict(zip(names, texts, strict=True))
     _write(output, files)
     logger.info("%d of %d cases scored; written: %s", len(tasks), len(truths), output / f"{{{','.join(files)}}}")
     return rows
@@ -140,7 +144,12 @@ def _score_files(task: _Task) -> Scored:
     prediction = read_label_map(task.prediction, task.labels, truth=False)
     difference = same_geometry(truth, prediction)
     if difference:
-        raise DataError(f"{task.prediction} has {difference} of {task.truth}; write it in the truth's geometry")
+        mend = "write it in the truth's geometry"
+        other = reader_that_agrees(task.truth, task.prediction, task.labels)
+        if other:
+            mend = f'as {other} reads them they do not differ: add "overwrite_image_reader_writer": "{other}" to '
+            mend += f"{DATASET_FILE} if nnU-Net predicted with it, else write the prediction in the truth's geometry"
+        raise DataError(f"{task.prediction} has {difference} of {task.truth}; {mend}")
     return score_case(
         truth.labels,
         prediction.labels,
@@ -149,6 +158,23 @@ def _score_files(task: _Task) -> Scored:
         case=task.case,
         ignore=task.labels.ignore,
         settings=task.settings,
+    )
+
+
+def _check_order(truth_folder: Path, prediction_folder: Path, output: str | Path | None) -> None:
+    """Refuse folders in the wrong order, which would be scored nearly as well, with the results among true labels."""
+    predicted, swapped = (
+        any((folder / name).is_file() for name in MADE_BY_NNUNET) for folder in (prediction_folder, truth_folder)
+    )
+    swapped = swapped and not predicted
+    labels = prediction_folder.absolute().name in ("labelsTr", "labelsTs")
+    if not (swapped or (labels and output is None)):
+        return
+    reason = f"{truth_folder} holds predictions of nnU-Net" if swapped else f"{prediction_folder} holds true labels"
+    order = shlex.join(map(str, (prediction_folder, truth_folder)))
+    raise DataError(
+        f"{reason}, and the truth comes first; type: nnUNetv2_dycon evaluate {order}"
+        + ("" if swapped else ", or give -o another folder if the order is meant")
     )
 
 
@@ -307,16 +333,17 @@ def column(field: str, convention: Convention) -> str:
     return field if convention == "mm" or not field.endswith("_mm") else field.removesuffix("mm") + "voxels"
 
 
+def _file_names(convention: Convention) -> tuple[str, str, str]:
+    stem = "scores" if convention == "mm" else f"scores_{convention}"
+    return f"{stem}.csv", f"{stem}.json", "summary.json"
+
+
 def _columns(convention: Convention) -> list[str]:
     return [column(field.name, convention) for field in fields(Score)]
 
 
 def _csv(rows: Sequence[Score]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_columns(rows[0].convention))
-    writer.writerows(map(astuple, rows))  # numbers with all digits, None as an empty cell
-    return text.getvalue()
+    return csv_table(_columns(rows[0].convention), map(astuple, rows))
 
 
 def read_scores(path: str | Path) -> list[Score]:
@@ -347,35 +374,41 @@ def read_scores(path: str | Path) -> list[Score]:
     return rows
 
 
-def _kind(hint: Any) -> type:
-    """Return the type that converts a cell: `float` for `float | None`, `str` for a literal."""
+def _kind(hint: Any) -> Callable[[str], Any]:
+    """Return what converts a cell: `float` for `float | None`, `plain_text` for text and a literal."""
     kind = get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
-    return kind if kind in (int, float) else str
+    return kind if kind in (int, float) else plain_text
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
     """Make a folder, and check before the work that files can be written to it.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder.
+    names : iterable of str
+        Files that will be written there.
 
     Raises
     ------
-    DataError
-        If it cannot be written to.
+    WriteError
+        If it cannot be written to, or a folder has the name of a file.
     """
-    try:
+    with writing(folder):
+        if folder.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
+        for path in (folder / name for name in names):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{path.name} in it is a folder")
 
 
 def _write(folder: Path, texts: Mapping[str, str]) -> None:
     """Write all files or none: they get their names when all are complete."""
     with ExitStack() as stack:
         for name, text in texts.items():
-            part = stack.enter_context(whole_file(folder / name, "give -o another folder"))
+            part = stack.enter_context(whole_file(folder / name, "or give -o another folder"))
             part.write_bytes(text.encode())
-
-
-def _cannot_write(folder: Path, error: OSError) -> DataError:
-    return DataError(f"cannot write into {folder} ({error.strerror}); give -o another folder")

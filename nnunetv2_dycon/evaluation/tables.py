@@ -1,15 +1,14 @@
-"""Tables of a comparison, in the form that papers use, as Markdown, LaTeX and CSV."""
+"""Tables of a comparison, in the form that papers use, and all results as CSV."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.evaluation.comparison import ALL, METRICS, Comparison, Method, Result, run_mean
+from nnunetv2_dycon.evaluation.forms import Cell, Table, csv_table
 from nnunetv2_dycon.evaluation.metrics import DISTANCES, OVERLAPS
 from nnunetv2_dycon.evaluation.statistics import LEVEL, Ratio, Spread, spread
 
@@ -22,32 +21,6 @@ _CSV_COLUMNS = (
     *("runs", "mean", "sd", "lowest", "highest"),
     *("baseline", "difference", "low", "high", "p_holm", "holds", "best", "cases", "left_out"),
 )
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-    "–": "--",
-    "‡": r"$\ddagger$",
-}
-_LATEX |= {"−": "$-$", **{sign: f"\\{sign}" for sign in "%_#&${}"}}
-
-
-class Cell(NamedTuple):
-    """Text of a cell, and its marks: better than all others (bold), differs from the baseline (star)."""
-
-    text: str
-    best: bool = False
-    star: bool = False
-
-
-class Table(NamedTuple):
-    """A table before rendering; `notes` are printed below it."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
-    notes: tuple[str, ...] = ()
 
 
 # ---- content ---------------------------------------------------------------------------------------------------
@@ -135,13 +108,14 @@ def difference_table(comparison: Comparison) -> Table:
 
 
 def facts_table(comparison: Comparison) -> Table:
-    """Return the facts of each run."""
+    """Return the facts of each run, with its full name."""
     rows = []
     for method in comparison.methods:
         for run in method.runs:
             facts = run.facts
             versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
             texts: tuple[Any, ...] = (
+                facts.trainer or run.predictions.name,
                 facts.weights,
                 facts.labeled_count,
                 facts.unlabeled,
@@ -159,6 +133,7 @@ def facts_table(comparison: Comparison) -> Table:
             rows.append((Cell(method.short), *(Cell(UNKNOWN if text is None else str(text)) for text in texts)))
     header: tuple[str, ...] = (
         "Method",
+        "Trainer or folder",
         "Weights",
         "Labelled",
         "Unlabelled",
@@ -171,7 +146,7 @@ def facts_table(comparison: Comparison) -> Table:
         "Seconds per step: median over epochs, including the epoch's validation. Plans: digest of the planned "
         f"network and preprocessing. {UNKNOWN.capitalize()}: not in the run's files.",
     )
-    return Table("Runs", header, rows, notes)
+    return Table("Runs", header, rows, notes, folded=f"Full names and facts of the {len(rows)} runs")
 
 
 def _case_cells(method: Method) -> list[Cell]:
@@ -294,55 +269,9 @@ def _published_note(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-# ---- forms -----------------------------------------------------------------------------------------------------
-
-
-def markdown(table: Table) -> str:
-    """Return the table as Markdown, its notes below."""
-
-    def cell(c: Cell) -> str:
-        text = c.text.replace("|", r"\|").replace("*", r"\*")
-        return (f"**{text}**" if c.best else text) + (r"\*" if c.star else "")
-
-    lines = [f"## {table.title}", "", _row(table.header), _row(["---"] * len(table.header))]
-    lines += [_row([cell(c) for c in row]) for row in table.rows]
-    for note in table.notes:
-        lines += ["", note.replace("*:", r"\*:")]
-    return "\n".join(lines) + "\n"
-
-
-def _row(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(texts)} |"
-
-
-def latex(table: Table) -> str:
-    """Return the table as LaTeX for the package booktabs."""
-
-    def cell(c: Cell) -> str:
-        text = _escape(c.text)
-        return (rf"\textbf{{{text}}}" if c.best else text) + ("$^{*}$" if c.star else "")
-
-    columns = "l" + "c" * (len(table.header) - 1)
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escape(table.title)}. {_escape(' '.join(table.notes))}}}"]
-    lines += [
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        " & ".join(map(_escape, table.header)) + r" \\",
-        r"\midrule",
-    ]
-    lines += [" & ".join(cell(c) for c in row) + r" \\" for row in table.rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
-
-
-def _escape(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)
-
-
 def results_csv(comparison: Comparison) -> str:
     """Return all results as CSV, one per line, numbers with all digits; overlaps are fractions."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
+    rows = []
     for (name, label, metric), result in comparison.results.items():
         method = next(m for m in comparison.methods if m.name == name)
         unit = comparison.unit if metric in DISTANCES else "1"
@@ -362,5 +291,5 @@ def results_csv(comparison: Comparison) -> str:
             d[0],
             result.left_out,
         ]
-        writer.writerow([*head, *numbers, *tail])
-    return text.getvalue()
+        rows.append([*head, *numbers, *tail])
+    return csv_table(_CSV_COLUMNS, rows)

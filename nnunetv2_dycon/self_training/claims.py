@@ -30,7 +30,7 @@ def check_ids(trainings: Sequence[Training]) -> None:
     wanted = _settings(trainings)
     for teacher, one in pairwise(trainings):
         data = one.data
-        dataset.new_folder(data.id, data.name.split("_", 1)[1])
+        dataset.new_folder(data.id, data.name.split("_", 1)[1], "--as")
         claim = data.results / CLAIM_FILE
         noted = read_json(claim, "delete it") if claim.is_file() else wanted
         changed = [f"{key} {noted.get(key)}, now {value}" for key, value in wanted.items() if noted.get(key) != value]
@@ -58,7 +58,7 @@ def take_ids(trainings: Sequence[Training]) -> None:
     with locked(root, f"another self-training is taking its ids in {root}: waiting for it", wait=True):
         check_ids(trainings)
         for one in trainings[1:]:
-            with writing(one.data.results, "set nnUNet_results"):
+            with writing(one.data.results, "or set nnUNet_results"):
                 one.data.results.mkdir(exist_ok=True)
             write_json(one.data.results / CLAIM_FILE, _settings(trainings))
 

@@ -11,8 +11,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.datasets import dataset_number
+from nnunetv2_dycon.data.file_names import hidden_cases
 from nnunetv2_dycon.data.roles import Roles, read_roles
-from nnunetv2_dycon.data.splits import SPLITS_FILE, STOCK_FOLDS, UNLABELED, read_splits
+from nnunetv2_dycon.data.splits import (
+    SPLITS_FILE,
+    UNLABELED,
+    check_fold,
+    check_planned_fold,
+    check_splits,
+    read_splits,
+)
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_labels
 from nnunetv2_dycon.files import read_json
@@ -92,24 +100,22 @@ class Experiment:
         Raises
         ------
         DataError
-            If the split is gone, or names a case that is not labelled.
+            If the split is gone.
+        SplitError
+            If it is wrong, or names a case that is not labelled.
         ConfigError
             If it lists "unlabeled" cases, or has no such fold.
         """
         if self.fold == "all":
             return list(self.roles.labeled), list(self.roles.labeled)
-        splits = read_splits(self.data.preprocessed) if splits is None else splits
-        _check_splits(splits, self.fold)
+        path = self.data.preprocessed / SPLITS_FILE
+        splits = read_splits(path.parent) if splits is None else splits
         if not splits:
-            raise DataError(f"{self.data.preprocessed / SPLITS_FILE} is gone: restore the split of the first training")
-        train, val = (list(dict.fromkeys(splits[int(self.fold)][key])) for key in ("train", "val"))
-        unknown = sorted({*train, *val} - set(self.roles.labeled))
-        if unknown:
-            raise DataError(
-                f"{SPLITS_FILE} of {self.data.name}, fold {self.fold}, names {unknown[0]!r}, which is not a labelled "
-                f"case of {self.data.raw}; correct the list"
-            )
-        return train, val
+            raise DataError(f"{path} is gone: restore the split of the first training")
+        _check_splits(splits, self.fold)
+        check_splits(splits, path, self.roles.labeled, self.data.raw / "imagesTr")
+        fold = splits[int(self.fold)]
+        return list(dict.fromkeys(fold["train"])), list(fold["val"])
 
 
 def read_experiment(
@@ -141,6 +147,9 @@ def read_experiment(
     raw, content = find_raw(dataset_id)
     data = DataSet.named(raw.name)
     roles = read_roles(data.raw, content)
+    hidden = hidden_cases(data.raw, content)  # which nnU-Net's prediction would stop at
+    if hidden:
+        raise DataError(hidden[0])
     if not roles.unlabeled:
         raise DataError(f"{data.raw / 'imagesUn'} has no image; put the unlabelled images there")
     plan = f"plan it first: nnUNetv2_plan_and_preprocess -d {data.id} -c {configuration}"
@@ -161,9 +170,8 @@ def read_experiment(
         raise ConfigError(f"-c {configuration} is a cascade, which needs predictions of another stage; take another")
     splits = read_splits(data.preprocessed, data.raw)
     _check_splits(splits, fold)
-    made = min(STOCK_FOLDS, len(roles.labeled))  # by the first training, if there is no file
-    if not splits and fold != "all" and not 0 <= fold < made:
-        raise ConfigError(f"-f {fold}: there will be folds 0 to {made - 1} of {len(roles.labeled)} labelled cases")
+    if not splits:  # the first training makes them
+        check_planned_fold(len(roles.labeled), fold)
     labels = read_labels(data.raw / "dataset.json", data.raw / "labelsTr")
     if not (data.preprocessed / planned.data_identifier).is_dir():
         raise DataError(f"{data.preprocessed / planned.data_identifier} does not exist; {plan}")
@@ -202,5 +210,4 @@ def _check_splits(splits: Sequence[Mapping[str, Any]], fold: int | str) -> None:
         )
     if fold != "all" and not isinstance(fold, int):
         raise ConfigError(f"-f {fold}: give a number or all")
-    if splits and fold != "all" and not 0 <= int(fold) < len(splits):
-        raise ConfigError(f"-f {fold}: {SPLITS_FILE} has folds 0 to {len(splits) - 1}")
+    check_fold(splits, fold)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nnunetv2_dycon.data.splits import SPLITS_FILE
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import read_json, write_bytes, writing
+from nnunetv2_dycon.files import list_visible, read_json, write_bytes, writing
 from nnunetv2_dycon.self_training import running
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
 
@@ -63,7 +63,7 @@ class Preparation:
 
     def plan(self, lock: int | None) -> None:
         """Copy the plans and the files that go with them."""
-        with writing(self.data.preprocessed, "set nnUNet_preprocessed"):
+        with writing(self.data.preprocessed, "or set nnUNet_preprocessed"):
             self.data.preprocessed.mkdir(exist_ok=True)
         for source, copy in self._copies().items():
             write_bytes(copy, source.read_bytes())
@@ -74,7 +74,7 @@ class Preparation:
         if not self.data.raw.is_dir():
             return False
         folder, ending = self.data.preprocessed, self.experiment.ending
-        cases = [path.name.removesuffix(ending) for path in (self.data.raw / "labelsTr").glob(f"*{ending}")]
+        cases = [path.name.removesuffix(ending) for path in list_visible(self.data.raw / "labelsTr", ending)]
         return all(
             _has_content(folder / self.experiment.data_identifier / f"{case}.pkl")  # nnU-Net writes it last for a case
             and (folder / "gt_segmentations" / f"{case}{ending}").is_file()

@@ -12,6 +12,7 @@ from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.conversion.cases import LinkTask, link_case
 from nnunetv2_dycon.conversion.job import Job, carry_out
 from nnunetv2_dycon.data.roles import label_paths
+from nnunetv2_dycon.data.splits import OVERLAP, REPEATS
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import first_few, write_json
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
@@ -104,7 +105,7 @@ class RoundData:
             folder=self._data.raw,
             tasks=tasks,
             plan={"converter": MADE_BY, "version": __version__, MADE_BY: facts, "cases": cases},
-            folds=[{"train": [*(train * repeat), *pseudo], "val": val}],
+            folds=[_fold([*(train * repeat), *pseudo], val)],
             describe=partial(self._describe, len({*train, *val, *pseudo})),
             title=f"{experiment.data.name}, round {student.number} of self-training",
             rows=(),
@@ -149,6 +150,16 @@ class RoundData:
         others = set(self._experiment.roles.labeled) - {*facts["labeled"], *facts["validation"]}
         if others:
             yield f"{len(others)} cases of imagesTr are in neither list of the fold and are left out"
+
+
+def _fold(train: Sequence[str], val: Sequence[str]) -> dict[str, Any]:
+    """Return the fold, which says what is meant: repeated cases, and validation on training cases (fold all)."""
+    fold: dict[str, Any] = {"train": list(train), "val": list(val)}
+    if len(set(train)) < len(train):
+        fold[REPEATS] = True
+    if set(train) & set(val):
+        fold[OVERLAP] = True
+    return fold
 
 
 def _described(task: LinkTask) -> list[dict[str, Any]]:

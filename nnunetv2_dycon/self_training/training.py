@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion import dataset
+from nnunetv2_dycon.data.datasets import dataset_title
 from nnunetv2_dycon.data.splits import STOCK_FOLDS, adopt_splits, read_splits, write_small_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
@@ -198,9 +199,9 @@ def list_trainings(
     if len({*new_ids, data.id}) <= len(new_ids):
         raise ConfigError(f"--as {' '.join(map(str, new_ids))}: give each round its own id, different from -d")
     trainings = [Training(experiment, 0, data, experiment.fold, trainer_of_length(trainer, epochs[0]), epochs)]
-    words = data.name.split("_", 1)[1]
+    words = dataset_title(data.name)
     for number, new_id in enumerate(new_ids, start=1):
-        raw = dataset.new_folder(new_id, f"{words}_fold{experiment.fold}_self{number}")
+        raw = dataset.new_folder(new_id, f"{words}_fold{experiment.fold}_self{number}", "--as")
         new = DataSet.named(raw.name)
         trainings.append(Training(experiment, number, new, 0, trainer_of_length(trainer, epochs[number]), epochs))
     return trainings

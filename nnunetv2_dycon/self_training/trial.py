@@ -8,8 +8,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunetv2_dycon import parallel
+from nnunetv2_dycon.data.dataset_json import channel_names
+from nnunetv2_dycon.data.file_names import unlabeled_name_problems
 from nnunetv2_dycon.data.prepare_case import read_image
-from nnunetv2_dycon.data.roles import channel_names, label_paths, unlabeled_name_problems
+from nnunetv2_dycon.data.roles import label_paths
 from nnunetv2_dycon.data.splits import read_splits
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import first_few, writing
@@ -27,7 +29,7 @@ def try_files(experiment: Experiment) -> None:
     """
     for variable in VARIABLES:
         folder = environment_folder(variable)
-        with writing(folder, f"set {variable}"), tempfile.TemporaryFile(dir=folder):
+        with writing(folder, f"or set {variable}"), tempfile.TemporaryFile(dir=folder):
             pass
     problems = unlabeled_name_problems(experiment.data.raw, experiment.roles, experiment.content)
     if problems:

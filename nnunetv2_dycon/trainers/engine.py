@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,33 +19,23 @@ from nnunetv2.utilities.collate_outputs import collate_outputs
 from torch import nn
 
 import nnunetv2_dycon
-from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
-from nnunetv2_dycon.data.loader import (
-    IsolatedLoader,
-    MixedLoader,
-    inner_loader,
-    replace_loader,
-    unlabeled_loader,
-)
+from nnunetv2_dycon.checkpoint import KEY, write_checkpoint
 from nnunetv2_dycon.data.ready import UnlabeledCases
-from nnunetv2_dycon.errors import ConfigError, DataError
-from nnunetv2_dycon.folders import environment_folder
+from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.options import Settings
 from nnunetv2_dycon.precision import autocast_of, in_float32, require_bf16
-from nnunetv2_dycon.randomness import (
-    global_states,
-    process_seed,
-    seed_everything,
-    seed_from_here,
-    set_global_states,
-)
-from nnunetv2_dycon.ranks import gathered, share_weights, world_size
+from nnunetv2_dycon.randomness import process_seed, seed_everything, seed_from_here
+from nnunetv2_dycon.ranks import gathered, share_weights
 from nnunetv2_dycon.step import DataInfo, Method, Step
-from nnunetv2_dycon.trainers.cases import check_cases, find_unlabeled, write_missing_splits
+from nnunetv2_dycon.trainers.cases import check_cases, find_unlabeled, labeled_reader, write_missing_splits
 from nnunetv2_dycon.trainers.history import History, class_names, epoch_means, unseen_classes
+from nnunetv2_dycon.trainers.loaders import dataloaders
 from nnunetv2_dycon.trainers.lock import lock_training
-from nnunetv2_dycon.trainers.state import compare_settings, restore, restore_random_states, state_of
+from nnunetv2_dycon.trainers.results import GO_ON
+from nnunetv2_dycon.trainers.resume import checkpoint_file, choose_checkpoint, end_guard, guard_files, take_over
+from nnunetv2_dycon.trainers.start import check_machine, check_start, limit_threads
+from nnunetv2_dycon.trainers.state import restore_random_states, state_of
 
 
 class nnUNetTrainerSSL(nnUNetTrainer):
@@ -63,8 +52,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
-        for variable in ("nnUNet_preprocessed", "nnUNet_results"):
-            environment_folder(variable)
+        check_machine(device)
+        self.continues = plans.get("continue_training", False)
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
         except OSError as error:
@@ -72,6 +61,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
                 f"cannot write {error.filename}: {error.strerror}; let nnUNet_results name a folder of yours: "
                 "export nnUNet_results=/path/to/nnUNet_results"
             ) from error
+        labeled_reader(self)
+        limit_threads(device)
         s = self.settings
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = (
             s.epochs,
@@ -99,7 +90,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             require_bf16(self.device)
         if self.settings.seed is not None:
             seed_everything(self.settings.seed)
+        reader = labeled_reader(self)
         super().initialize()
+        self.dataset_class = reader
         seed = seed_from_here("method") if self.settings.seed is None else self.settings.seed
         labels = self.label_manager
         data = DataInfo(labels.num_segmentation_heads, labels.ignore_label, labels.has_regions, self.is_cascaded)
@@ -126,6 +119,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             scaler=self.grad_scaler,
             warn=self.print_to_log_file,
         )
+        guard_files()
 
     def _set_batch_size_and_oversample(self) -> None:
         """As stock, with the labelled batch of option `batch` in place of the planned one."""
@@ -156,46 +150,18 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         return train, val
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """As stock, with the unlabelled patches drawn by the same workers.
-
-        The validation loader gets random states of its own wherever it may not shift the training stream: its draws
-        depend on validation labels. The control without option `seed` keeps stock's stream, draw for draw.
-        """
-        seed = self.settings.seed
-        if seed is not None:  # a training that goes on in loader processes must not draw its first patches again
-            seed = process_seed(seed, self.local_rank, self.step.number)
-        apart = seed is not None or self.method_type.uses_unlabeled
-        before = global_states()
-        train, val = super().get_dataloaders()
-        if seed is not None:
-            seed_everything(seed)
-        elif apart:
-            set_global_states(before)
-        labeled = inner_loader(train)
-        mixed = MixedLoader(labeled, self._unlabeled_loader(labeled) if self.unlabeled else None)
-        train = replace_loader(train, mixed, seed)
-        if apart:
-            val = replace_loader(val, IsolatedLoader(inner_loader(val), seed_from_here("validation")), seed)
-        if hasattr(train, "num_processes"):  # fork the workers now, before the first forward pass, as stock does
-            next(train)
-            next(val)
-        return train, val
-
-    def _unlabeled_loader(self, labeled: Any) -> IsolatedLoader:
-        wanted = self.settings.unlabeledbatch
-        size = self.batch_size if not wanted else len(range(self.local_rank, wanted, world_size()))
-        if size == 0:
-            raise ConfigError(f"option unlabeledbatch{wanted} leaves no unlabelled patch for each of the GPUs.")
-        dataset = self.dataset_class(str(self.unlabeled.folder), list(self.unlabeled.names))
-        return unlabeled_loader(labeled, dataset, size, seed_from_here("unlabeled"), self.label_manager)
+        """As stock, with the unlabelled patches drawn by the same workers."""
+        return dataloaders(self, super().get_dataloaders)
 
     # ------------------------------------------------------------------------------------------- life cycle
     def on_train_start(self) -> None:
         """As stock, once no other process trains here and roles and unlabelled images are in order."""
         if self.local_rank == 0:
             lock_training(Path(self.output_folder))
+            check_start(self)
         self.unlabeled = find_unlabeled(self, default_num_processes)
         super().on_train_start()
+        end_guard()
         if self.restored is None:
             self.method.start(unwrap(self.network))
         elif self.restored:
@@ -280,6 +246,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """As stock for the student; then for the method's other models, each in a sub-folder of its name."""
+        if self.local_rank == 0:
+            lock_training(Path(self.output_folder))  # --val has no training that did it
         super().perform_actual_validation(save_probabilities)
         folders = self.output_folder, self.output_folder_base
         for name, network in self.method.models(unwrap(self.network)).items():
@@ -324,27 +292,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         buffer.seek(0)
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)  # written a line above
         checkpoint[KEY] = state_of(self)
-        write_checkpoint(checkpoint, Path(filename))
+        write_checkpoint(checkpoint, Path(filename), GO_ON)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """As stock, from a file or its content; then our key. A checkpoint without it starts the method anew."""
-        if isinstance(filename_or_checkpoint, dict):  # stock's signature takes one, its body reads files alone
-            with TemporaryDirectory() as folder:
-                path = os.path.join(folder, "checkpoint.pth")
-                torch.save(filename_or_checkpoint, path)
-                self.load_checkpoint(path)
-            return
-        state = read_checkpoint(Path(filename_or_checkpoint)).get(KEY)
-        if state is not None:
-            compare_settings(state["settings"], self.settings, self.output_folder)
-        super().load_checkpoint(filename_or_checkpoint)
-        if state is None:
-            self.print_to_log_file(
-                f"WARNING: {filename_or_checkpoint} has no '{KEY}' entry (another trainer wrote it): network, "
-                "optimiser, epoch and schedules go on; teacher and all that the method adds start anew."
-            )
-            self.step.number = self.current_epoch * self.num_iterations_per_epoch
-            self.method.start(unwrap(self.network))
-        else:
-            restore(self, state)
-        self.restored = state or {}
+        """As stock, from a file or its content; then our key. A checkpoint without it starts the method anew.
+
+        Where the training continues and the file is damaged, the newest whole checkpoint takes its place.
+        """
+        with checkpoint_file(filename_or_checkpoint) as given:
+            path, state = choose_checkpoint(self, given)
+            super().load_checkpoint(str(path))
+            take_over(self, state, path)

@@ -12,6 +12,7 @@ matplotlib.use("agg")  # as nnU-Net's logger does: no window, whatever the machi
 import matplotlib.pyplot as plt
 
 from nnunetv2_dycon.files import whole_file
+from nnunetv2_dycon.trainers.results import GO_ON
 
 Row = dict[str, float]
 
@@ -47,7 +48,7 @@ class History:
 
     def write_csv(self, path: Path) -> None:
         """Write all rows, whole or not at all."""
-        with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        with whole_file(path, GO_ON) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
@@ -71,7 +72,7 @@ class History:
             axis.set(title=title, xlabel="epoch")
             if names:
                 axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0))
-        with whole_file(path) as part:
+        with whole_file(path, GO_ON) as part:
             figure.savefig(part, dpi=100)
         plt.close(figure)
 

@@ -1,5 +1,6 @@
 """One training at a time in a results folder."""
 
+import atexit
 import os
 import socket
 from contextlib import ExitStack
@@ -41,5 +42,6 @@ def _lock(path: Path, folder: Path) -> ExitStack:
     owner = path.read_text(errors="replace").strip() or "another process"
     stack = ExitStack()
     stack.enter_context(locked(path, f"{folder}: {owner} trains here; wait until it ends, or end it"))
+    atexit.register(stack.close)  # later, at the end of the interpreter, it would complain
     path.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M}\n")
     return stack

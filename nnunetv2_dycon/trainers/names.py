@@ -5,6 +5,7 @@ checkpoint by that name again; so the name carries the options. A class is made 
 it as an attribute, which is what pickling by name needs.
 """
 
+import difflib
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from nnunetv2_dycon.methods.pseudo_label import PseudoLabel, PseudoLabelSettings
 from nnunetv2_dycon.methods.settings import TeacherSettings
 from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
 from nnunetv2_dycon.step import Method
+
+_START = "nnUNetTrainer"
 
 # Base name (without underscore: options begin at the first), method, settings that options depart from.
 TRAINERS: dict[str, tuple[type[Method], options.Settings]] = {
@@ -63,6 +66,16 @@ def trainer_class(name: str) -> type:
     ConfigError
         If it is ours but its options cannot be read, or but for capital letters.
     """
+    method, settings = read_name(name)
+    # Late, since it takes seconds: the engine imports nnU-Net, which is not needed to list the names.
+    from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
+
+    members = {"method_type": method, "settings": settings, "__module__": __name__, "__doc__": method.__doc__}
+    return type(name, (nnUNetTrainerSSL,), members)
+
+
+def read_name(name: str) -> tuple[type[Method], options.Settings]:
+    """Return method and settings of a trainer name; raises as `trainer_class`."""
     base_name = name.split("_", 1)[0]
     if base_name not in TRAINERS:
         for known in TRAINERS:
@@ -71,14 +84,36 @@ def trainer_class(name: str) -> type:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     method, base = TRAINERS[base_name]
     try:
-        settings = options.parse(name[len(base_name) :], base)
+        return method, options.parse(name[len(base_name) :], base)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-    # Late, since it takes seconds: the engine imports nnU-Net, which is not needed to list the names.
-    from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
 
-    members = {"method_type": method, "settings": settings, "__module__": __name__, "__doc__": method.__doc__}
-    return type(name, (nnUNetTrainerSSL,), members)
+
+def nearest_trainer(name: str) -> str | None:
+    """Return what a trainer name that nobody knows was probably meant to be; None if that cannot be told.
+
+    Parameters
+    ----------
+    name : str
+        A trainer name. One of ours, and one that is not like any of ours, gives None.
+
+    Raises
+    ------
+    ConfigError
+        If it is one of ours with options that cannot be read.
+
+    Examples
+    --------
+    >>> nearest_trainer("nnUNetTrainerDyCom_epochs5")
+    'nnUNetTrainerDyCON_epochs5'
+    """
+    base_name = name.split("_", 1)[0]
+    if base_name in TRAINERS:
+        read_name(name)
+        return None
+    known = {known.lower().removeprefix(_START.lower()): known for known in TRAINERS}
+    near = difflib.get_close_matches(base_name.lower().removeprefix(_START.lower()), known, n=1)
+    return known[near[0]] + name[len(base_name) :] if near else None
 
 
 def list_trainers() -> list[TrainerInfo]:

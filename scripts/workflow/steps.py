@@ -33,12 +33,18 @@ def raw(folder: str, labeled: str, draw: str, command: Sequence[str]) -> None:
     Raises
     ------
     DataError
-        If there is a data set by another command, or with another draw.
+        If there is a data set by another command, or with another draw, or the command writes one of another name.
     """
     target = environment_folder("nnUNet_raw") / folder
     note, text = target / COMMAND_FILE, json.dumps({"command": list(command)})
     if not target.exists():
         _run(command)
+        if not target.is_dir():
+            written = ", ".join(path.name for path in target.parent.glob(f"{folder.split('_')[0]}_*")) or "nothing"
+            raise DataError(
+                f"{shlex.join(command)} wrote {written} in place of {folder}: give the data set its name in "
+                "datasets: of the configuration"
+            )
         note.write_text(text)
     if note.is_file():
         if note.read_text() != text:
@@ -124,8 +130,9 @@ def train(training: Path, lock: Path, device: str, threads: int, loaders: int, c
         variables = {"nnUNet_n_proc_DA": str(loaders)}
         if device == "cpu":
             variables["nnUNet_compile"] = "f"  # its compiler takes longer than it saves in short runs
+            variables["OMP_NUM_THREADS"] = str(threads)  # our trainers keep to it
         if command:
-            _run(command, variables | ({"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {}))
+            _run(command, variables)
             if not final.is_file():
                 raise DataError(f"the command ended without {final}; correct training: in the configuration")
             return

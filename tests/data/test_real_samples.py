@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunetv2_dycon.conversion.align import is_organ
 from nnunetv2_dycon.conversion.check import check
+from nnunetv2_dycon.conversion.placement import is_organ
 from nnunetv2_dycon.dataset_conversion import converter
 from tests.datasets import environment
 

@@ -165,10 +165,19 @@ def test_co_training_validates_and_predicts_with_both_networks_and_their_mean(da
     assert not np.array_equal(seen[0], seen[1])
 
 
-def test_export_of_a_fold_that_was_not_trained_says_what_to_type(data: Path, trained: Path, tmp_path: Path) -> None:
+def test_export_of_a_fold_that_was_not_trained_says_which_are(data: Path, trained: Path, tmp_path: Path) -> None:
     said = run(data, "nnUNetv2_dycon", "export", "-d", 901, "-tr", TRAINER, "-f", 3, "-o", tmp_path / "model", ok=False)
-    assert "type" in said or "train it first: nnUNetv2_train 901 3d_fullres 3" in said
+    assert said.strip().endswith("fold_3 holds no training; trained are -f 0; there are the folds 0 and all")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_finished_training_typed_again_ends_in_one_line_and_keeps_its_results(data: Path, trained: Path) -> None:
+    before = (trained / "checkpoint_final.pth").read_bytes()
+    command = ("nnUNetv2_train", 901, "3d_fullres", 0, "-tr", TRAINER, "-device", "cpu")
+    lines = run(data, *command, ok=False, nnUNet_n_proc_DA="2").strip().splitlines()
+    assert lines[-1].startswith("error: a finished training is there, which this one would overwrite: add --val")
+    assert not any(line.startswith("Traceback") for line in lines)
+    assert (trained / "checkpoint_final.pth").read_bytes() == before
 
 
 def test_errors_of_trainings_end_in_our_line(data: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunetv2_dycon.conversion.align import by_position, is_organ, map_values, on_grid, present, resample, same_grid
+from nnunetv2_dycon.conversion.align import map_values, on_grid, present, resample, same_grid
 from nnunetv2_dycon.conversion.volumes import Volume
 from nnunetv2_dycon.errors import DataError
-from tests.collections import ct, ct_affine, oblique
+from tests.collections import oblique
 
 MAPS = ({0: 0, 255: 1}, {0: 0, 1: 1})
 
@@ -140,88 +140,3 @@ def test_nearest_neighbours_are_those_of_a_loop_over_millimetres(seed) -> None:
     both = (found != 0) & (expected != 0)
     assert np.array_equal(found[both], expected[both])
     assert both.sum() > 0.8 * (expected != 0).sum()
-
-
-# ---- CT ----------------------------------------------------------------------------------------------------
-
-
-def flipped(array: np.ndarray, affine: np.ndarray, axes: tuple[int, ...]) -> Volume:
-    turn = np.eye(4)
-    for axis in axes:
-        turn[axis, axis], turn[axis, 3] = -1, array.shape[axis] - 1
-    return volume(np.flip(array, axes), affine @ turn)
-
-
-AXES = [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)]
-
-
-@pytest.mark.parametrize("axes", [(), *AXES])
-def test_a_label_that_fits_by_position_is_taken_without_a_word(axes) -> None:
-    image, organ = ct("a")
-    placed, notes = by_position(volume(image, ct_affine()), flipped(organ, ct_affine(), axes), "name")
-    assert notes == []
-    assert np.array_equal(placed, organ)
-
-
-@pytest.mark.parametrize("axes", AXES)
-def test_a_header_that_lies_is_found_out_and_the_fewest_turns_are_taken(axes) -> None:
-    image, organ = ct("a")
-    wrong = volume(np.flip(organ, axes), ct_affine())
-    placed, notes = by_position(volume(image, ct_affine()), wrong, "name")
-    assert np.array_equal(placed, organ)
-    letters = ", ".join("xyz"[axis] for axis in axes)
-    assert notes == [f"the label's position does not fit the CT; placed axes {letters} turned, which does"]
-
-
-def test_of_two_turns_that_fit_alike_the_smaller_one_is_taken() -> None:
-    image = np.full((12, 12, 8), -1000, np.int16)
-    image[:, 1:6] = 50  # a body that is symmetric in x and z
-    label = np.zeros(image.shape, np.uint8)
-    label[2:5, 2:5, 1:3] = 1
-    wrong = volume(np.flip(label, 1), ct_affine())
-    placed, notes = by_position(volume(image, ct_affine()), wrong, "name")
-    assert np.array_equal(placed, label)
-    assert "axes y turned" in notes[0]
-
-
-def test_a_header_elsewhere_is_placed_voxel_by_voxel_where_that_fits() -> None:
-    image, organ = ct("b")
-    far = ct_affine()
-    far[:3, 3] += 500
-    placed, notes = by_position(volume(image, ct_affine()), volume(organ, far), "name")
-    assert np.array_equal(placed, organ)
-    assert "placed voxel by voxel" in notes[0]
-
-
-def test_a_label_that_fits_nowhere_or_is_empty_is_refused() -> None:
-    image, organ = ct("a")
-    air = volume(np.full(image.shape, -1000, np.int16), ct_affine())
-    with pytest.raises(DataError, match=r"^name: the label does not fit its CT.*median -1000 HU"):
-        by_position(air, volume(organ, ct_affine()), "name")
-    with pytest.raises(DataError, match="name is empty"):
-        by_position(air, volume(0 * organ, ct_affine()), "name")
-    far = ct_affine()
-    far[:3, 3] += 500
-    with pytest.raises(DataError, match="median no HU"):
-        by_position(volume(image, ct_affine()), volume(organ[1:], far), "name")
-
-
-@pytest.mark.parametrize(
-    ("values", "fits"),
-    [
-        ([60] * 100, True),
-        ([0] * 100, True),
-        ([200] * 100, True),
-        ([201] * 100, False),
-        ([-1] * 51 + [60] * 49, False),
-        ([60] * 96 + [-201] * 4, True),
-        ([60] * 95 + [-201] * 5, False),
-        ([60] * 95 + [-200] * 5, True),
-        ([], False),
-    ],
-)
-def test_an_organ_is_known_by_its_median_and_its_share_of_air(values, fits) -> None:
-    scan = np.array([*values, -1000], np.int16).reshape(-1, 1, 1)
-    mask = np.ones(scan.shape, np.uint8)
-    mask[-1] = 0
-    assert is_organ(scan, mask) is fits

@@ -12,7 +12,19 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "nnunetv2_dycon"
 
 # "" is the package itself, for its version
-BASE = {"", "errors", "exit_codes", "schedules", "options", "folders", "locks", "parallel", "files", "findings"}
+BASE = {
+    "",
+    "errors",
+    "exit_codes",
+    "schedules",
+    "options",
+    "folders",
+    "locks",
+    "parallel",
+    "files",
+    "findings",
+    "shared_memory",
+}
 TENSORS = {"losses", "networks", "views", "ranks", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
@@ -27,6 +39,7 @@ MAY_IMPORT = {
     "parallel": {"errors"},
     "files": {"errors"},
     "findings": set(),
+    "shared_memory": set(),
     **dict.fromkeys(TENSORS, BASE),
     "step": BASE | TENSORS,
     "methods": BASE | TENSORS | {"step"},
@@ -55,6 +68,7 @@ STANDARD_LIBRARY_ONLY = {
     "parallel",
     "files",
     "findings",
+    "shared_memory",
     "commands",
 }
 WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"step", "methods", "_nnunet_ext"}
@@ -118,9 +132,9 @@ def test_what_runs_at_every_start_imports_os_alone():
     assert [name for _, name in imported(ROOT / PACKAGE / "_register.py")] == ["os"]
 
 
-def test_the_shim_imports_the_names_alone():
+def test_the_shim_imports_names_and_messages_alone():
     (shim,) = (ROOT / PACKAGE / "_nnunet_ext").glob("*.py")
-    assert [name for _, name in imported(shim)] == [f"{PACKAGE}.trainers.names"]
+    assert [name for _, name in imported(shim)] == [f"{PACKAGE}.trainers.messages", f"{PACKAGE}.trainers.names"]
 
 
 def test_commands_imports_nothing_heavy_before_a_verb_runs():

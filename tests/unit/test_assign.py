@@ -257,7 +257,7 @@ def test_a_json_file_is_a_protocol_of_its_own(tmp_path: Path) -> None:
     }
     assert "t1" in result.unknown
     path.write_text('{"labeled": {"1": ["a"], "2": ["a", "b"]}, "train": ["a", "b"]}', encoding="utf-8")
-    with pytest.raises(SplitError, match='has 2 "labeled" lists'):
+    with pytest.raises(SplitError, match=r'has "labeled" lists of 1, 2 cases; .* --protocol .*own\.json --labeled 1$'):
         roles(protocol(), path)
 
 

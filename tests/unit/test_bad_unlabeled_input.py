@@ -12,7 +12,9 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnunetv2_dycon.data import unlabeled
 from nnunetv2_dycon.data.manifest import unlabeled_status
 from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import ConfigError, DataError, SplitError, UserError, WriteError
@@ -113,14 +115,31 @@ def test_a_name_that_nnunet_takes_for_a_mask(raw: Path) -> None:
     assert re.search(r"u_seg_0000.nii.gz: nnU-Net takes names in _seg for masks; rename", message())
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x1f\x8b\x08" + bytes(40)])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"no image", "is not gzip data but its name says .gz"),
+        (b"\x1f\x8b\x08" + bytes(40), "cannot be read"),
+    ],
+)
 @pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
-def test_an_unreadable_file(raw: Path, content: bytes, reader: str) -> None:
+def test_an_unreadable_file(raw: Path, content: bytes, reason: str, reader: str) -> None:
     use_reader(reader)
     (raw / "imagesUn/u_01_0001.nii.gz").write_bytes(content)
+    assert f"{raw / 'imagesUn/u_01_0001.nii.gz'} {reason}" in message()
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+def test_a_changed_bit(raw: Path, reader: str) -> None:
+    """SimpleITK reads such a file as zeros or nearly so, and nibabel as other values."""
+    use_reader(reader)
+    path = raw / "imagesUn/u_01_0001.nii.gz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
     text = message()
-    assert str(raw / "imagesUn/u_01_0001.nii.gz") in text
-    assert "cannot be read" in text
+    assert f"{path} cannot be read" in text
     assert "replace or remove" in text
 
 
@@ -220,8 +239,11 @@ def test_an_unknown_configuration(raw: Path) -> None:
 
 
 def test_an_unknown_data_set(raw: Path) -> None:
-    assert "-d 902: Could not find a dataset with the ID 902; check the id" in message(dataset=902)
-    assert "-d tiny: " in message(dataset="tiny")
+    assert (
+        message(dataset=902)
+        == f"-d 902: no data set has this id; {raw.parent} has {NAME}; correct the id, or nnUNet_raw"
+    )
+    assert message(dataset="tiny") == "-d tiny: give an id (4) or a full name (Dataset004_Name)"
 
 
 def test_the_raw_data_set_is_needed_for_preparing(raw: Path) -> None:
@@ -265,12 +287,41 @@ def test_no_permission_to_write(raw: Path, monkeypatch: pytest.MonkeyPatch, call
     monkeypatch.undo()
 
 
+def test_a_full_disk_under_a_prepared_case(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:  # as blosc2 says it
+        raise RuntimeError("Error while creating the NDArray")
+
+    monkeypatch.setattr(nnUNetDatasetBlosc2, "save_case", full)
+    folder = Path(os.environ["nnUNet_preprocessed"], NAME)
+    assert re.fullmatch(
+        rf"cannot write {folder}/nnUNetPlans_3d_fullres_unlabeled: Error while creating the NDArray "
+        r"\([0-9.]+ MB are free\); make room, or let nnUNet_preprocessed point elsewhere",
+        message(),
+    )
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+    assert not list((folder / "nnUNetPlans_3d_fullres_unlabeled").iterdir())
+
+
+@pytest.mark.parametrize("when", ["at the end", "all the time"])
+def test_a_full_disk_leaves_no_work_folder(raw: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    real, calls = unlabeled.write_manifest, iter(range(100))
+
+    def full(*arguments: Any) -> None:
+        if when == "all the time" or next(calls):
+            raise WriteError("full")
+        real(*arguments)
+
+    monkeypatch.setattr(unlabeled, "write_manifest", full)
+    assert message() == "full"
+    assert not [path for path in Path(os.environ["nnUNet_preprocessed"], NAME).iterdir() if path.name.endswith(".tmp")]
+
+
 def test_a_missing_file_of_dataset_json(raw: Path) -> None:
     folder = Path(os.environ["nnUNet_preprocessed"], NAME)
     content = json.loads((folder / "dataset.json").read_text())
     content["dataset"] = {"gone": {"images": ["nowhere_0000.nii.gz"], "label": "nowhere.nii.gz"}}
     (folder / "dataset.json").write_text(json.dumps(content))
-    splits = [{"train": [], "val": [], "unlabeled": ["gone"]}]
+    splits = [{"train": ["a"], "val": ["b"], "unlabeled": ["gone"]}]
     (folder / "splits_final.json").write_text(json.dumps(splits))
     assert f"{raw / 'nowhere_0000.nii.gz'}: No such file or directory; restore it" in message()
 

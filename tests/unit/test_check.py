@@ -163,7 +163,38 @@ def test_a_missing_channel_is_found(root):
 
 def test_folds_that_name_other_cases_are_found(raw):
     (raw / "splits_final.json").write_text(json.dumps([{"train": ["l_00", "t_00"], "val": ["l_01"]}]))
-    assert "'t_00', which is not a labelled case" in failed()["splits_final.json"]
+    assert "'t_00', not in" in failed()["splits_final.json"]
+
+
+@pytest.mark.parametrize(
+    ("planned", "words"),
+    [
+        ([{"train": ["l_00"], "val": ["l_02"]}], "fold 0 of"),
+        ([{"train": ["l_01", "l_00"], "val": ["l_02"]}, {"train": ["l_00"], "val": ["l_01"]}], None),
+        ([{"train": ["l_00", "l_01"], "val": ["l_02"], "unlabeled": ["l_03"]}], "fold 0 of"),
+    ],
+)
+def test_folds_that_differ_from_those_that_training_reads_are_found(raw, root, planned, words):
+    path = root / "nnUNet_preprocessed/Dataset004_Tiny/splits_final.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(planned))
+    (raw / "splits_final.json").write_text(json.dumps([{"train": ["l_00", "l_01"], "val": ["l_02"]}]))
+    text = failed().get("splits_final.json")
+    if words is None:
+        assert text is None
+    else:
+        assert words in text
+        assert f"cp {raw / 'splits_final.json'} {path}" in text
+
+
+@pytest.mark.parametrize(
+    ("cases", "text"), [(1, "trains and validates on it"), (4, "one fold per case"), (5, "5 folds")]
+)
+def test_the_number_of_folds_to_come_is_that_of_the_cases(root, cases, text):
+    make_dataset(root, **{**OPTIONS, "labeled": cases})
+    (found,) = (one for one in check(4, processes=1) if one.name == "splits_final.json")
+    assert found.ok
+    assert text in found.text
 
 
 def test_a_case_that_was_moved_after_the_conversion_is_found(raw):
@@ -184,11 +215,11 @@ def test_a_data_set_that_is_not_there_is_one_line(root):
     [
         ({"labels": {"0": "background", "1": "a"}}, '"background": 0, "organ": 1}, or run nnUNetv2_convert_old_'),
         ({"labels": {"0": "background", "1": "a"}, "file_ending": None}, "nnUNetv2_convert_old_nnUNet_dataset"),
-        ({"labels": ["background", "a"]}, '"labels" must give a number to each name'),
-        ({"labels": {"background": 0, "a": {"b": 1}}}, '"labels" must give a number to each name'),
-        ({"labels": None}, "has no 'labels'; add it"),
-        ({"file_ending": None}, "has no 'file_ending'; add it"),
-        ({"channel_names": None}, "has no 'channel_names'; add it"),
+        ({"labels": ["background", "a"]}, "; write a number for each name"),
+        ({"labels": {"background": 0, "a": {"b": 1}}}, "; write a number for each name"),
+        ({"labels": None}, 'has no "labels"; add '),
+        ({"file_ending": None}, 'has no "file_ending"; add '),
+        ({"channel_names": None}, 'has no "channel_names"; add '),
     ],
 )
 @pytest.mark.parametrize("command", [lambda: check(4, processes=1), lambda: split(4, 604, 1)], ids=["check", "split"])
@@ -207,3 +238,46 @@ def test_a_dataset_json_that_is_a_list_is_one_line(raw):
     (raw / "dataset.json").write_text("[]")
     with pytest.raises(DataError, match=r"dataset\.json must be \{"):
         check(4, processes=1)
+
+
+# ---- spacing -----------------------------------------------------------------------------------------------
+
+
+def respaced(path: Path, factor: float) -> None:
+    image = sitk.ReadImage(str(path))
+    image.SetSpacing([factor * edge for edge in image.GetSpacing()])
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.mark.parametrize("name", ["imagesUn/u_01_0000.nii.gz", "imagesTs/t_00_0000.nii.gz"])
+@pytest.mark.parametrize("factor", [0.001, 0.3, 3.6, 1000])
+def test_an_image_with_voxels_of_quite_another_size_is_found(raw, name, factor):
+    path = raw / name
+    respaced(path, factor)
+    if "Ts" in name:
+        respaced(raw / "labelsTs/t_00.nii.gz", factor)
+    text = failed()["spacing"]
+    assert text.startswith(f"{path} has voxels of ")
+    size = " x ".join(f"{edge:.3g}" for edge in sitk.ReadImage(str(path)).GetSpacing())
+    assert f" {size} mm, labelled images from 0.9 x 1 x 1.4 to 1 x 1.1 x 1.5 mm" in text
+
+
+@pytest.mark.parametrize("factor", [0.4, 2.5])
+def test_voxels_of_another_size_are_fine_within_reason(raw, factor):
+    respaced(raw / "imagesUn/u_01_0000.nii.gz", factor)
+    assert failed() == {}
+
+
+def test_a_slice_among_volumes_is_found(raw):
+    path = raw / "imagesUn/u_01_0000.nii.gz"
+    sitk.WriteImage(sitk.ReadImage(str(path))[:, :, 3:4], str(path))
+    assert failed()["spacing"].startswith(f"{path} is 2-D, labelled images are 3-D")
+
+
+def test_an_image_that_cannot_be_read_is_not_said_to_have_another_spacing(raw):
+    (raw / "imagesTr/l_00_0000.nii.gz").write_bytes(b"")
+    (raw / "imagesUn/u_01_0000.nii.gz").write_bytes(b"")
+    assert failed().keys() == {"images"}
+    for path in (raw / "imagesTr").iterdir():
+        path.write_bytes(b"")
+    assert failed().keys() == {"images"}

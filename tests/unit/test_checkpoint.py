@@ -2,14 +2,18 @@
 
 import os
 import pickle
+import random
 import signal
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from nnunetv2_dycon.checkpoint import TRUST, read_checkpoint, write_checkpoint
-from nnunetv2_dycon.errors import DataError, WriteError
+from nnunetv2_dycon.checkpoint import TRUST, read_checkpoint, reading_without_code, write_checkpoint
+from nnunetv2_dycon.errors import DamagedError, DataError, WriteError
+from tests.training import same
 
 
 def test_a_checkpoint_has_the_keys_that_are_asked_for(tmp_path: Path) -> None:
@@ -69,7 +73,7 @@ def test_a_user_may_trust_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", r"\(it is empty\)|\(Ran out of input\)"),
+        (b"", r"\(it is empty\)"),
         (b"version https://git-lfs.github.com/spec/v1", r"\(it is not a file of torch\)"),
         (None, r"\(PytorchStreamReader failed reading zip archive: failed finding central directory\)"),
     ],
@@ -85,6 +89,89 @@ def test_a_damaged_checkpoint_is_refused_with_a_whole_reason(
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [("latest", "train again with --c"), ("final", "train again with --c"), ("best", "take another checkpoint")],
+)
+def test_a_damaged_checkpoint_says_what_replaces_it(tmp_path: Path, name: str, mend: str) -> None:
+    """A finished training that continues writes its final checkpoint again, and not its best one."""
+    path = tmp_path / f"checkpoint_{name}.pth"
+    path.write_bytes(b"")
+    with pytest.raises(DamagedError, match=rf"\(it is empty\); restore it, or {mend}$"):
+        read_checkpoint(path)
+    with pytest.raises(DamagedError, match=r"\(it is empty\); give another$"):
+        read_checkpoint(path, mend="give another")
+
+
+def test_a_flipped_byte_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """torch itself reads a flipped weight without a word."""
+    path, draw = tmp_path / "checkpoint.pth", random.Random(0)
+    content = {"epoch": 3, "log": [np.float64(1.5)], "weights": {"w": torch.arange(50.0), "b": torch.ones(3)}}
+    write_checkpoint(content, path)
+    whole = path.read_bytes()
+    weight = whole.index(np.float32(7).tobytes())
+    refused = {}
+    for place in {weight, *draw.sample(range(len(whole)), 600)}:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert same(read_checkpoint(path), content), place
+        except DamagedError as error:
+            refused[place] = str(error)
+    assert "/data/0 is damaged)" in refused[weight]
+    assert len(refused) > 100
+    assert not [text for text in refused.values() if "\n" in text or "()" in text]
+
+
+def test_a_part_that_is_marked_as_a_folder_is_damaged(tmp_path: Path) -> None:
+    """torch leaves the memory of such a tensor as it was before."""
+    path = tmp_path / "checkpoint.pth"
+    write_checkpoint({"w": torch.arange(50.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = [(part, archive.read(part)) for part in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, content in parts:
+            part.external_attr |= 0x10 * part.filename.endswith("/data/0")
+            archive.writestr(part, content)
+    with pytest.raises(DataError, match=r"/data/0 is damaged\)"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_written_with_numpy_1_is_read(tmp_path: Path) -> None:
+    """It has other names for numpy's functions; most published models are so old."""
+    new, old = tmp_path / "new.pth", tmp_path / "old.pth"
+    content = {"logging": {"losses": [np.float64(1.5), np.float32(2)], "dice": np.arange(3.0)}, "w": torch.ones(2)}
+    torch.save(content, new)
+    with zipfile.ZipFile(new) as source, zipfile.ZipFile(old, "w") as target:
+        for part in source.infolist():
+            target.writestr(part, source.read(part).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert old.read_bytes() != new.read_bytes()
+    assert same(read_checkpoint(old), content)
+
+
+@pytest.mark.parametrize("before", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}])
+def test_nobody_in_the_process_runs_code_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, str]
+) -> None:
+    harmless, path, ran = tmp_path / "harmless.pth", tmp_path / "checkpoint.pth", tmp_path / "ran"
+    torch.save({"log": [np.float64(1.5)]}, harmless)
+    torch.save({"x": Touch(ran)}, path)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    variables = dict(os.environ)
+    with reading_without_code():
+        assert torch.load(harmless, weights_only=False) == {"log": [1.5]}
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path, weights_only=False)
+    assert not ran.exists()
+    assert dict(os.environ) == variables
+    monkeypatch.setenv(TRUST, "1")
+    with reading_without_code():
+        torch.load(path, weights_only=False)
+    assert ran.exists()
+
+
 def test_a_full_disk_is_one_line_and_the_previous_checkpoint_stays(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk."""
     resource = pytest.importorskip("resource")
@@ -95,7 +182,9 @@ def test_a_full_disk_is_one_line_and_the_previous_checkpoint_stays(tmp_path: Pat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(WriteError, match=r"^cannot write .*checkpoint\.pth: File too large; ") as caught:
+        with pytest.raises(
+            WriteError, match=r"^cannot write .*checkpoint\.pth: File too large \([0-9.]+ MB are free\); make room"
+        ) as caught:
             write_checkpoint({"epoch": 2, "w": torch.ones(10**6)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -5,6 +5,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation import compare as module
@@ -18,11 +20,13 @@ from tests.madeup_runs import (
     CASES,
     DATASET,
     LABELED,
+    PLANS,
     VALIDATION,
     dataset_json,
     make_dataset,
     make_predictions,
     make_training,
+    make_truth,
     write_splits,
 )
 
@@ -150,6 +154,32 @@ def test_compare_scores_by_the_data_sets_own_labels_and_the_convention_given(roo
     assert list(comparison.methods[0].scores[0].values()) == expected
 
 
+def test_nnunets_predictions_are_compared_where_sform_and_qform_of_images_differ(root):
+    raw = root / "nnUNet_raw" / DATASET
+    elsewhere = np.diag([-1.0, 1, 2, 1])
+    elsewhere[:3, 3] = 40
+    for path in (*(raw / "labelsTs").iterdir(), *(raw / "imagesTs").iterdir()):
+        image = nibabel.load(path, mmap=False)
+        image.set_qform(image.affine, 1)
+        image.set_sform(elsewhere, 2)
+        nibabel.save(image, path)
+    for shift, folder in ((0, root / "a"), (1, root / "b")):
+        folder.mkdir()
+        for case in CASES:
+            _, properties = SimpleITKIO().read_images([str(raw / "imagesTs" / f"{case}_0000.nii.gz")])
+            SimpleITKIO().write_seg(np.roll(make_truth(case).T, shift, 1), str(folder / f"{case}.nii.gz"), properties)
+    text = (report(root, str(root / "a"), str(root / "b")).parent / "report.md").read_text()
+    assert "| a | not recorded | not recorded | 1 | **100.00** |" in text
+
+
+def test_pictures_show_files_as_the_reader_of_the_predictions_plans_sees_them(root, written):
+    runs = [make_predictions(root / name, shift) for name, shift in (("a", 0), ("b", 1))]
+    for folder in runs:
+        (folder / "plans.json").write_text(json.dumps(PLANS | {"image_reader_writer": "NibabelIOWithReorient"}))
+    report(root, *map(str, runs))
+    assert written[0][3].labels.reader is NibabelIOWithReorient
+
+
 def test_the_truth_may_be_in_another_folder(root, written):
     truth = make_predictions(root / "truth", 2)
     runs = [str(make_predictions(root / name, shift)) for name, shift in (("a", 2), ("b", 0))]
@@ -176,7 +206,7 @@ def test_published_rows_are_chosen_by_the_runs_labelled_cases_and_reported(root,
 def test_a_prediction_is_nnunets_command_and_is_whole_or_absent(root, monkeypatch):
     commands = []
 
-    def call(script, arguments, run, **environment):
+    def call(script, arguments, run, by_hand, environment=None):
         commands.append((script, arguments, environment))
         if "-i" in arguments:
             make_predictions(Path(arguments[arguments.index("-o") + 1]))
@@ -192,7 +222,7 @@ def test_a_prediction_is_nnunets_command_and_is_whole_or_absent(root, monkeypatc
     assert read_run_file(student.predictions) == student.facts
     predict(teacher, root / "imagesTs", mirroring=True)
     export = commands[1]
-    assert " ".join(export[1][:5]) == f"export -d {DATASET} -tr {OURS.format(0)}"
+    assert " ".join(export[1][:6]) == f"nnUNetv2_dycon export -d {DATASET} -tr {OURS.format(0)}"
     assert " ".join(export[1]).count("--weights teacher") == 1
     assert export[2] == {"nnUNet_results": str(root / "nnUNet_results")}
     assert "--disable_tta" not in commands[2][1]
@@ -234,7 +264,7 @@ def test_refusals_come_before_any_work(root, monkeypatch):
     with pytest.raises(ConfigError, match=r"one method only \(seeds of it"):
         report(root, *map(STOCK.format, (4, 5)))
     (root / "file").touch()
-    with pytest.raises(DataError, match=r"cannot write into .*file; give|cannot write into .*file \(.*\); give"):
+    with pytest.raises(DataError, match=r"cannot write .*file: it is a file;"):
         compare(501, [good, few], output=root / "file" / "report")
     with pytest.raises(DataError, match="names none of the runs"):
         report(root, good, few, baseline="nnUNetTrainer")
@@ -319,5 +349,7 @@ def test_a_folder_without_label_maps_and_an_unknown_data_set_are_refused(root):
     (root / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no file ending in \.nii\.gz"):
         report(root, good, str(root / "empty"))
-    with pytest.raises(DataError, match=r"-d 777: .*777; check the id"):
+    with pytest.raises(
+        DataError, match=r"-d 777: no data set has this id; .* has Dataset501_Made; correct the id, or nnUNet_raw"
+    ):
         compare(777, [good, good], output=root / "report")

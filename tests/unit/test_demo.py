@@ -1,9 +1,11 @@
 """What the demo refuses before it writes or removes anything, and what it says of the time and of what is next."""
 
+import io
 import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,7 +17,8 @@ import pytest
 from nnunetv2_dycon.errors import ConfigError, DataError
 from scripts import demo
 from scripts.demo import Arm, Demo
-from tests.unit.test_exit_codes import hear_ctrl_c
+from scripts.demo_task04 import task04_files
+from tests.processes import hear_ctrl_c
 
 
 def task04(folder: Path) -> Path:
@@ -77,6 +80,52 @@ def test_zero_is_refused_and_does_not_mean_the_default(tmp_path, monkeypatch, op
     with pytest.raises(ConfigError, match=f"{option} 0: give 1 or more"):
         run(monkeypatch, "--out", str(tmp_path / "out"), option, "0")
     assert not (tmp_path / "out").exists()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, 4 if kind == tarfile.REGTYPE else 0
+    return info
+
+
+EVIL = {
+    "a way up": [member("Task04/../../../escaped")],
+    "an absolute name": [member("{outside}/escaped")],
+    "a link out": [member("Task04/door", tarfile.SYMTYPE, "{outside}"), member("Task04/door/escaped")],
+    "a link to a file out": [member("Task04/mine", tarfile.SYMTYPE, "{outside}/mine"), member("Task04/mine")],
+    "a hard link out": [member("Task04/mine", tarfile.LNKTYPE, "{outside}/mine"), member("Task04/mine")],
+    "a device": [member("Task04/null", tarfile.CHRTYPE)],
+}
+
+
+@pytest.mark.parametrize("kind", EVIL)
+def test_an_archive_writes_nothing_outside(tmp_path, monkeypatch, kind) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    path = tmp_path / "Task04.tar"
+    with tarfile.open(path, "w") as archive:
+        for info in EVIL[kind]:
+            named = tarfile.TarInfo(info.name.format(outside=outside))
+            named.type, named.size, named.linkname = info.type, info.size, info.linkname.format(outside=outside)
+            archive.addfile(named, io.BytesIO(b"evil"))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(DataError) as caught:
+        run(monkeypatch, "--out", str(tmp_path / "out"), "--task04", str(path))
+    assert "\n" not in str(caught.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "out/" not in str(p)} == before
+    assert list(outside.iterdir()) == [outside / "mine"]
+
+
+def test_files_that_are_no_cases_of_task04_are_passed_over(tmp_path) -> None:
+    folder = task04(tmp_path / "Task04")
+    for part in ("imagesTr", "labelsTr"):
+        for name in ("._hippocampus_001.nii.gz", "hippocampus_abc.nii.gz"):
+            (folder / part / name).touch()
+    with task04_files(folder) as files:
+        assert sorted(files) == [f"hippocampus_{number:03d}" for number in range(1, 23)]
 
 
 # ---- time and what is next -----------------------------------------------------------------------------------
@@ -141,10 +190,10 @@ def test_ctrl_c_ends_the_demo_in_one_line(tmp_path) -> None:
     script = Path(demo.__file__)
     process = subprocess.Popen(
         [sys.executable, str(script), "--out", str(tmp_path / "out")],
+        preexec_fn=hear_ctrl_c,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=hear_ctrl_c,
     )
     end = time.monotonic() + 900
     while not (tmp_path / "out" / "logs" / "phantom.log").exists():

@@ -122,3 +122,35 @@ def test_a_search_that_fails_is_a_finding_and_not_an_end(monkeypatch):
     checks = list(doctor._trainers())
     assert checks
     assert all(not check.ok and "no such trainer" in check.text for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("processes", "free", "ok", "said"),
+    [
+        ("2", 64 * 1024**2, False, "64 MB of shared memory are free in /dev/shm, "),
+        ("2", 8 * 1024**3, True, "8.0 GB free, enough for 2 loader processes"),
+        ("2", None, True, "no limit, enough for 2 loader processes"),
+        ("0", 0, True, "not needed: nnUNet_n_proc_DA=0"),
+        ("-2", 8 * 1024**3, False, "nnUNet_n_proc_DA is -2, not a number of processes"),
+    ],
+)
+def test_shared_memory_is_compared_with_what_loader_processes_need(monkeypatch, processes, free, ok, said):
+    monkeypatch.setenv("nnUNet_n_proc_DA", processes)
+    monkeypatch.setattr(doctor, "free_bytes", lambda: free)
+    check = doctor._shared_memory()
+    assert (check.name, check.ok) == ("shared memory", ok)
+    assert said in check.text
+    if "are free" in said:
+        assert "docker run --shm-size=8g" in check.text
+
+
+def test_usual_batches_are_those_of_patches_of_128():
+    """Two patches in float32 with targets in int16 of five resolutions, and in training two patches without."""
+    patch, targets = 128**3 * 4, sum((128 >> halvings) ** 3 * 2 for halvings in range(5))
+    assert (2 * (patch + targets) + 2 * patch, 2 * (patch + targets)) == doctor.USUAL_BATCHES
+
+
+def test_the_check_of_shared_memory_is_among_the_findings(monkeypatch):
+    for name in ("_versions", "_registration", "_trainers", "_machine"):
+        monkeypatch.setattr(doctor, name, lambda: ())
+    assert "shared memory" in named(doctor.doctor())

@@ -12,8 +12,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.randomness import global_states
-from nnunetv2_dycon.trainers import engine
+from nnunetv2_dycon.trainers import engine, loaders
 from nnunetv2_dycon.trainers.cases import find_unlabeled
+from nnunetv2_dycon.trainers.loaders import unlabeled_patches
 from nnunetv2_dycon.trainers.state import restore, restore_random_states, state_of
 from tests.training import begin, named, poison, run_epochs, same, seed_all
 
@@ -164,14 +165,15 @@ def test_the_final_validation_is_of_every_model_in_a_folder_of_its_own(trainer, 
 @pytest.mark.parametrize(("wanted", "sizes"), [(3, [2, 1]), (1, [1, None]), (0, [2, 2])])
 def test_processes_share_the_unlabelled_patches_of_a_step(trainer, monkeypatch, wanted: int, sizes: list) -> None:
     t = begin(trainer(f"nnUNetTrainerMeanTeacher_epochs1_unlabeledbatch{wanted}"))
-    monkeypatch.setattr(engine, "world_size", lambda: 2)
+    monkeypatch.setattr(loaders, "world_size", lambda: 2)
+    labeled = t.dataloader_train.data_loader.labeled
     for rank, size in enumerate(sizes):
         t.local_rank = rank
         if size is None:
             with pytest.raises(ConfigError, match=f"unlabeledbatch{wanted} leaves no unlabelled patch"):
-                t._unlabeled_loader(t.dataloader_train.data_loader.labeled)
+                unlabeled_patches(t, labeled)
         else:
-            assert t._unlabeled_loader(t.dataloader_train.data_loader.labeled).inner.batch_size == size
+            assert unlabeled_patches(t, labeled).inner.batch_size == size
 
 
 def test_processes_that_go_on_draw_apart_from_each_other_and_from_their_start(trainer) -> None:

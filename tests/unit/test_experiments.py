@@ -282,6 +282,17 @@ def test_a_raw_data_set_is_taken_over_only_with_its_own_draw(raw, capfd):
         steps.raw("Dataset611_Blobs", "4", "7", ["false"])
 
 
+def test_a_command_that_names_its_data_set_otherwise_is_one_line(raw, capfd):
+    """`split` keeps the name of its source, whatever the configuration calls it."""
+    place = raw.with_name("Dataset613_Blobs")
+    command = [sys.executable, "-c", f"from pathlib import Path; Path({str(place)!r}).mkdir()"]
+    assert steps.main(["raw", "--folder", "Dataset613_Mine", "--labeled", "4", "--draw", "7", "--", *command]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert "wrote Dataset613_Blobs in place of Dataset613_Mine: give the data set its name" in said
+    assert list(place.parent.glob("Dataset613_Mine*")) == []
+
+
 def test_a_published_list_is_not_a_draw_with_seed_0(raw, capfd):
     (raw / "conversion.json").write_text(json.dumps({"request": {"labeled": "4", "labeled_seed": 0}}))
     assert steps.main(["raw", "--folder", raw.name, "--labeled", "4", "--draw", "published", "--", "false"]) == 2

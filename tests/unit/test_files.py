@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from nnunetv2_dycon import files
-from nnunetv2_dycon.errors import DataError, SplitError
+from nnunetv2_dycon.errors import DataError, SplitError, WriteError
+from tests.small_disk import run_on_small_disk
 
 
 def test_a_write_that_fails_leaves_the_previous_file_and_nothing_else(tmp_path: Path) -> None:
@@ -55,9 +57,51 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(DataError, match=r"cannot write .*a\.txt: No space left on device; check its permissions and"):
+    said = (
+        r"cannot write .*a\.txt: No space left on device \(\d+\.\d MB are free\); make room, or choose another folder"
+    )
+    with pytest.raises(WriteError, match=said):
         files.write_text(tmp_path / "a.txt", "text")
     assert os.listdir(tmp_path) == []
+
+
+FILL = """
+import os, sys
+from pathlib import Path
+from nnunetv2_dycon import files
+from nnunetv2_dycon.errors import WriteError
+
+disk, how = Path(sys.argv[1]), sys.argv[2]
+target = disk / "target"
+(disk / "ballast").write_bytes(bytes(3_000_000))
+if how == "file":
+    files.write_bytes(target, b"before")
+else:
+    target.mkdir()
+    (target / "a").write_bytes(b"before")
+try:
+    if how == "file":
+        files.write_bytes(target, bytes(2_000_000))
+    else:
+        with files.whole_folder(target) as part:
+            (part / "a").mkdir()
+            files.write_bytes(part / "a" / "b", bytes(600_000))
+            files.write_bytes(part / "a" / "c", bytes(600_000))
+except WriteError as error:
+    print(error)
+whole = target if how == "file" else target / "a"
+print(whole.read_bytes().decode(), sorted(os.listdir(disk)))
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "folder"])
+def test_a_disk_that_is_full_is_said_with_its_free_space_and_the_previous_one_stays(tmp_path: Path, how: str) -> None:
+    said = run_on_small_disk(tmp_path / "disk", 4, FILL, tmp_path / "disk", how).splitlines()
+    space = r"No space left on device \((\d\.\d) MB are free\); make room, or choose another folder"
+    found = re.fullmatch(f"cannot write {re.escape(str(tmp_path))}/disk/target: {space}", said[0])
+    assert found, said
+    assert 1.1 <= float(found[1]) <= 1.3  # 4 MiB less the ballast, and the unfinished files are gone
+    assert said[1] == "before ['ballast', 'target']"
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (None, "No such")])

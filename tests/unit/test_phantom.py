@@ -210,7 +210,7 @@ def test_an_existing_phantom_is_replaced_only_when_asked(raw, caplog):
     options = {"cases": 6, "labeled": 2, "test": 2, "labeled_scanner": "all", **SMALL}
     folder = write_phantom(7, **options)
     before = files(folder)
-    with pytest.raises(DataError, match=r"Dataset007_Phantom exists: .* --overwrite"):
+    with pytest.raises(DataError, match=r"Dataset007_Phantom exists; .* --overwrite"):
         write_phantom(7, **options)
     assert files(folder) == before
     (raw.parent / "nnUNet_preprocessed" / folder.name).mkdir()
@@ -232,20 +232,20 @@ def test_a_folder_that_we_did_not_write_is_never_replaced(raw):
 @pytest.mark.parametrize("where", ["nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"])
 def test_an_id_of_another_data_set_is_refused(raw, where):
     (raw.parent / where / "Dataset007_Liver").mkdir()
-    with pytest.raises(DataError, match="Id 7 belongs to Dataset007_Liver: choose"):
+    with pytest.raises(DataError, match=r"-d 7 belongs to .*Dataset007_Liver; choose a free id: -d 8$"):
         write_phantom(7, overwrite=True, **SMALL)
 
 
 def test_an_unset_raw_folder_is_named_with_what_to_type(monkeypatch):
     monkeypatch.delenv("nnUNet_raw", raising=False)
-    with pytest.raises(DataError, match="nnUNet_raw is not set: type export"):
+    with pytest.raises(DataError, match="nnUNet_raw is not set; type: export"):
         write_phantom(7)
 
 
 def test_a_raw_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "file" / "raw"))
-    with pytest.raises(DataError, match=r"Cannot write to .*file/raw"):
+    with pytest.raises(DataError, match=r"cannot write .*file/raw"):
         write_phantom(7, cases=6, labeled=2, test=2, labeled_scanner="all", **SMALL)
 
 
@@ -273,5 +273,5 @@ def test_a_bad_setting_is_one_line_that_says_what_to_give(raw, options, message)
 
 @pytest.mark.parametrize("dataset_id", [0, 1000])
 def test_an_id_that_nnunet_cannot_number_is_refused(raw, dataset_id):
-    with pytest.raises(ConfigError, match="give 1 to 999"):
+    with pytest.raises(ConfigError, match="a number from 1 to 999"):
         write_phantom(dataset_id)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from batchgenerators.dataloading.data_loader import DataLoader
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
-from nnunetv2_dycon.data.loader import IsolatedLoader, MixedLoader, replace_loader
+from nnunetv2_dycon.data.loader import IsolatedLoader, MixedLoader
+from nnunetv2_dycon.data.processes import LoaderProcesses
 from nnunetv2_dycon.randomness import derived_seed, process_seed, seed_from_here
 from tests.training import begin
 
@@ -31,9 +31,9 @@ class Numbers(DataLoader):
 
 def drawn(seed: int | None, batches: int) -> list[float]:
     """All numbers of some batches that four processes draw, labelled and unlabelled."""
-    stock = NonDetMultiThreadedAugmenter(Numbers(), None, 4, wait_time=0.001)
     mixed = MixedLoader(Numbers(), IsolatedLoader(Numbers(), seed_from_here("unlabeled")))
-    augmenter = replace_loader(stock, mixed, seed)
+    seeds = None if seed is None else [derived_seed(seed, worker) for worker in range(4)]
+    augmenter = LoaderProcesses(mixed, 4, 2, seeds, pin_memory=False)
     try:
         found = [next(augmenter) for _ in range(batches)]
         return [float(number) for batch in found for part in ("data", "unlabeled") for number in batch[part]]

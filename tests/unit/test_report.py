@@ -17,10 +17,10 @@ from nnunetv2_dycon.evaluation.figures import (
     reliability_counts,
     training_curves,
 )
+from nnunetv2_dycon.evaluation.forms import Cell, Table
 from nnunetv2_dycon.evaluation.label_files import read_labels
 from nnunetv2_dycon.evaluation.report import _introduction, as_markdown, html
 from nnunetv2_dycon.evaluation.scores import evaluate
-from nnunetv2_dycon.evaluation.tables import Cell, Table
 from tests.madeup_runs import CASES, a_run, make_dataset, make_predictions, make_truth, write_volume
 from tests.unit.test_comparison import score
 
@@ -76,6 +76,37 @@ def test_names_are_text_on_the_page_and_marks_are_shown():
     assert "&lt;script&gt;" in text
     assert "<strong>1.0</strong>" in text
     assert re.search(r"<abbr [^>]*>\*</abbr>", text)
+
+
+def test_facts_are_folded_away_and_the_other_tables_are_not():
+    text = html("", [], [TABLE, TABLE._replace(folded="More & more")], [])
+    assert text.count("<details>") == text.count("</details>") == 1
+    assert text.index("</table>") < text.index("<details>") < text.rindex("<table")
+    assert "<summary>More &amp; more</summary>" in text
+
+
+def test_on_a_narrow_screen_the_column_of_methods_keeps_a_width_and_tables_scroll():
+    """Without it, the names have one letter per line; pictures shrink until nothing can be read."""
+    text = html("", [], [TABLE], [PICTURE])
+    assert '<meta name="viewport" content="width=device-width' in text
+    assert re.search(r"\ntd:first-child \{[^}]*min-width: 1\dch", text)
+    assert re.search(r"\.wide \{ overflow-x: auto", text)
+    assert len(Page(text).of("div")) == 2  # around table and picture
+
+
+def test_a_long_name_may_be_broken_after_its_underscores_alone():
+    row = (Cell("DyCON_beta0p5_<b>"), Cell("90.0"))
+    text = html("", [], [TABLE._replace(rows=[row])], [])
+    assert "<td>DyCON_<wbr>beta0p5_<wbr>&lt;b&gt;</td>" in text
+
+
+def test_the_first_lines_of_a_report_have_short_names_alone(raw, tmp_path):
+    names = [f"nnUNetTrainer{kind}_epochs40_iters200_bf16_seed0" for kind in ("LabeledOnly", "DyCON_wfecl0")]
+    comparison, _ = compared(raw, tmp_path)
+    text = " ".join(_introduction(make_comparison([(a_run(n), evaluated(comparison)) for n in names], names[0][:-6])))
+    assert "baseline: LabeledOnly." in text
+    assert "DyCON_wfecl0" in text
+    assert not re.search("nnUNetTrainer|epochs|seed", text)
 
 
 def test_rows_of_another_protocol_look_different():

@@ -159,6 +159,8 @@ def test_a_wrong_name_is_refused_with_the_nearest(root):
         find("nnUNetTrainerDyCON_epoch4")
     with pytest.raises(DataError, match="is not a folder"):
         find("no/such")
+    with pytest.raises(DataError, match=f"--runs {DYCON}=misspelt: misspelt is not a folder; name the folder"):
+        find(f"{DYCON}=misspelt")
 
 
 def test_student_and_teacher_are_two_runs_and_stock_has_one(root):
@@ -189,8 +191,10 @@ def test_predictions_of_an_older_training_are_refused(root):
     find(DYCON)
     state = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     torch.save({**state, "network_weights": {"w": torch.ones(1)}}, folder / "checkpoint_final.pth")
-    with pytest.raises(DataError, match="predicted with another state"):
+    with pytest.raises(DataError, match=r"predicted with another state of .*; delete it and type --predict"):
         find(DYCON)
+    with pytest.raises(DataError, match=f"; name other predictions of {DYCON}, or none and type --predict"):
+        find(f"{DYCON}={run.predictions}")
 
 
 def test_predictions_of_the_other_weights_are_refused(root):
@@ -278,7 +282,10 @@ def test_other_test_cases_are_refused():
     predicted = {str(runs[0].predictions): CASES, str(runs[1].predictions): CASES[:-1]}
     with pytest.raises(DataError, match=r"b has other test cases: .* lacks test_09"):
         check_alike(runs, CASES, predicted)
-    with pytest.raises(DataError, match="has extra, which has no truth"):
+    own = replace(runs[0], training=Path("f"), predictions=Path("f/test/x"))
+    with pytest.raises(DataError, match="lacks test_09; delete f/test/x and type --predict"):
+        check_alike([own], CASES, {"f/test/x": CASES[:-1]})
+    with pytest.raises(DataError, match="has extra, which has no truth; predict the same cases with every run"):
         alike(a_run("a"), predicted=[*CASES, "extra"])
 
 
@@ -298,8 +305,10 @@ def test_an_upper_bound_has_all_labelled_cases_and_more_of_the_same_plans():
     for labeled in (LABELED, (*LABELED[:2], "train_9")):
         with pytest.raises(DataError, match=r"--upper a was trained on 3 labelled cases, which are not those of a and"):
             alike(a_run("a"), a_run("a", **bound | {"labeled": labeled}))
-    with pytest.raises(DataError, match=r"--upper a was trained with other plans \(bbbb\).*move_plans"):
-        alike(a_run("a"), a_run("a", **bound | {"plans": "bbbb"}))
+    command = "nnUNetv2_move_plans_between_datasets -s 501 -t 7 -sp nnUNetPlans -tp nnUNetPlans_of_501"
+    for dataset, mend in ((DATASET, "train it anew with the same -p"), ("Dataset007_Other", f"-p .*: {command}$")):
+        with pytest.raises(DataError, match=rf"--upper a was trained with other plans \(bbbb\).*{mend}"):
+            alike(a_run("a"), a_run("a", **bound | {"plans": "bbbb", "dataset": dataset}))
     with pytest.raises(DataError, match="trained on the test cases test_00"):
         alike(a_run("a"), a_run("a", **bound | {"labeled": (*LABELED, CASES[0])}))
 
@@ -396,4 +405,7 @@ def test_short_names_keep_what_tells_methods_apart():
     assert list(short_names(names).values()) == ["DyCON_beta1", "DyCON_beta2"]
     both = ["nnUNetTrainer_bf16 (student)", "nnUNetTrainer_bf16 (teacher)"]
     assert list(short_names(both).values()) == ["nnU-Net (student)", "nnU-Net (teacher)"]
-    assert short_names(["a", "a_b"]) == {"a": "a", "a_b": "a_b"}
+    for folders in (["a", "a_b"], ["of others", "of others_2"], ["two (1)", "two (2)"]):
+        assert short_names(folders) == {name: name for name in folders}
+    mixed = ["nnUNetTrainer_bf16_epochs5", "nnUNetTrainerCPS_bf16_epochs5_w1", "theirs_bf16"]
+    assert list(short_names(mixed).values()) == ["nnU-Net", "CPS_w1", "theirs_bf16"]

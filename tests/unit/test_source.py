@@ -117,7 +117,8 @@ def test_two_files_of_a_case_are_named_both_whatever_the_spelling_of_the_case() 
         ("npy/0001_image.npy", "preprocessed BTCV.*cannot be converted"),
         ("data/BraTS2019/data/BraTS19_2013_0_1.h5", "preprocessed BraTS.*cannot be converted"),
         ("case_001.h5", "preprocessed ISLES-2022.*cannot be converted"),
-        ("Task04_Hippocampus/dataset.json", "nnU-Net or Decathlon data set; type: nnUNetv2_dycon split"),
+        ("Task04_Hippocampus/dataset.json", "Decathlon data set; .*nnUNetv2_convert_MSD_dataset -i .*split"),
+        ("Dataset004_X/dataset.json", "Decathlon data set; type: nnUNetv2_dycon split -d 4 --as [0-9]+ --labeled 0.1$"),
         ("a/holiday.jpg", "it holds, for example, a/holiday.jpg"),
     ],
 )
@@ -137,7 +138,7 @@ def test_what_was_asked_for_is_not_advised_again(tmp_path: Path) -> None:
     assert "type" not in looks_like(tmp_path, files, "LA")
     assert "without the images" in looks_like(tmp_path, files, "LA")
     assert "convert LA" in looks_like(tmp_path, files, "BTCV")
-    assert looks_like(tmp_path, []) == "the folder is empty"
+    assert looks_like(tmp_path, []) == "the folder is empty; give the folder that holds the collection"
 
 
 def test_the_order_of_files_does_not_depend_on_the_disk(tmp_path: Path, monkeypatch) -> None:

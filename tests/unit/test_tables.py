@@ -10,16 +10,14 @@ import pytest
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.evaluation import tables
 from nnunetv2_dycon.evaluation.comparison import make_comparison
+from nnunetv2_dycon.evaluation.facts import Facts
+from nnunetv2_dycon.evaluation.runs import Run
 from nnunetv2_dycon.evaluation.tables import (
-    Cell,
-    Table,
     choose_published,
     class_table,
     difference_table,
     facts_table,
-    latex,
     main_table,
-    markdown,
     read_published,
     results_csv,
 )
@@ -155,20 +153,24 @@ def test_the_interval_goes_from_its_lower_to_its_upper_end():
 
 def test_each_fact_is_in_its_column():
     facts = {"steps": 20, "batch": 2, "seconds_per_step": 0.25, "hardware": "GPU", "versions": {"torch": "2"}}
-    runs = [(a_run(name, fold="3", seed=7, **facts), scores(DICE)) for name in "ab"]
-    table = facts_table(make_comparison(runs, "a (student)"))
-    assert table.header[:7] == (
-        "Method",
-        "Weights",
-        "Labelled",
-        "Unlabelled",
-        "Steps",
-        "Labelled patches seen",
-        "Checkpoint",
+    names = ("nnUNetTrainershort_seed7", "nnUNetTrainerother_seed7")
+    runs = [(a_run(name, fold="3", seed=7, **facts), scores(DICE)) for name in names]
+    table = facts_table(make_comparison(runs, "nnUNetTrainershort (student)"))
+    assert table.header[:2] == ("Method", "Trainer or folder")
+    assert texts(table)[0][:2] == ["short", "nnUNetTrainershort_seed7"]
+    assert table.header[2:8] == (
+        *("Weights", "Labelled", "Unlabelled", "Steps", "Labelled patches seen", "Checkpoint"),
     )
-    assert texts(table)[0][:7] == ["a", "student", "3", "0", "20", "40", "checkpoint_final.pth"]
-    assert table.header[7:] == ("Mirroring", "Seed", "Seconds per step", "Hardware", "Fold", "Plans", "Versions")
-    assert texts(table)[0][7:] == ["yes", "7", "0.25", "GPU", "3", "aaaaaaaa", "torch 2"]
+    assert texts(table)[0][2:8] == ["student", "3", "0", "20", "40", "checkpoint_final.pth"]
+    assert table.header[8:] == ("Mirroring", "Seed", "Seconds per step", "Hardware", "Fold", "Plans", "Versions")
+    assert texts(table)[0][8:] == ["yes", "7", "0.25", "GPU", "3", "aaaaaaaa", "torch 2"]
+
+
+def test_the_facts_are_folded_and_name_folders_of_predictions(compared):
+    assert facts_table(compared).folded == "Full names and facts of the 4 runs"
+    runs = [(Run(name, Facts(), Path("from", name)), scores(DICE)) for name in ("theirs", "ours")]
+    table = facts_table(make_comparison(runs, "theirs"))
+    assert [row[1] for row in texts(table)] == ["theirs", "ours"]
 
 
 def test_facts_that_are_not_recorded_are_called_so(compared):
@@ -225,28 +227,6 @@ def test_the_published_results_are_installed_with_the_package():
     assert '"evaluation/*.json"' in setup
     assert '"evaluation/*.html"' in setup
     assert json.loads((Path(tables.__file__).parent / "published_results.json").read_text())
-
-
-TABLE = Table(
-    "A & B",
-    ("M_1", "Dice (%) ↑"),
-    [(Cell("x|y"), Cell("1.0 ± 0.5", True, True)), (Cell("z"), Cell("–"))],
-    ("note *: y",),
-)
-
-
-def test_markdown_marks_and_escapes():
-    lines = markdown(TABLE).splitlines()
-    assert lines[2:6] == ["| M_1 | Dice (%) ↑ |", "| --- | --- |", r"| x\|y | **1.0 ± 0.5**\* |", "| z | – |"]
-    assert lines[-1] == r"note \*: y"
-
-
-def test_latex_marks_and_escapes():
-    text = latex(TABLE)
-    assert r"M\_1 & Dice (\%) $\uparrow$ \\" in text
-    assert r"x|y & \textbf{1.0 $\pm$ 0.5}$^{*}$ \\" in text
-    assert r"\caption{A \& B. note *: y}" in text
-    assert r"\begin{tabular}{lc}" in text
 
 
 def test_the_csv_has_all_digits_of_every_result(compared):

@@ -1,5 +1,7 @@
 """Checkpoints of every method: what they hold, who may continue, and what a killed training leaves."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
-from nnunetv2_dycon.errors import ConfigError, DataError
+from nnunetv2_dycon.errors import ConfigError, DataError, WriteError
 from tests.training import METHODS, begin, named, run_epochs, same, seed_all, steps, weights
 from tests.unit.test_checkpoint import Touch
 
@@ -113,6 +115,25 @@ def test_checkpoint_is_whole_or_the_previous_one(trainer, monkeypatch: pytest.Mo
         t.save_checkpoint(str(path))
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.glob(".*.part.*")] == []
+
+
+def test_a_full_disk_says_how_the_training_goes_on(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = begin(trainer(named("nnUNetTrainerDyCON")))
+    t.history.add(0, {"ramp": 0.0})
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("nnunetv2_dycon.files.os.fsync", full)
+    folder = Path(t.output_folder)
+    writers = {"checkpoint_latest.pth": t.save_checkpoint, "a.csv": t.history.write_csv, "a.png": t.history.plot}
+    for name, write in writers.items():
+        with pytest.raises(
+            WriteError, match=r"MB are free\); make room, then type the same command with --c$"
+        ) as caught:
+            write(folder / name)
+        assert str(caught.value).startswith(f"cannot write {folder / name}: ")
+        assert not (folder / name).exists()
 
 
 def test_what_a_killed_training_left_goes_when_it_starts_again(trainer) -> None:

@@ -57,6 +57,14 @@ def test_the_second_training_names_the_first_and_changes_nothing(trainer, other)
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
+def test_a_validation_next_to_a_training_is_refused_too(trainer, other) -> None:
+    t = trainer(named("nnUNetTrainerMeanTeacher", "epochs2_iters1_valiters1_seed40"))
+    process, _ = other(Path(t.output_folder))
+    with pytest.raises(DataError, match=f"process {process} on .* trains here"):
+        t.perform_actual_validation()
+    assert not Path(t.output_folder, "validation").exists()
+
+
 def test_a_killed_training_leaves_no_lock(tmp_path: Path, other) -> None:
     _, process = other(tmp_path)
     process.kill()

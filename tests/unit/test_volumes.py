@@ -13,6 +13,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunetv2_dycon.conversion import volumes
 from nnunetv2_dycon.conversion.cases import Resampled
@@ -68,6 +70,23 @@ def test_scaled_nifti_is_read_scaled(tmp_path, array) -> None:
     nib.save(image, tmp_path / "a.nii")
     volume = NiftiFile(tmp_path / "a.nii").read()
     assert np.allclose(volume.array, by_sitk(tmp_path / "a.nii")[0])
+
+
+@pytest.mark.parametrize(("ending", "reader"), [(".nii.gz", SimpleITKIO), (".nii", NibabelIO)])
+def test_nifti_is_seen_as_by_nnunets_reader_of_the_data_set(tmp_path, array, ending, reader) -> None:
+    image = nib.Nifti1Image(array, None)
+    image.set_qform(AFFINE, 1)
+    image.set_sform(oblique((1.5, 1, 2), (3, 4, 5), 70), 2)
+    image.header.set_slope_inter(0.1, 0)
+    nib.save(image, tmp_path / "a.nii.gz")
+    source = NiftiFile(tmp_path / "a.nii.gz").seen_in(ending)
+    volume = source.read()
+    assert (source.reader, source.files) == (reader, (tmp_path / "a.nii.gz",))
+    assert np.array_equal(volume.array, reader().read_seg(str(tmp_path / "a.nii.gz"))[0][0].T)
+    assert np.allclose(volume.affine, AFFINE if reader is SimpleITKIO else image.affine, atol=1e-4)
+    grid = source.grid()
+    assert np.array_equal(grid.affine, volume.affine)
+    assert (grid.array.shape, grid.array.any(), grid.header) == (array.shape, False, volume.header)
 
 
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
@@ -270,7 +289,7 @@ def test_what_the_disk_says_is_one_line_with_the_place(tmp_path, array, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(nib, "save", full)
-    with pytest.raises(DataError, match=r"cannot write .*a\.nii: No space left on device; check"):
+    with pytest.raises(DataError, match=r"cannot write .*a\.nii: No space left on device .*; make room, or let"):
         save(Volume(array, AFFINE), tmp_path / "a.nii")
     with pytest.raises(DataError, match=r"cannot write .*none/a\.nii"):
         put_file(tmp_path / "x.nii", tmp_path / "none" / "a.nii")
@@ -393,6 +412,8 @@ def test_resampling_agrees_with_sitk_and_keeps_the_header_of_the_grid(tmp_path, 
     source = Resampled(NiftiFile(tmp_path / "moving.nii.gz"), NiftiFile(tmp_path / "grid.nii.gz"))
     volume = source.read()
     assert source.files == (tmp_path / "moving.nii.gz",)
+    seen = source.seen_in(".nii")
+    assert [one.reader for one in (seen.image, seen.onto)] == [NibabelIO] * 2
     assert (volume.array.shape, volume.array.dtype) == ((5, 6, 7), np.float32)
     assert np.allclose(volume.affine, grid, atol=1e-5)
     moving, onto = (sitk.ReadImage(str(tmp_path / f"{n}.nii.gz"), sitk.sitkFloat64) for n in ("moving", "grid"))

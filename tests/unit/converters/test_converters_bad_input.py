@@ -24,6 +24,7 @@ from tests.converting import (
     Form,
     find,
     lay_out,
+    read,
     refused,
     run,
     tree,
@@ -46,7 +47,7 @@ def test_a_damaged_file_is_named_and_nothing_is_left(raw, source, name, damage, 
 
 
 @pytest.mark.parametrize("name", NIFTI_LABELS)
-@pytest.mark.parametrize(("value", "word"), [(0.9999, "0.9999"), (77, "label value 77"), (np.nan, "nan")])
+@pytest.mark.parametrize(("value", "word"), [(0.9999, "0.9999"), (77, "label value 77"), (np.nan, "has NaN or Inf")])
 def test_a_label_value_that_is_not_known_is_named_with_its_file(raw, source, name, value, word) -> None:
     form = FORMS[name]
     lay_out(name, source)
@@ -147,7 +148,7 @@ def test_a_folder_that_is_empty_or_not_there_is_refused(raw, source) -> None:
     refused(raw, FORMS["la-nrrd"], source, "the folder is empty")
     refused(raw, FORMS["la-nrrd"], source / "none", "does not exist")
     (source / "zip.zip").touch()
-    refused(raw, FORMS["la-nrrd"], source / "zip.zip", "is a file")
+    refused(raw, FORMS["la-nrrd"], source / "zip.zip", "is an archive; unpack it")
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -214,7 +215,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(raw, source, monkeypatch) -
         mkdir(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "mkdir", refuse)  # root may write everywhere
-    refused(raw, form, source, "Cannot write to", str(raw), "Permission denied")
+    refused(raw, form, source, "cannot write ", str(raw), "Permission denied")
 
 
 @pytest.mark.parametrize("name", ["la-h5", "btcv-raw"])
@@ -251,13 +252,13 @@ def test_an_id_that_is_taken_and_foreign_files_are_left_alone(raw, source) -> No
     form = FORMS["btcv-raw"]
     lay_out("btcv-raw", source)
     (raw / "Dataset505_Other").mkdir()
-    refused(raw, form, source, "Id 505 belongs to Dataset505_Other")
+    refused(raw, form, source, f"-d 505 belongs to {raw / 'Dataset505_Other'}; choose a free id: -d 506")
     folder = run(form, source, dataset_id=700).folder
     refused(raw, form, source, "--overwrite", dataset_id=700, labeled=2)
     (folder / "imagesTr" / "mine_0000.nii.gz").touch()
     refused(raw, form, source, "mine_0000.nii.gz was added", dataset_id=700, labeled=2, overwrite=True)
     for wrong in (0, 1000):
-        refused(raw, form, source, "give 1 to 999", dataset_id=wrong)
+        refused(raw, form, source, "a number from 1 to 999", dataset_id=wrong)
 
 
 @pytest.mark.parametrize("name", ["btcv-raw", "pancreas-dicom"])
@@ -266,7 +267,6 @@ def test_a_source_that_was_changed_at_the_same_size_is_said(raw, source, name) -
     lay_out(name, source)
     folder = run(form, source).folder
     (find(source, AN_IMAGE[name]).parent / ".DS_Store").touch()  # no file of a scan
-    (find(source, AN_IMAGE[name]).parent / ".DS_Store").unlink()
     assert run(form, source).state == "up to date"
     os.utime(find(source, AN_IMAGE[name]), ns=(1, 1))
     refused(raw, form, source, "source files were changed", str(folder), "--overwrite")
@@ -333,7 +333,45 @@ def test_the_command_ends_with_2_and_one_line(raw, source, capsys) -> None:
 
 def test_no_labeled_case_on_disk_is_said(raw, source) -> None:
     collections.la_h5(source, collections.LA["test"])
-    with pytest.raises(SplitError, match="none of the 8 labelled cases of la_80_20 is there"):
+    with pytest.raises(SplitError, match="no training case of la_80_20 is there with its label"):
         run(FORMS["la-h5"], source)
     assert issubclass(SplitError, UserError)
     assert issubclass(DataError, UserError)
+
+
+@pytest.mark.parametrize("form", ["pancreas-dicom", "pancreas-nifti"])
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_label_with_fewer_slices_than_its_scan_is_never_shifted(raw, source, form, lost) -> None:
+    truth = lay_out(form, source)["PANCREAS_0001"]
+    path = find(source, A_LABEL[form])
+    image = nib.load(path)
+    turned = image.as_reoriented([[0, 1], [1, 1], [2, -1]])  # begins far from the organ
+    for corrected in (False, True):
+        affine = turned.affine.copy()
+        affine[:3, 3] += corrected * lost * affine[:3, 2]
+        nib.save(nib.Nifti1Image(np.asanyarray(turned.dataobj)[:, :, lost:], affine), path)
+        try:
+            folder = run(FORMS[form], source, overwrite=True).folder
+        except DataError:
+            refused(raw, FORMS[form], source, str(path), "the CT does not show clearly", "all slices", overwrite=True)
+        else:
+            assert np.array_equal(read(folder / "labelsTr" / "PANCREAS_0001.nii.gz")[0], truth.label)
+
+
+@pytest.mark.parametrize("name", ["a\\..\\b", "tab\there", "two\nlines", "x..", " "])
+def test_a_folder_whose_name_no_case_has_is_left_out_and_said_on_one_line(raw, source, name) -> None:
+    cases = [case for group in collections.LA.values() for case in group]
+    collections.la_h5(source, [*cases, name])
+    report = run(FORMS["la-h5"], source)
+    assert sorted(path.name for path in report.folder.parent.iterdir()) == [report.folder.name]
+    files = sorted(path.name for path in report.folder.glob("images*/*"))
+    assert files == sorted(f"{case}_0000.nii.gz" for case in cases)
+    (note,) = (note for note in report.notes if "not in the protocol" in note)
+    assert "\n" not in note
+    assert "\t" not in note
+    path = source.parent / "protocol.json"
+    path.write_text(json.dumps({"labeled": [cases[0]], "unlabeled": [name], "test": [cases[1]]}))
+    if name.strip() and name.isprintable() and "\\" not in name:
+        assert run(FORMS["la-h5"], source, labeled=path, overwrite=True).state == "written"
+    else:
+        refused(raw, FORMS["la-h5"], source, "protocol.json names a case", labeled=path, overwrite=True)

@@ -1,10 +1,12 @@
 """What cannot be scored is refused in one line that names the file."""
 
+import gzip
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -51,8 +53,11 @@ BAD = {
     "extra": (lambda folder: write(folder / "d.nii.gz", label_map(1)), "d.nii.gz has no truth .*remove"),
     "no common name": (renamed, "share no file name"),
     "shape": (broken(lambda a: (label_map(10)[:-1], a)), r"a.nii.gz has shape \(9, 8, 6\) instead of \(9, 8, 7\)"),
-    "spacing": (broken(lambda a: (label_map(10), a * [1, 1, 1.01, 1])), "a.nii.gz has spacing 2.525, 1, 0.5 instead"),
-    "origin": (broken(moved), "a.nii.gz has origin 13, -7, 30 instead of 12, -7, 30"),
+    "spacing": (
+        broken(lambda a: (label_map(10), a * [1, 1, 1.01, 1])),
+        "a.nii.gz has spacing 0.5, 1, 2.525 instead",
+    ),
+    "origin": (broken(moved), "a.nii.gz has origin -13, 7, 30 instead of -12, 7, 30"),
     "direction": (broken(turned), "a.nii.gz has direction .* instead"),
     "unknown value": (
         broken(lambda a: (label_map(10) * 2, a)),
@@ -60,12 +65,16 @@ BAD = {
     ),
     "negative value": (broken(lambda a: (-label_map(10).astype(np.int16), a)), "holds the value -2"),
     "probabilities": (broken(lambda a: (label_map(10) * 0.45, a)), r"a.nii.gz holds 0.\d+, so probabilities"),
-    "nan": (broken(lambda a: (np.full(SHAPE, np.nan), a)), "a.nii.gz holds nan, so probabilities"),
+    "nan": (broken(lambda a: (np.full(SHAPE, np.nan), a)), "a.nii.gz has NaN or Inf"),
     "probabilities of all classes": (broken(lambda a: (np.ones((*SHAPE, 3)), a)), "which is not a label map"),
     "npz alone": (only_npz, r"holds probabilities \(.npz\)"),
-    "truncated": (truncated, "a.nii.gz cannot be read"),
-    "not an image": (lambda folder: (folder / "a.nii.gz").write_text("hello"), "a.nii.gz cannot be read"),
-    "empty file": (lambda folder: (folder / "a.nii.gz").write_bytes(b""), "a.nii.gz cannot be read"),
+    "truncated": (truncated, "a.nii.gz cannot be read .*end-of-stream"),
+    "not an image": (lambda folder: (folder / "a.nii.gz").write_text("hello"), "a.nii.gz is not gzip data"),
+    "gzip data of no image": (
+        lambda folder: (folder / "a.nii.gz").write_bytes(gzip.compress(b"hello" * 99)),
+        "a.nii.gz cannot be read",
+    ),
+    "empty file": (lambda folder: (folder / "a.nii.gz").write_bytes(b""), "a.nii.gz is empty"),
     "empty folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "predicted holds no file ending"),
 }
 
@@ -87,7 +96,9 @@ def test_bad_input_is_one_line_that_names_the_file_and_nothing_is_written(
 def test_rounded_headers_are_the_same_geometry(folders: tuple[Path, Path]) -> None:
     truth, prediction = folders
     rounded = AFFINE + np.random.default_rng(0).uniform(-1e-4, 1e-4, (4, 4)) * [[1], [1], [1], [0]]
-    write(prediction / "a.nii.gz", label_map(10), rounded)
+    image = nib.Nifti1Image(label_map(10), rounded)
+    image.set_qform(rounded, 1)  # which has right angles
+    nib.save(image, prediction / "a.nii.gz")
     evaluate(truth, prediction, processes=1)
 
 
@@ -157,7 +168,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(folders: tupl
     truth, prediction = folders
     (tmp_path / "file").touch()
     (prediction / "a.nii.gz").write_text("would be noticed in the work")
-    with pytest.raises(DataError, match=re.escape(f"cannot write into {tmp_path / 'file'}")):
+    with pytest.raises(DataError, match=re.escape(f"cannot write {tmp_path / 'file'}: ")):
         evaluate(truth, prediction, output=tmp_path / "file", processes=1)
 
 

@@ -144,7 +144,7 @@ def test_fold_all_trains_and_validates_on_all_labelled_cases(monkeypatch, root):
     start(monkeypatch, root, fold="all")
     cases = ["l_00", "l_01", "l_02", "l_03"]
     name = "Dataset911_Tiny_foldall_self1"
-    assert splits(root, name) == [{"train": [*cases, *CASES], "val": cases}]
+    assert splits(root, name) == [{"train": [*cases, *CASES], "val": cases, "overlap": True}]
 
 
 def test_the_log_has_commands_lengths_and_shares(monkeypatch, root, caplog):

@@ -37,7 +37,7 @@ def test_an_id_is_taken_before_the_first_training(monkeypatch, root, kill_at):
     for options, said in (
         ({"epochs": (250, 250)}, r"nnUNetTrainer_500epochs.*, now .*nnUNetTrainer_250epochs"),
         ({"rounds": 2}, r"rounds \[911\], now \[911, 912\]"),
-        ({"fold": "all"}, "Id 911 belongs to Dataset911_Tiny_fold0_self1"),
+        ({"fold": "all"}, r"--as 911 belongs to .*/Dataset911_Tiny_fold0_self1; choose a free id: --as 912$"),
     ):
         with pytest.raises(DataError, match=said):
             start(monkeypatch, root, commands=Refusing(), **options)
@@ -52,7 +52,9 @@ def test_an_id_that_another_self_training_took_a_moment_ago_is_refused(monkeypat
         take(trainings)
 
     monkeypatch.setattr(steps, "take_ids", late)
-    with pytest.raises(DataError, match="Id 911 belongs to Dataset911_Tiny_foldall_self1"):
+    with pytest.raises(
+        DataError, match=r"--as 911 belongs to .*/Dataset911_Tiny_foldall_self1; choose a free id: --as 912$"
+    ):
         start(monkeypatch, root, commands=Refusing())
     assert not (root / "nnUNet_results" / ROUNDS[0]).exists()
 
@@ -157,8 +159,8 @@ def drop_splits(root):
         ),
         (lambda root: edit_splits(root, train=["l_00"], val=["l_01"], unlabeled=["l_02"]), {}, "nnUNetv2_dycon split"),
         (lambda root: edit_splits(root, train=["l_00", "x"], val=["l_01"]), {}, "'x'"),
-        (None, {"fold": 3}, "-f 3"),
-        (drop_splits, {"fold": 7}, "-f 7: there will be folds 0 to"),
+        (None, {"fold": 3}, "has no fold 3; type -f 0"),
+        (drop_splits, {"fold": 7}, "there is no fold 7: "),
         (None, {"processes": 0}, "-np 0"),
         (None, {"fold": "best"}, "-f best"),
         (None, {"configuration": "3d_none"}, "-c 3d_none"),
@@ -171,7 +173,11 @@ def drop_splits(root):
         (lambda root: edit_plans(root, image_reader_writer="MyIO"), {}, "MyIO.*nnUNetv2_plan_and_preprocess -d 901"),
         (lambda root: replace(root / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json", "{}"), {}, "no configurations"),
         (lambda root: replace(root / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json", "[]"), {}, "no configurations"),
-        (lambda root: replace(raw(root, NAME) / "dataset.json", "{}"), {}, "dataset.json has no 'labels'; add it"),
+        (
+            lambda root: replace(raw(root, NAME) / "dataset.json", "{}"),
+            {},
+            'dataset.json has no "labels"; add a number for each name',
+        ),
         (lambda root: replace(raw(root, NAME) / "dataset.json", "[1"), {}, "dataset.json cannot be read"),
         # what only a later step would meet
         (lambda root: cut(raw(root, NAME) / "imagesUn/u_01_0000.nii.gz"), {}, "u_01_0000.nii.gz cannot be read"),

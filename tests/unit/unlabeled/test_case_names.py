@@ -14,13 +14,14 @@ from nnunetv2_dycon.data.prepare_case import remove_case
 from nnunetv2_dycon.data.splits import read_splits
 from nnunetv2_dycon.errors import DataError, SplitError, UserError
 from nnunetv2_dycon.files import check_case_names
-from tests.prepared import ID, NAME, Place, prepare
+from tests.prepared import ID, NAME, Place, prepare, sources
 
 OUTSIDE = (
     "../../../Dataset900_Other/imagesTr/x",
     "../../../../escaped",
     "/tmp/absolute",
     "..",
+    ".hidden",
     "sub/case",
     "a\\b",
     "",
@@ -41,7 +42,7 @@ def test_a_name_that_is_not_part_of_a_file_name_is_refused_in_one_line(name: obj
 
 
 def test_names_that_are_in_use_pass() -> None:
-    check_case_names(["la_0001", "BraTS19_2013_0_1", "sub-strokecase0001", "P 12 (é)", "..x", "x.y_0001"], "list.json")
+    check_case_names(["la_0001", "BraTS19_2013_0_1", "sub-strokecase0001", "P 12 (é)", "x..", "x.y_0001"], "list.json")
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -60,9 +61,8 @@ def test_split_writes_nothing_for_such_a_name_in_dataset_json(place: Place, name
         split(ID, 905, 1, processes=1)
     assert everything(place.root) == before
     assert sorted(p.name for p in place.raw.parent.iterdir()) == ["Dataset900_Other", NAME]
-    (finding,) = check(ID, processes=1)
-    assert not finding.ok
-    assert "dataset.json names a case" in finding.text
+    with pytest.raises(DataError, match=r"dataset\.json names a case"):
+        check(ID, processes=1)
 
 
 def test_preparation_deletes_nothing_for_such_a_name_in_the_manifest(place: Place) -> None:
@@ -90,8 +90,8 @@ def test_preparation_writes_nothing_where_plans_lead_outside(place: Place, folde
 
 @pytest.mark.parametrize("key", ["train", "val", "unlabeled"])
 def test_folds_with_such_a_name_are_refused(tmp_path: Path, key: str) -> None:
-    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {key: ["c", "../d"]}]))
-    with pytest.raises(SplitError, match=r"splits_final\.json names a case '\.\./d'"):
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"], key: ["c", "../d"]}]))
+    with pytest.raises(SplitError, match=r"splits_final\.json, fold 0 names a case '\.\./d'"):
         read_splits(tmp_path)
 
 
@@ -117,9 +117,9 @@ def test_no_case_of_a_collection_is_written_under_such_a_name(tmp_path: Path) ->
 )
 def test_a_manifest_with_other_content_means_that_all_is_prepared_again(place: Place, cases: object) -> None:
     prepare()
-    content = json.loads(place.manifest.read_text())
+    content = sources(place.manifest)
     for broken in ({**content, "cases": cases}, {**content, "plans": ["x"]}):
         place.manifest.write_text(json.dumps(broken))
         assert unlabeled_status(ID).state == "missing"
     prepare()
-    assert json.loads(place.manifest.read_text()) == content
+    assert sources(place.manifest) == content

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import DataError, SplitError
 from tests.datasets import environment, leave, make_dataset, plan_and_preprocess
 from tests.prepared import ID, NAME, Place, load, prepare, tree
+from tests.processes import left_after, with_shared_memory
 
 
 def test_the_folder_holds_exactly_what_nnunet_reads(place: Place) -> None:
@@ -149,7 +149,7 @@ def test_benchmark_mode_needs_no_images_un_and_forgets_cases_of_no_list(place: P
 
 
 def test_benchmark_lists_are_checked(place: Place) -> None:
-    (place.raw / "splits_final.json").write_text('[{"train": ["l_00"], "val": [], "unlabeled": ["u_00"]}]')
+    (place.raw / "splits_final.json").write_text('[{"train": ["l_00"], "val": ["l_01"], "unlabeled": ["u_00"]}]')
     for function in (prepare, lambda: unlabeled_status(ID)):
         with pytest.raises(SplitError, match="'u_00', not in imagesTr"):
             function()
@@ -241,12 +241,25 @@ def test_a_dead_worker_is_one_line_with_the_remedy(place: Place, monkeypatch: py
 
 
 @pytest.mark.slow
+def test_worker_processes_without_shared_memory_are_one_line(place: Place) -> None:
+    fill = 'head -c 1M /dev/zero > /dev/shm/full; exec "$@"'
+    program = "import sys; from nnunetv2_dycon.commands import main; sys.exit(main())"
+    words = [*with_shared_memory("64k"), "sh", "-c", fill, "sh", sys.executable, "-c", program]
+    command = [*words, "preprocess_unlabeled", "-d", str(ID), "-np", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "worker processes cannot be started (No space left on device)" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].endswith("-np 1")
+    preprocess_unlabeled(ID, processes=1)
+
+
+@pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed() -> None:
     program = """
         import multiprocessing, os, time
-        from nnunetv2_dycon.parallel import _end_with_parent
+        from nnunetv2_dycon.parallel import end_with_parent
         if __name__ == "__main__":
-            pool = multiprocessing.get_context("spawn").Pool(1, _end_with_parent)
+            pool = multiprocessing.get_context("spawn").Pool(1, end_with_parent)
             print(pool.apply(os.getpid), flush=True)
             time.sleep(600)
     """
@@ -255,9 +268,4 @@ def test_workers_end_when_their_parent_is_killed() -> None:
     with subprocess.Popen([sys.executable, *script], stdout=subprocess.PIPE, text=True, cwd=folder) as parent:
         worker = int(parent.stdout.readline())
         parent.kill()
-    for _ in range(100):
-        if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]:
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("the worker is still there")
+    assert not left_after([worker], 10)
