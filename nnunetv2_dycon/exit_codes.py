@@ -2,8 +2,11 @@
 
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
 
 from nnunetv2_dycon.errors import UserError
 
@@ -28,7 +31,7 @@ def exit_code(command: Callable[[], int]) -> int:
     """
     try:
         try:
-            return command()
+            return _interruptible(command)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return OF_THE_USER
@@ -41,6 +44,29 @@ def exit_code(command: Callable[[], int]) -> int:
         if not _leave_closed_pipes():
             raise
         return NOBODY_READS
+
+
+def _interruptible(command: Callable[[], int]) -> int:
+    """Run a command; KeyboardInterrupt after Ctrl-C, also where it came in an import, which makes ImportError of it."""
+    received = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        # not where Ctrl-C is ignored, as in a job in the background, and not in a thread, which cannot set it
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            with suppress(ValueError):
+                signal.signal(signal.SIGINT, interrupt)
+        return command()
+    except Exception:
+        if received:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave_closed_pipes() -> bool:

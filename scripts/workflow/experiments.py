@@ -4,29 +4,23 @@ Nothing here runs anything or imports nnU-Net: the Snakefile reads it in Snakema
 one than that of the trainings. docs/experiments.md says what the keys of a configuration mean.
 """
 
-import difflib
 import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from scripts.workflow.configuration import SCHEMA, ConfigurationError, check, filled, method_of, words_of
 
 STEPS = Path(__file__).with_name("steps.py")
 WEIGHTS = ("student", "teacher")
 HIGHEST_ID = 999
-SCHEMA: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("configuration.schema.yaml").read_text("utf-8"))
 _REDUCIBLE = tuple(SCHEMA["properties"]["reduce"]["properties"])
-
-
-class ConfigurationError(ValueError):
-    """A configuration that cannot be used; one line says which key is wrong and what to write."""
 
 
 @dataclass(frozen=True)
@@ -272,14 +266,14 @@ def read(config: Mapping[str, Any]) -> Experiments:
     ConfigurationError
         If a key is unknown or missing, or a value cannot be used.
     """
-    _check(config)
+    check(config)
     settings = {key: one["default"] for key, one in SCHEMA["properties"].items() if "default" in one} | dict(config)
     settings["reduce"] = settings["reduce"] or {}
-    _words(settings["planner"], "planner")
+    words_of(settings["planner"], "planner")
     datasets = [one for name, entry in config["datasets"].items() for one in _datasets(name, entry)]
     _check_ids(datasets)
     found = Experiments(settings, {dataset.key: dataset for dataset in datasets}, {})
-    methods = {name: _method(name, entry, settings) for name, entry in config["methods"].items()}
+    methods = {name: method_of(name, entry, settings) for name, entry in config["methods"].items()}
     for dataset in datasets:
         for name, method in methods.items():
             if dataset.labeled in (method["labeled"] or {dataset.labeled} - {"all"}):
@@ -300,7 +294,7 @@ def _datasets(name: str, entry: Any) -> list[Dataset]:
         raise ConfigurationError(f"{where}: give split: ID, or convert: [COLLECTION, FOLDER], and not both")
     if "phantom" in entry and "split" not in entry:
         raise ConfigurationError(f"{where}: phantom generates the data set that split: ID names; add split")
-    _words(entry.get("phantom", ""), f"{where}: phantom")
+    words_of(entry.get("phantom", ""), f"{where}: phantom")
     bases, draws = entry["labeled"], entry.get("draws", [0])
     listed = "convert" in entry or "--protocol" in str(entry.get("options", ""))
     if "published" in draws and not listed:
@@ -334,34 +328,13 @@ def _size(labeled: float | str) -> tuple[int, float]:
 
 
 def _writer(name: str, entry: Mapping[str, Any], number: int, labeled: str, draw: int | str) -> tuple[str, ...]:
-    options = _words(entry.get("options", ""), f"datasets: {name}: options")
+    options = words_of(entry.get("options", ""), f"datasets: {name}: options")
     if "split" in entry:
         words = ["split", "-d", str(entry["split"]), "--as", str(number)]
     else:
         words = ["convert", *map(str, entry["convert"]), "-d", str(number)]
     seed = [] if draw == "published" or labeled == "all" else ["--labeled_seed", str(draw)]
     return ("nnUNetv2_dycon", *words, "--labeled", labeled, *seed, *options)
-
-
-def _method(name: str, entry: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    where = f"methods: {name}"
-    entry = {"trainer": entry} if isinstance(entry, str) else dict(entry)
-    if ("trainer" in entry) == ("command" in entry):
-        raise ConfigurationError(f"{where}: give a trainer, or a command with the folder training, and not both")
-    method = {
-        "ids": {},
-        "options": settings["options"],
-        "seeds": settings["seeds"],
-        "weights": settings["weights"],
-        **entry,
-    }
-    if "seed" in re.split(r"[_\d]", "_".join([str(method.get("trainer")), str(method["options"])])):
-        raise ConfigurationError(f"{where}: the trainer's name has a seed; leave it to seeds")
-    labeled = entry.get("labeled")
-    method["labeled"] = (
-        None if labeled is None else {str(n) for n in (labeled if isinstance(labeled, list) else [labeled])}
-    )
-    return method
 
 
 def _run(found: Experiments, dataset: Dataset, name: str, method: Mapping[str, Any], seed: int) -> Run:
@@ -378,17 +351,9 @@ def _run(found: Experiments, dataset: Dataset, name: str, method: Mapping[str, A
             first = min(one.id for one in found.datasets.values())
             known["new"] = new = method["ids"][seed] + dataset.id - first
         where = f"methods: {name}: command"
-        command = tuple(_filled(word, known, where) for word in _words(method["command"], where))
-        training = _filled(str(method["training"]), known, f"methods: {name}: training")
+        command = tuple(filled(word, known, where) for word in words_of(method["command"], where))
+        training = filled(str(method["training"]), known, f"methods: {name}: training")
     return Run(dataset, name, seed, key, training, tuple(method["weights"]), command, new)
-
-
-def _filled(text: str, known: Mapping[str, Any], where: str) -> str:
-    try:
-        return text.format(**known)
-    except (KeyError, IndexError, ValueError) as error:
-        names = ", ".join(f"{{{name}}}" for name in known)
-        raise ConfigurationError(f"{where} has the unknown {{{error.args[0]}}}; known are {names}") from None
 
 
 def _reports(found: Experiments, baseline: Any, methods: Mapping[str, Any]) -> dict[str, Report]:
@@ -418,38 +383,6 @@ def _reports(found: Experiments, baseline: Any, methods: Mapping[str, Any]) -> d
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------
-
-
-def _check(config: Mapping[str, Any]) -> None:
-    """Raise ConfigurationError with one line about the first key that does not fit the schema."""
-    found = best_match(Draft202012Validator(SCHEMA).iter_errors(dict(config)))
-    if found is None:
-        return
-    where = ": ".join(map(str, found.absolute_path)) or "the configuration"
-    if found.validator == "additionalProperties":
-        key = next(key for key in found.instance if key not in found.schema["properties"])
-        near = difflib.get_close_matches(str(key), sorted(found.schema["properties"]), n=1, cutoff=0.0)
-        raise ConfigurationError(f"{where} has the unknown key {key!r}; did you mean {near[0]}?")
-    if found.validator in ("required", "dependentRequired"):
-        missing = re.findall(r"'([^']*)' is a (?:required property|dependency of)", found.message)[0]
-        raise ConfigurationError(f"{where}: {missing} is missing; see docs/experiments.md")
-    path = list(found.absolute_path)
-    while path and "description" not in _schema_of(path):  # then that of the list or mapping that holds it
-        path.pop()
-    where, value = ": ".join(map(str, path)) or "the configuration", config
-    for key in path:
-        value = value[key]
-    said = f"has {found.instance!r}" if "propertyNames" in found.absolute_schema_path else f"is {value!r}"
-    raise ConfigurationError(f"{where} {said}; {_schema_of(path)['description']}")
-
-
-def _schema_of(path: Sequence[Any]) -> dict[str, Any]:
-    schema = SCHEMA
-    for key in path:
-        schema = schema.get("properties", {}).get(key, schema.get("additionalProperties") or schema.get("items") or {})
-        if "$ref" in schema:
-            schema = {**SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[1]], **schema}
-    return schema
 
 
 def _check_ids(datasets: Sequence[Dataset]) -> None:
@@ -502,13 +435,6 @@ def _joined(value: Any) -> str:
 def _below(variable: str, path: str) -> str:
     """Return a path below one of nnU-Net's folders as a word of a shell command; only the variable is expanded."""
     return f'"${variable}"/{shlex.quote(path)}'
-
-
-def _words(text: Any, where: str) -> list[str]:
-    try:
-        return shlex.split(str(text))
-    except ValueError as error:
-        raise ConfigurationError(f"{where} is {text!r}: {error}; close every quotation mark") from None
 
 
 def _step(name: str, *arguments: str) -> str:

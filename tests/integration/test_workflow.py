@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,15 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(SNAKEMAKE[0] is None, reason="snakemake is not there; type: pip install 'snakemake>=9,<10'"),
 ]
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose name a shell would take apart, or run."""
+    folder = tmp_path / 'it\'s "a"  $(touch ran)'
+    folder.mkdir()
+    yield folder
+    assert not list(tmp_path.rglob("ran"))
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def called(monkeypatch):
         module, function = verb.function.split(":")
         result = RESULTS.get(name, [])
         fake = types.ModuleType(module)
+        fake.__spec__ = importlib.util.find_spec(module)  # help reads its source text
         setattr(fake, function, stand_in(name, result))
         monkeypatch.setitem(sys.modules, module, fake)
     return calls

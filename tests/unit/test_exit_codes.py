@@ -19,12 +19,13 @@ FOLDER = Path(__file__).parents[2]
 
 # A verb whose function is stood in for: {body} is its body.
 VERB = """
-import sys, time, types
+import importlib.util, sys, time, types
 from pathlib import Path
 from nnunetv2_dycon import commands
 verb = {verb!r}
 module, name = commands.VERBS[verb].function.split(":")
 fake = types.ModuleType(module)
+fake.__spec__ = importlib.util.find_spec(module)
 def function(**arguments):
     {body}
 setattr(fake, name, function)
@@ -130,6 +131,33 @@ def test_ctrl_c_ends_a_verb_in_one_line(verb: str, tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("error", ["ImportError('numpy')", "DataError('cut short')", "RuntimeError('of C')"])
+def test_an_error_that_ctrl_c_turned_into_is_ctrl_c(tmp_path: Path, error: str) -> None:
+    body = f"""
+    from nnunetv2_dycon.errors import DataError
+    Path({str(tmp_path / "there")!r}).touch()
+    try:
+        time.sleep(1000)
+    except KeyboardInterrupt:
+        raise {error}
+"""
+    process = launch(of_verb("check", body))
+    wait_until((tmp_path / "there").exists, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate() == ("", INTERRUPTED)
+    assert process.returncode == 130
+
+
+def test_a_job_in_the_background_goes_on_through_ctrl_c(tmp_path: Path) -> None:
+    body = f"Path({str(tmp_path / 'there')!r}).touch(); sys.stdin.readline(); return 'done'"
+    ignored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "stdin": subprocess.PIPE}
+    process = launch(of_verb("check", body), **ignored)
+    wait_until((tmp_path / "there").exists, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate("\n") == ("done\n", "")
+    assert process.returncode == 0
+
+
 POOL = """
 import sys
 from pathlib import Path
@@ -184,7 +212,7 @@ def test_a_command_ends_with_all_that_it_started_when_its_user_ends_us(tmp_path:
     wait_until(lambda: path.exists() and path.read_text(), process)
     grandchild = Path("/proc", path.read_text())
     assert grandchild.exists()
-    os.killpg(process.pid, number)
+    os.kill(process.pid, number)  # alone, so that nothing else ends the rest
     assert process.communicate() == ("", said)
     assert process.returncode == code
     assert not grandchild.exists() or "Z" in (grandchild / "stat").read_text()

@@ -14,7 +14,7 @@ from nnunetv2_dycon import locks
 from nnunetv2_dycon.commands import parse as parse_command
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.trainers.names import trainer_class
-from scripts.workflow import experiments, steps
+from scripts.workflow import configuration, experiments, steps
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "workflow"
 CONFIG = {
@@ -236,11 +236,11 @@ def test_a_missing_key_is_named(key):
 
 def test_every_part_of_the_schema_says_what_to_write():
     """An error names the nearest key above that has a description; at the top there is one for each key."""
-    for key, schema in experiments.SCHEMA["properties"].items():
-        described = experiments._schema_of([key])
+    for key, schema in configuration.SCHEMA["properties"].items():
+        described = configuration.schema_of([key])
         assert described.get("description"), key
         if "default" in schema:
-            experiments.Draft202012Validator({**described, "$defs": experiments.SCHEMA["$defs"]}).validate(
+            configuration.Draft202012Validator({**described, "$defs": configuration.SCHEMA["$defs"]}).validate(
                 schema["default"]
             )
 
