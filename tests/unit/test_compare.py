@@ -319,5 +319,5 @@ def test_a_folder_without_label_maps_and_an_unknown_data_set_are_refused(root):
     (root / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no file ending in \.nii\.gz"):
         report(root, good, str(root / "empty"))
-    with pytest.raises(DataError, match=r"-d 777: .*777; check the id"):
+    with pytest.raises(DataError, match=r"-d 777: no data set has this id; .*correct the id"):
         compare(777, [good, good], output=root / "report")
