@@ -157,7 +157,7 @@ def test_fold_all_and_folds_beyond_the_file_are_refused_in_benchmark_mode(benchm
         monkeypatch.setenv(name, folder)
     for fold in ("all", 3):
         for method in ("nnUNetTrainerDyCON", "nnUNetTrainerLabeledOnly"):
-            with pytest.raises(ConfigError, match="would train on the labels|has no fold 3"):
+            with pytest.raises(ConfigError, match=r"would train on the labels|has no fold 3"):
                 begin(make_trainer(f"{method}_epochs1", fold=fold))
 
 
