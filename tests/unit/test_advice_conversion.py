@@ -72,6 +72,11 @@ def made_and_broken(raw: Path) -> None:
     next((raw.with_name("Dataset604_Tiny") / "imagesTr").iterdir()).unlink()
 
 
+def made_broken_and_added_to(raw: Path) -> None:
+    made_and_broken(raw)
+    (raw.with_name("Dataset604_Tiny") / "imagesUn/mine_0000.nii.gz").touch()
+
+
 def made_and_changed(raw: Path) -> None:
     assert main(SPLIT) == 0
     os.utime(raw / "labelsTr/l_00.nii.gz", ns=(1, 1))
@@ -90,6 +95,7 @@ CHANGED_OPTIONS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] 
     "another split with a file of the user": (made_and_added_to, SPLIT, "was added later and would be lost"),
     "the same, to overwrite": (made_and_added_to, (*SPLIT, "--overwrite"), "was added later and would be lost"),
     "a file is gone": (made_and_broken, SPLIT, "is gone; type the command again with --overwrite"),
+    "the same with a file of the user": (made_broken_and_added_to, SPLIT, "was added later and would be lost"),
     "sources changed": (made_and_changed, SPLIT, "were changed after"),
     "id beyond": (nothing, ("split", "-d", "4", "--as", "1000", "--labeled", "2"), "a number from 1 to 999"),
     "all cases for the test": (nothing, (*SPLIT, "--test", "4"), "--test 4 leaves no case to train on"),

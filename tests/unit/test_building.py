@@ -153,6 +153,26 @@ def test_a_run_that_ends_while_the_next_one_begins_is_no_error(raw: Path, monkey
     assert sorted(path.name for path in raw.iterdir()) == ["Dataset004_Tiny", "Dataset604_Tiny"]
 
 
+def test_the_lock_is_that_of_the_folder_that_is_there(raw: Path, monkeypatch: Any) -> None:
+    real, times = dataset.locked, iter(range(1))
+
+    @contextmanager
+    def replaced(path: Path, *rest: Any) -> Iterator[Any]:
+        with real(path, *rest) as handle:
+            if next(times, None) is not None:  # by a run that ended, and one that began
+                shutil.rmtree(path)
+                path.mkdir()
+            yield handle
+
+    monkeypatch.setattr(dataset, "locked", replaced)
+    with (
+        dataset.building(raw / "Dataset604_Tiny", stamp="x", made_by="split", overwrite=False) as space,
+        pytest.raises(DataError, match="busy"),
+        real(space.work, "busy"),
+    ):
+        pass
+
+
 def test_a_workspace_that_is_removed_while_it_is_settled_is_no_error(raw: Path, monkeypatch: Any) -> None:
     split(4, 604, 2, processes=1)
     work = dataset.workspace(raw / "Dataset604_Tiny").work
@@ -176,6 +196,11 @@ def test_a_hidden_folder_that_no_run_made_is_left_alone(raw: Path, name: str) ->
     for overwrite in (False, True):
         with pytest.raises(DataError, match=r"converting.* was not made by this command; move it away"):
             split(4, 604, 2, processes=1, overwrite=overwrite)
+    with (
+        pytest.raises(DataError, match="was not made by this command"),
+        dataset.building(raw / "Dataset604_Tiny", stamp="x", made_by="split", overwrite=False),
+    ):
+        pass
     assert tree(raw) == before
 
 

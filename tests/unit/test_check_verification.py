@@ -214,7 +214,7 @@ def test_content_that_is_not_packed_as_its_name_says_is_named_with_a_command_tha
 # ---- --fix -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [9, "3", None, 3.5])
+@pytest.mark.parametrize("number", [9, "3", None, 3.5, True])
 def test_fix_corrects_the_number_of_cases_and_nothing_else(raw: Path, capsys: Any, number: Any) -> None:
     before = {path: path.read_bytes() for path in raw.rglob("*") if path.is_file()}
     entries(numTraining=number)(raw)
@@ -226,6 +226,12 @@ def test_fix_corrects_the_number_of_cases_and_nothing_else(raw: Path, capsys: An
     for path, content in before.items():
         assert path.read_bytes() == content
     assert nnunet_accepts(raw)
+
+
+def test_a_number_that_is_true_is_not_one(root: Path) -> None:
+    make_dataset(root, dataset_id=4, **{**OPTIONS, "labeled": 1})
+    entries(numTraining=True)(root / "nnUNet_raw/Dataset004_Tiny")
+    assert "is True, and there are 1 training cases" in failed()["numTraining"]
 
 
 def test_fix_of_a_right_number_does_not_touch_the_file(raw: Path) -> None:
@@ -269,6 +275,12 @@ def test_the_id_is_not_cut(root: Path, number: int, name: str) -> None:
     make_dataset(root, dataset_id=number, **OPTIONS)
     for asked in (number, name):
         assert last(asked) == (True, COMMAND.format(number, "3d_fullres"))
+
+
+def test_an_id_is_not_that_of_a_longer_one(root: Path) -> None:
+    make_dataset(root, dataset_id=1004, **OPTIONS)
+    with pytest.raises(DataError, match=r"-d 100: no data set has this id; .* has Dataset1004_Tiny; correct"):
+        check(100, processes=1)
 
 
 def test_an_id_that_nnunet_would_not_find_fails(root: Path, raw: Path) -> None:

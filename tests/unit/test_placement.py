@@ -162,12 +162,32 @@ def test_a_label_without_some_slices_is_placed_rightly_or_refused(seed, noise, c
 
 
 def test_a_fat_organ_at_a_proved_position_stays_there_and_is_not_turned() -> None:
-    image, organ = scan(contrast=60)
-    image = np.where(image > -900, image - 100, image).astype(np.int16)  # a median of -20 HU
-    image[:, ::-1][organ > 0] += 100  # where a turn along y would find the median of an organ
+    rng = np.random.default_rng(1)
+    image = rng.normal(-90, 10, (20, 24, 12))
+    organ = np.zeros(image.shape, np.uint8)
+    organ[4:12, 2:8, 3:9], organ[4:8, 2:5, 3:6] = 1, 0
+    image[organ > 0] += 60  # a median of -30 HU: no organ, by itself
+    image[2:16, 14:23] += 140  # tissue in which the turned label lies, with the median of an organ
+    image[np.flip(organ, 1) > 0] += 6
+    turned = np.flip(organ, 1)
+    assert is_organ(image, turned)
+    assert border_step(image, turned).mean > 5  # which would do, if it had to
     placed, notes = by_position(volume(image, ct_affine()), volume(organ, ct_affine()), "name")
     assert notes == []
     assert np.array_equal(placed, organ)
+
+
+def test_a_header_by_which_a_sliver_is_left_in_the_scan_does_not_count() -> None:
+    rng = np.random.default_rng(1)
+    image = rng.normal(20, 15, (26, 12, 12))
+    organ = np.zeros(image.shape, np.uint8)
+    organ[17:23, 4:9, 4:9], organ[16, 6, 6] = 1, 1
+    image[organ > 0] += 30
+    beyond = ct_affine()
+    beyond[:3, 3] += 9 * beyond[:3, 0]  # by which a single voxel is left
+    placed, notes = by_position(volume(image, ct_affine()), volume(organ, beyond), "name")
+    assert np.array_equal(placed, organ)
+    assert "placed 9 voxels back along x" in notes[0]
 
 
 def test_a_label_whose_header_is_two_slices_off_is_put_right() -> None:
