@@ -30,6 +30,13 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient /= world_size()
 
 
+def summed(value: Tensor) -> Tensor:
+    """Return the sum over processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
 def true_everywhere(value: Tensor) -> Tensor:
     """Return whether a boolean tensor is true in every process."""
     everywhere = value.float()

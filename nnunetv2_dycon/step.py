@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_dycon import ranks
 from nnunetv2_dycon.errors import ConfigError, DivergedError
+from nnunetv2_dycon.learned import LearnedClasses, teach_learned
 from nnunetv2_dycon.losses.voxels import region_ce_dice
 from nnunetv2_dycon.networks import TargetNetwork, Teacher, unwrap
 from nnunetv2_dycon.options import Settings
@@ -95,7 +96,7 @@ class Answer(NamedTuple):
     """A teacher's answer to its input x (B, C, *S), and the target that the student learns.
 
     `logits` (B, K, *S) are the teacher's, `target` are the same in the frame of the student's input, `extra` is for
-    further questions of a method.
+    further questions of a method. `taught` (B, 1, *S) are the voxels that count, None where all do.
     """
 
     teacher: TargetNetwork
@@ -103,6 +104,7 @@ class Answer(NamedTuple):
     logits: Tensor
     target: Tensor
     extra: Any = None
+    taught: Tensor | None = None
 
 
 class Pass(NamedTuple):
@@ -148,6 +150,7 @@ class Method(nn.Module, Generic[S]):
 
     settings_type: ClassVar[type[Settings]]
     uses_unlabeled: ClassVar[bool] = True
+    endings: ClassVar[tuple[str, ...]] = ("",)  # of the pairs, one for each network that learns
     teacher: TargetNetwork
 
     def __init__(self, settings: S, data: DataInfo, seed: int = 0) -> None:
@@ -160,6 +163,8 @@ class Method(nn.Module, Generic[S]):
         ema: float | None = getattr(settings, "ema", None)
         self.ema = max(0.0, min(0.999, 1 - 10 / settings.steps)) if ema is None else ema
         self.refuse()
+        threshold: float = getattr(settings, "learned", 0.0)
+        self.learned = LearnedClasses(data.classes, threshold, len(self.endings), data.ignore_label)
 
     def refuse(self) -> None:
         """Raise ConfigError where the method is not defined for the data."""
@@ -196,7 +201,7 @@ class Method(nn.Module, Generic[S]):
         if self.uses_unlabeled:
             for pair, views in zip(pairs, tee(self.views(batch), len(pairs)), strict=True):  # all pairs see the same
                 for view in views:
-                    yield Pass(pair, view, self.ask_unlabeled, self.unlabeled_terms)
+                    yield Pass(pair, view, self.ask_unlabeled, self._terms_of_learned)
         if self.paste:
             yield self.paste_pass(pairs[0], batch, self.paste)
         for pair in reversed(pairs):
@@ -226,6 +231,21 @@ class Method(nn.Module, Generic[S]):
         """Return what the student's outputs for a view of the unlabelled patches cost; the base has no term."""
         return Cost({}, {"agreement": agreement(full_resolution(outputs), answer.target)})
 
+    def _terms_of_learned(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
+        """Return the unlabelled terms of the classes that the labelled patches have taught."""
+        learned = self.learned.learned
+        if not learned.all():
+            taught = teach_learned(full_resolution(outputs), answer.target, learned, p.view.pasted)
+            outputs = taught.student if isinstance(outputs, Tensor) else [taught.student, *outputs[1:]]
+            answer = answer._replace(target=taught.teacher, taught=taught.voxels)
+        cost = self.unlabeled_terms(p, outputs, answer, batch)
+        return cost._replace(logged={**cost.logged, "classes_learned": learned.float().mean()})
+
+    def _terms_of_labels(self, p: Pass, outputs: Outputs, answer: Any, batch: Batch) -> Cost:
+        """Return the labelled terms, and count how well each class is known."""
+        self.learned.see(self.endings.index(p.pair.ending), full_resolution(outputs), batch.y_l)
+        return self.labeled_terms(p, outputs, answer, batch)
+
     def ask_labeled(self, p: Pass, batch: Batch, before: Any) -> Any:
         """Return what the teacher says of the labelled patches; the base asks for nothing."""
 
@@ -239,7 +259,7 @@ class Method(nn.Module, Generic[S]):
 
     def labeled_pass(self, pair: Pair, batch: Batch) -> Pass:
         """Return the pass of the labelled patches as they are: the last one of nnU-Net's network in every step."""
-        return Pass(pair, View(batch.x_l), self.ask_labeled, self.labeled_terms, final=not pair.ending)
+        return Pass(pair, View(batch.x_l), self.ask_labeled, self._terms_of_labels, final=not pair.ending)
 
     def paste_pass(self, pair: Pair, batch: Batch, weight: float, side: tuple[float, float] = BOX_SIDE) -> Pass:
         """Return the pass of labelled patches with a box from the next labelled patch, images and labels alike."""

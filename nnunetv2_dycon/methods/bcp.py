@@ -6,17 +6,16 @@ Bai et al., CVPR 2023. In addition to its two mixes the student keeps nnU-Net's 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
-from nnunetv2_dycon.methods.settings import TeacherSettings
+from nnunetv2_dycon.methods.settings import TeacherSettings, UnlabeledSettings
 from nnunetv2_dycon.options import option
 from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, full_resolution
 from nnunetv2_dycon.views import BCP_BOX_SIDE, Outputs, View, draw_views
 
 
 @dataclass(frozen=True)
-class BCPSettings(TeacherSettings):
+class BCPSettings(UnlabeledSettings, TeacherSettings):
     """Options of nnUNetTrainerBCP."""
 
     pretrain: float = option(
@@ -51,18 +50,10 @@ class BCP(Method[BCPSettings]):
         ):
             yield replace(view, share=1.0)
 
-    @torch.no_grad()
-    def ask_unlabeled(self, p: Pass, batch: Batch, before: Answer | None) -> Answer:
-        """Return the teacher's hard labels (B, 1, *S) of the whole unlabelled patches, the same for both mixes."""
-        if before is not None:
-            return before
-        logits = full_resolution(p.pair.teacher.network(p.view.teacher))
-        return Answer(p.pair.teacher, p.view.teacher, logits, logits.argmax(1, keepdim=True))
-
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return the losses of both regions: true labels where a labelled patch shows, else the teacher's."""
-        logits, pasted, truth = full_resolution(outputs), p.view.pasted, p.view.truth
-        labels = torch.where(pasted, truth, answer.target.to(truth.dtype))
+        logits, pasted = full_resolution(outputs), p.view.pasted
+        labels = answer.target.argmax(1, keepdim=True)
         w = self.settings.w
         return Cost(
             {

@@ -29,6 +29,7 @@ class CPS(Method[CPSSettings]):
     """Two networks with different starts, each trained on the labels and on the other's hard labels."""
 
     settings_type = CPSSettings
+    endings = ("", "_second")
 
     def build(self, student: nn.Module) -> None:
         """Make the second network."""

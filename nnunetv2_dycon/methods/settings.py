@@ -27,7 +27,20 @@ class TeacherSettings(Settings):
 
 
 @dataclass(frozen=True)
-class ViewSettings(Settings):
+class UnlabeledSettings(Settings):
+    """Options of every method that learns from unlabelled patches."""
+
+    learned: float = option(
+        0.4,
+        low=0.0,
+        high=1.0,
+        neutral=0.0,
+        help="Dice on labelled patches from which unlabelled ones teach a class; 0 = all classes from the start",
+    )
+
+
+@dataclass(frozen=True)
+class ViewSettings(UnlabeledSettings):
     """Options of every method that compares two looks at an unlabelled patch; further bases come after this one."""
 
     renamed: ClassVar[Mapping[str, str]] = {"ramp": "rampup"}
