@@ -86,11 +86,11 @@ class LearnedClasses(nn.Module):
 
 
 class Taught(NamedTuple):
-    """Logits of student and teacher (B, C, *S) on the learnt classes, and the voxels (B, 1, *S) that are taught."""
+    """Logits of student and teacher (B, C, *S) on the learnt classes, and the voxels (B, 1, *S) taught; None: all."""
 
     student: Tensor
     teacher: Tensor
-    voxels: Tensor
+    voxels: Tensor | None = None
 
 
 def teach_learned(student: Tensor, teacher: Tensor, learned: Tensor, known: Tensor | None = None) -> Taught:

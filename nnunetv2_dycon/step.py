@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_dycon import ranks
 from nnunetv2_dycon.errors import ConfigError, DivergedError
-from nnunetv2_dycon.learned import LearnedClasses, teach_learned
+from nnunetv2_dycon.learned import LearnedClasses, Taught, teach_learned
 from nnunetv2_dycon.losses.voxels import region_ce_dice
 from nnunetv2_dycon.networks import TargetNetwork, Teacher, unwrap
 from nnunetv2_dycon.options import Settings
@@ -233,18 +233,29 @@ class Method(nn.Module, Generic[S]):
 
     def _terms_of_learned(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return the unlabelled terms of the classes that the labelled patches have taught."""
+        logits, target, taught = self.of_learned(full_resolution(outputs), answer.target, p.view.pasted)
+        outputs = logits if isinstance(outputs, Tensor) else [logits, *outputs[1:]]
+        cost = self.unlabeled_terms(p, outputs, answer._replace(target=target, taught=taught), batch)
+        return cost._replace(logged={**cost.logged, "classes_learned": self.learned.learned[1:].float().mean()})
+
+    def of_learned(self, logits: Tensor, target: Tensor, known: Tensor | None = None) -> Taught:
+        """Return student and teacher logits (B, C, *S) without the classes that are not learnt, and what is taught.
+
+        `known` (B, 1, *S) has a true label. Where all classes are learnt both come back as they are.
+        """
         learned = self.learned.learned
-        if not learned.all():
-            taught = teach_learned(full_resolution(outputs), answer.target, learned, p.view.pasted)
-            outputs = taught.student if isinstance(outputs, Tensor) else [taught.student, *outputs[1:]]
-            answer = answer._replace(target=taught.teacher, taught=taught.voxels)
-        cost = self.unlabeled_terms(p, outputs, answer, batch)
-        return cost._replace(logged={**cost.logged, "classes_learned": learned.float().mean()})
+        return Taught(logits, target) if learned.all() else teach_learned(logits, target, learned, known)
 
     def _terms_of_labels(self, p: Pass, outputs: Outputs, answer: Any, batch: Batch) -> Cost:
         """Return the labelled terms, and count how well each class is known."""
         self.learned.see(self.endings.index(p.pair.ending), full_resolution(outputs), batch.y_l)
         return self.labeled_terms(p, outputs, answer, batch)
+
+    def voxel_weight(self, logits: Tensor, target: Tensor, batch: Batch) -> Tensor | None:
+        """Return how much each voxel counts (B, *S) in the framework's unlabelled terms; the base has None: all alike.
+
+        Both logits (B, C, *S) are in the frame of the student's input.
+        """
 
     def ask_labeled(self, p: Pass, batch: Batch, before: Any) -> Any:
         """Return what the teacher says of the labelled patches; the base asks for nothing."""
@@ -253,9 +264,12 @@ class Method(nn.Module, Generic[S]):
         """Return what the student's outputs for the labelled patches cost; the base has nnU-Net's own loss alone."""
         return Cost({"supervised": Term(1.0, batch.supervised(outputs))})
 
-    def region_loss(self, logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
-        """Return the loss of logits (B, C, *S) against labels over a region, both (B, 1, *S): that of all mixes."""
-        return region_ce_dice(logits, labels, region)
+    def region_loss(self, logits: Tensor, labels: Tensor, region: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the loss of logits (B, C, *S) against labels over a region, both (B, 1, *S): that of all mixes.
+
+        `weight` (B, *S) is that of each voxel inside the region.
+        """
+        return region_ce_dice(logits, labels, region, weight)
 
     def labeled_pass(self, pair: Pair, batch: Batch) -> Pass:
         """Return the pass of the labelled patches as they are: the last one of nnU-Net's network in every step."""
@@ -399,7 +413,9 @@ class Step:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
         for module in (self.network, *self.method.children()):  # each on its own: a joint norm would couple them
-            nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+            parameters = list(module.parameters())
+            if parameters:
+                nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         for optimizer in self.optimizers:
             optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
         if self.scaler is not None:

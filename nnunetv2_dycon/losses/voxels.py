@@ -210,7 +210,7 @@ def soft_ce_dice(student_logits: Tensor, teacher_probabilities: Tensor, weight: 
     return _CrossEntropyDice.apply(student_logits, teacher_probabilities.detach(), weight)
 
 
-def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
+def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor, weight: Tensor | None = None) -> Tensor:
     """`soft_ce_dice` against hard labels as means over a region; 0 where the region is empty.
 
     Parameters
@@ -221,6 +221,8 @@ def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
         Classes from 0 to C - 1 inside the region, anything outside.
     region : Tensor, shape (B, 1, *S), bool
         Voxels that count.
+    weight : Tensor, shape (B, *S), optional
+        Weight of each voxel of the region, detached; the mean is over the region, whatever its weights sum to.
 
     Returns
     -------
@@ -229,8 +231,9 @@ def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
     with torch.no_grad():
         classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
         one_hot = (labels == classes).float()
-        weight = region[:, 0].float()
-        weight = weight / weight.mean().clamp_min(1e-12)
+        of_region = region[:, 0].float()
+        share = of_region.mean().clamp_min(1e-12)
+        weight = of_region / share if weight is None else weight * of_region / share
     return soft_ce_dice(logits, one_hot, weight)
 
 

@@ -45,17 +45,13 @@ class ViewSettings(UnlabeledSettings):
 
     renamed: ClassVar[Mapping[str, str]] = {"ramp": "rampup"}
 
-    rampup: float | None = option(
+    rampup: float = option(
         0.4, low=0.0, high=1.0, help="fraction of the training over which unlabelled terms rise to their weight"
     )
     delay: float = option(0.02, low=0.0, high=1.0, help="fraction of the training before unlabelled terms begin")
     view: str = option("noise", choices=tuple(VIEWS), help="what differs between student and teacher input")
 
-    def full_weight_at(self) -> float:
-        """Return the fraction of the training at which the unlabelled terms have their full weight."""
-        return 0.4 if self.rampup is None else self.rampup
-
     def schedules(self) -> dict[str, Callable[[float], float]]:
         """Add `ramp`, the factor in [0, 1] of all unlabelled terms."""
-        ramp = partial(gaussian_ramp, rampup=self.full_weight_at(), delay=self.delay)
+        ramp = partial(gaussian_ramp, rampup=self.rampup, delay=self.delay)
         return {**super().schedules(), "ramp": ramp}

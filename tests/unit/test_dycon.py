@@ -17,7 +17,7 @@ from nnunetv2_dycon.step import DataInfo, Method
 from tests import oracles
 from tests.oracles import relative_error
 from tests.passes import costs_of
-from tests.recipes import CLASSES, SPACE, Recorder, UNet, batch, images, made, seeded
+from tests.recipes import CLASSES, SPACE, Recorder, UNet, all_learned, batch, images, made, seeded
 
 
 def contrast(method: DyCONCPS | DyCON, network: UNet, teacher: UNet, x: Tensor, labels: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def test_dycon_in_co_training_takes_each_network_as_the_others_teacher() -> None
         stage=0,
         view="weak",
     )
-    method = DyCONCPS(settings, DataInfo(CLASSES), seed=3)
+    method = all_learned(DyCONCPS(settings, DataInfo(CLASSES), seed=3))
     method.build(student)
     second = method.teacher.network
     second.load_state_dict(UNet(1).state_dict())
@@ -77,7 +77,7 @@ def test_dycon_in_co_training_takes_each_network_as_the_others_teacher() -> None
 
 
 def dycon(student: nn.Module, **settings) -> DyCON:
-    method = DyCON(DyCONSettings(anchors=0, gate=0.0, stage=0, **settings), DataInfo(CLASSES))
+    method = all_learned(DyCON(DyCONSettings(anchors=0, gate=0.0, stage=0, **settings), DataInfo(CLASSES)))
     method.build(student)
     return method
 
