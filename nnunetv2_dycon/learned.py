@@ -46,10 +46,11 @@ class LearnedClasses(nn.Module):
         super().__init__()
         self.threshold, self.ignore_label = threshold, ignore_label
         self.register_buffer("counts", torch.zeros(students, 3, classes))
+        self._seen: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def see(self, student: int, logits: Tensor, labels: Tensor) -> None:
-        """Count a student's answer for labelled patches.
+        """Count a student's answer for the labelled patches of this step; `update` takes it over.
 
         Parameters
         ----------
@@ -70,8 +71,13 @@ class LearnedClasses(nn.Module):
         pairs = (truth * classes + said)[annotated]
         table = torch.bincount(pairs, minlength=classes**2).view(classes, classes).to(self.counts.dtype)
         right = table.diagonal()
-        now = torch.stack([right, table.sum(0) - right, table.sum(1) - right])
-        self.counts[student].mul_(_DECAY).add_(ranks.summed(now), alpha=1 - _DECAY)
+        self._seen[student] = torch.stack([right, table.sum(0) - right, table.sum(1) - right])
+
+    def update(self) -> None:
+        """Take over what was seen in a step, once it is sure that the step counts."""
+        for student, now in self._seen.items():
+            self.counts[student].mul_(_DECAY).add_(ranks.summed(now), alpha=1 - _DECAY)
+        self._seen = {}
 
     @property
     def dice(self) -> Tensor:

@@ -235,8 +235,7 @@ class Method(nn.Module, Generic[S]):
         """Return the unlabelled terms of the classes that the labelled patches have taught."""
         logits, target, taught = self.of_learned(full_resolution(outputs), answer.target, p.view.pasted)
         outputs = logits if isinstance(outputs, Tensor) else [logits, *outputs[1:]]
-        cost = self.unlabeled_terms(p, outputs, answer._replace(target=target, taught=taught), batch)
-        return cost._replace(logged={**cost.logged, "classes_learned": self.learned.learned[1:].float().mean()})
+        return self.unlabeled_terms(p, outputs, answer._replace(target=target, taught=taught), batch)
 
     def of_learned(self, logits: Tensor, target: Tensor, known: Tensor | None = None) -> Taught:
         """Return student and teacher logits (B, C, *S) without the classes that are not learnt, and what is taught.
@@ -353,6 +352,8 @@ class Step:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         log: dict[str, Any] = dict(data.now)
+        if self.method.uses_unlabeled:
+            log["classes_learned"] = self.method.learned.learned[1:].float().mean()
         total = torch.zeros((), device=self.device)
         answer = None
         for p in self.method.passes(self.network, data):
@@ -361,6 +362,7 @@ class Step:
         if self._finite(total):
             self._optimize()
             self.method.after_step(self.plain, self.number)
+            self.method.learned.update()
             self.skipped_in_a_row = 0
         else:
             self._skip(batch)

@@ -27,7 +27,10 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
         0.2, low=0.0, high=1.0, help="fraction of the training that pastes among labelled patches only"
     )
     rampup: float = option(
-        0.0, low=0.0, high=1.0, help="fraction of the training at which pseudo-labels have their whole weight; 0 = at once"
+        0.0,
+        low=0.0,
+        high=1.0,
+        help="fraction of the training at which pseudo-labels have their whole weight; 0 = at once",
     )
     w: float = option(0.5, low=0.0, high=1000.0, help="weight of the loss on mixed patches")
     alpha: float = option(0.5, low=0.0, high=1.0, help="weight of a pseudo-labelled region relative to a labelled one")

@@ -27,7 +27,7 @@ from nnunetv2_dycon.networks import FeatureTap, ProjectionHead, Teacher, choose_
 from nnunetv2_dycon.options import Schedule, Settings, option
 from nnunetv2_dycon.schedules import exponential
 from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, average_, full_resolution
-from nnunetv2_dycon.views import VIEWS, Outputs, noisy
+from nnunetv2_dycon.views import Outputs, noisy
 
 
 @dataclass(frozen=True)

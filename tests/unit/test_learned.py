@@ -93,6 +93,7 @@ def test_classes_are_learnt_by_the_dice_of_recent_labelled_patches() -> None:
             right[:, 1] = 0  # class 1 is never said but by chance
             logits = noise + strength * right
             tracked.see(student, logits, truth)
+            tracked.update()
             said, ok = logits.argmax(1), (truth[:, 0] >= 0) & (truth[:, 0] != 7)
             for c in range(CLASSES):
                 t, s = (truth[:, 0] == c) & ok, (said == c) & ok
