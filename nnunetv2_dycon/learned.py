@@ -45,7 +45,8 @@ class LearnedClasses(nn.Module):
     def __init__(self, classes: int, threshold: float, students: int = 1, ignore_label: int | None = None) -> None:
         super().__init__()
         self.threshold, self.ignore_label = threshold, ignore_label
-        self.register_buffer("counts", torch.zeros(students, 3, classes))
+        # Without a threshold nothing is counted, and a checkpoint is as it was before there was one.
+        self.register_buffer("counts", torch.zeros(students, 3, classes), persistent=threshold > 0)
         self._seen: dict[int, Tensor] = {}
 
     @torch.no_grad()

@@ -102,13 +102,16 @@ class DyCONTermSettings(Settings):
     def translated(cls, stored: dict[str, Any]) -> dict[str, Any]:
         """Rename options. What `loss` says was said by `target` and `uncl` together, `target` was called `labels`.
 
-        The beta of literal UnCL counted per nat.
+        The beta of literal UnCL counted per nat, and the ramp could depend on the length of the training.
         """
         if "uncl" in stored:
             stored = dict(stored)
             distance, form = stored.pop("target"), stored.pop("uncl")
             stored["loss"] = form or ("literal" if distance == "mse" else "ce_dice")
-        return super().translated({"nats": stored.get("loss") == "literal", **stored})
+        stored = super().translated({"nats": stored.get("loss") == "literal", **stored})
+        if stored.get("rampup", 0.0) is None:
+            stored["rampup"] = max(0.1, min(0.4, 800 / (stored["epochs"] * stored["iters"])))
+        return stored
 
 
 @dataclass(frozen=True)
