@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_dycon import ranks
 from nnunetv2_dycon.errors import ConfigError, DivergedError
+from nnunetv2_dycon.learned import LearnedClasses, Taught, teach_learned
 from nnunetv2_dycon.losses.voxels import region_ce_dice
 from nnunetv2_dycon.networks import TargetNetwork, Teacher, unwrap
 from nnunetv2_dycon.options import Settings
@@ -95,7 +96,7 @@ class Answer(NamedTuple):
     """A teacher's answer to its input x (B, C, *S), and the target that the student learns.
 
     `logits` (B, K, *S) are the teacher's, `target` are the same in the frame of the student's input, `extra` is for
-    further questions of a method.
+    further questions of a method. `taught` (B, 1, *S) are the voxels that count, None where all do.
     """
 
     teacher: TargetNetwork
@@ -103,6 +104,7 @@ class Answer(NamedTuple):
     logits: Tensor
     target: Tensor
     extra: Any = None
+    taught: Tensor | None = None
 
 
 class Pass(NamedTuple):
@@ -148,6 +150,7 @@ class Method(nn.Module, Generic[S]):
 
     settings_type: ClassVar[type[Settings]]
     uses_unlabeled: ClassVar[bool] = True
+    endings: ClassVar[tuple[str, ...]] = ("",)  # of the pairs, one for each network that learns
     teacher: TargetNetwork
 
     def __init__(self, settings: S, data: DataInfo, seed: int = 0) -> None:
@@ -160,6 +163,8 @@ class Method(nn.Module, Generic[S]):
         ema: float | None = getattr(settings, "ema", None)
         self.ema = max(0.0, min(0.999, 1 - 10 / settings.steps)) if ema is None else ema
         self.refuse()
+        threshold: float = getattr(settings, "learned", 0.0)
+        self.learned = LearnedClasses(data.classes, threshold, len(self.endings), data.ignore_label)
 
     def refuse(self) -> None:
         """Raise ConfigError where the method is not defined for the data."""
@@ -196,7 +201,7 @@ class Method(nn.Module, Generic[S]):
         if self.uses_unlabeled:
             for pair, views in zip(pairs, tee(self.views(batch), len(pairs)), strict=True):  # all pairs see the same
                 for view in views:
-                    yield Pass(pair, view, self.ask_unlabeled, self.unlabeled_terms)
+                    yield Pass(pair, view, self.ask_unlabeled, self._terms_of_learned)
         if self.paste:
             yield self.paste_pass(pairs[0], batch, self.paste)
         for pair in reversed(pairs):
@@ -226,6 +231,31 @@ class Method(nn.Module, Generic[S]):
         """Return what the student's outputs for a view of the unlabelled patches cost; the base has no term."""
         return Cost({}, {"agreement": agreement(full_resolution(outputs), answer.target)})
 
+    def _terms_of_learned(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
+        """Return the unlabelled terms of the classes that the labelled patches have taught."""
+        logits, target, taught = self.of_learned(full_resolution(outputs), answer.target, p.view.pasted)
+        outputs = logits if isinstance(outputs, Tensor) else [logits, *outputs[1:]]
+        return self.unlabeled_terms(p, outputs, answer._replace(target=target, taught=taught), batch)
+
+    def of_learned(self, logits: Tensor, target: Tensor, known: Tensor | None = None) -> Taught:
+        """Return student and teacher logits (B, C, *S) without the classes that are not learnt, and what is taught.
+
+        `known` (B, 1, *S) has a true label. Where all classes are learnt both come back as they are.
+        """
+        learned = self.learned.learned
+        return Taught(logits, target) if learned.all() else teach_learned(logits, target, learned, known)
+
+    def _terms_of_labels(self, p: Pass, outputs: Outputs, answer: Any, batch: Batch) -> Cost:
+        """Return the labelled terms, and count how well each class is known."""
+        self.learned.see(self.endings.index(p.pair.ending), full_resolution(outputs), batch.y_l)
+        return self.labeled_terms(p, outputs, answer, batch)
+
+    def voxel_weight(self, logits: Tensor, target: Tensor, batch: Batch) -> Tensor | None:
+        """Return how much each voxel counts (B, *S) in the framework's unlabelled terms; the base has None: all alike.
+
+        Both logits (B, C, *S) are in the frame of the student's input.
+        """
+
     def ask_labeled(self, p: Pass, batch: Batch, before: Any) -> Any:
         """Return what the teacher says of the labelled patches; the base asks for nothing."""
 
@@ -233,13 +263,16 @@ class Method(nn.Module, Generic[S]):
         """Return what the student's outputs for the labelled patches cost; the base has nnU-Net's own loss alone."""
         return Cost({"supervised": Term(1.0, batch.supervised(outputs))})
 
-    def region_loss(self, logits: Tensor, labels: Tensor, region: Tensor) -> Tensor:
-        """Return the loss of logits (B, C, *S) against labels over a region, both (B, 1, *S): that of all mixes."""
-        return region_ce_dice(logits, labels, region, ranks.mean_everywhere(region.float().mean()))
+    def region_loss(self, logits: Tensor, labels: Tensor, region: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the loss of logits (B, C, *S) against labels over a region, both (B, 1, *S): that of all mixes.
+
+        `weight` (B, *S) is that of each voxel inside the region.
+        """
+        return region_ce_dice(logits, labels, region, ranks.mean_everywhere(region.float().mean()), weight)
 
     def labeled_pass(self, pair: Pair, batch: Batch) -> Pass:
         """Return the pass of the labelled patches as they are: the last one of nnU-Net's network in every step."""
-        return Pass(pair, View(batch.x_l), self.ask_labeled, self.labeled_terms, final=not pair.ending)
+        return Pass(pair, View(batch.x_l), self.ask_labeled, self._terms_of_labels, final=not pair.ending)
 
     def paste_pass(self, pair: Pair, batch: Batch, weight: float, side: tuple[float, float] = BOX_SIDE) -> Pass:
         """Return the pass of labelled patches with a box from the next labelled patch, images and labels alike."""
@@ -319,6 +352,8 @@ class Step:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         log: dict[str, Any] = dict(data.now)
+        if self.method.uses_unlabeled:
+            log["classes_learned"] = self.method.learned.learned[1:].float().mean()
         total = torch.zeros((), device=self.device)
         answer = None
         for p in self.method.passes(self.network, data):
@@ -327,6 +362,7 @@ class Step:
         if self._finite(total):
             self._optimize()
             self.method.after_step(self.plain, self.number)
+            self.method.learned.update()
             self.skipped_in_a_row = 0
         else:
             self._skip(batch)
@@ -379,7 +415,9 @@ class Step:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
         for module in (self.network, *self.method.children()):  # each on its own: a joint norm would couple them
-            nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+            parameters = list(module.parameters())
+            if parameters:
+                nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         for optimizer in self.optimizers:
             optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
         if self.scaler is not None:

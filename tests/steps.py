@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.dycon import DyCON, DyCONSettings
+from nnunetv2_dycon.methods.dycon_bcp import DyCONBCP, DyCONBCPSettings
 from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
 from nnunetv2_dycon.methods.labeled_only import LabeledOnly
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
@@ -17,7 +18,7 @@ from nnunetv2_dycon.methods.settings import TeacherSettings
 from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
 from nnunetv2_dycon.options import Settings
 from nnunetv2_dycon.step import DataInfo, Method, Step
-from tests.recipes import CLASSES, SPACE, images, seeded
+from tests.recipes import CLASSES, SPACE, all_learned, images, seeded
 
 UNSURE = {"anchors": 0, "gate": 0.0, "stage": 0}  # of DyCON: every patch counts, every voxel is a patch
 SMALL = {"epochs": 1, "iters": 40}
@@ -40,7 +41,7 @@ def cross_entropy(outputs: Tensor, target: Tensor) -> Tensor:
 
 def made(kind: type[Method], settings: Settings, student: nn.Module, *, lr: float = 0.1, **how: Any) -> Step:
     """Return the step of a method with plain SGD, one optimiser for the student and one for what the method adds."""
-    method = kind(settings, DataInfo(CLASSES), seed=3)
+    method = all_learned(kind(settings, DataInfo(CLASSES), seed=3))
     method.build(student)
     optimizers = [torch.optim.SGD(student.parameters(), lr)]
     own = [parameter for parameter in method.parameters() if parameter.requires_grad]
@@ -69,5 +70,7 @@ METHODS = {
     "BCP": (BCP, BCPSettings(pretrain=0.0)),
     "CPS": (CPS, CPSSettings(view="copy_paste")),
     "DyCON": (DyCON, DyCONSettings(**UNSURE)),
+    "DyCON mixing": (DyCON, DyCONSettings(**UNSURE, view="bcp", loss="ce_dice")),
+    "DyCONBCP": (DyCONBCP, DyCONBCPSettings(**UNSURE, pretrain=0.0)),
     "DyCONCPS": (DyCONCPS, DyCONCPSSettings(**UNSURE, view="bcp", on="all", loss="guarded")),
 }

@@ -84,15 +84,21 @@ AVERAGING = (
     "nnUNetTrainerMeanTeacher",
     "nnUNetTrainerDyCON",
     "nnUNetTrainerDyCONPaper",
+    "nnUNetTrainerDyCONBCP",
     "nnUNetTrainerDyCON_viewcutmix_lossguarded_lambdah0p1",
-    "nnUNetTrainerDyCON_viewnoise_lossliteral",
+    "nnUNetTrainerDyCON_viewbcp_lossce_dice_learned0",
     "nnUNetTrainerMeanTeacher_viewintensity_lossce_dice",
     "nnUNetTrainerDyCON_feclonlabeled_lossguarded_focusuncertain",
     "nnUNetTrainerPseudoLabel",
     "nnUNetTrainerUAMT_viewcutmix",
     "nnUNetTrainerBCP",
 )
-CO_TRAINING = ("nnUNetTrainerCPS", "nnUNetTrainerCPS_viewcopy_paste", "nnUNetTrainerDyCONCPS_onall_lossguarded")
+CO_TRAINING = (
+    "nnUNetTrainerCPS",
+    "nnUNetTrainerCPS_viewcopy_paste",
+    "nnUNetTrainerDyCONCPS",
+    "nnUNetTrainerDyCONCPS_onall_lossguarded",
+)
 METHODS = (*AVERAGING, *CO_TRAINING)
 USING_UNLABELED = METHODS[1:]
 
@@ -129,13 +135,13 @@ def run_epochs(trainer, number: int) -> None:
 
 
 def poison(method, number: int) -> None:
-    """Make the last pass of the unlabelled patches not finite for some steps."""
-    inner, left = method.unlabeled_terms, [2 * number]  # DyCON's view has two passes
+    """Make the pass of the unlabelled patches not finite for some steps."""
+    inner, left = method.unlabeled_terms, [number]
 
     def spoiled(*arguments):
         cost = inner(*arguments)
         left[0] -= 1
-        if left[0] < 0 or left[0] % 2:
+        if left[0] < 0:
             return cost
         return cost._replace(terms={k: Term(1.0, term.value * float("nan")) for k, term in cost.terms.items()})
 

@@ -91,7 +91,12 @@ def labels_from_truth(
 
 @torch.no_grad()
 def labels_from_probabilities(
-    probabilities: Tensor, grid: Sequence[int], *, gate: float = 0.8, rule: Rule = "majority"
+    probabilities: Tensor,
+    grid: Sequence[int],
+    *,
+    gate: float = 0.8,
+    rule: Rule = "majority",
+    taught: Tensor | None = None,
 ) -> Tensor:
     """Class of each patch by a teacher's probabilities, -1 where it has none or the teacher is not sure.
 
@@ -109,6 +114,8 @@ def labels_from_probabilities(
         Mean over the voxels of the largest probability below which a patch gets -1, in [0, 1].
     rule : {"majority", "any_foreground"}
         How shares become a class.
+    taught : Tensor, shape (B, 1, *S), bool, optional
+        Voxels whose class may be taught; a patch with a single other voxel gets -1.
 
     Returns
     -------
@@ -131,7 +138,8 @@ def labels_from_probabilities(
         shares = torch.cat([_pool(channel, grid) for channel in probabilities.split(1, 1)], 1)
     else:
         shares = torch.cat([_pool(winner == c, grid) for c in range(probabilities.shape[1])], 1)
-    return _classes(shares, rule).masked_fill_(_pool(largest, grid)[:, 0] < gate, -1)
+    labels = _classes(shares, rule).masked_fill_(_pool(largest, grid)[:, 0] < gate, -1)
+    return labels if taught is None else labels.masked_fill_(_pool(~taught, grid)[:, 0] > 0, -1)
 
 
 @torch.no_grad()

@@ -210,7 +210,9 @@ def soft_ce_dice(student_logits: Tensor, teacher_probabilities: Tensor, weight: 
     return _CrossEntropyDice.apply(student_logits, teacher_probabilities.detach(), weight)
 
 
-def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor, share: Tensor | None = None) -> Tensor:
+def region_ce_dice(
+    logits: Tensor, labels: Tensor, region: Tensor, share: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """`soft_ce_dice` against hard labels as means over a region; 0 where the region is empty.
 
     Parameters
@@ -223,6 +225,8 @@ def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor, share: Tensor
         Voxels that count.
     share : Tensor, scalar, optional
         Share of the voxels that the mean is over; that of the region by default.
+    weight : Tensor, shape (B, *S), optional
+        Weight of each voxel of the region, detached; the mean is over the region, whatever its weights sum to.
 
     Returns
     -------
@@ -231,8 +235,9 @@ def region_ce_dice(logits: Tensor, labels: Tensor, region: Tensor, share: Tensor
     with torch.no_grad():
         classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
         one_hot = (labels == classes).float()
-        weight = region[:, 0].float()
-        weight = weight / (weight.mean() if share is None else share).clamp_min(1e-12)
+        of_region = region[:, 0].float()
+        of_region = of_region / (of_region.mean() if share is None else share).clamp_min(1e-12)
+        weight = of_region if weight is None else weight * of_region
     return soft_ce_dice(logits, one_hot, weight)
 
 

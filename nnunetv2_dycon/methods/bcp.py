@@ -4,30 +4,40 @@ Bai et al., CVPR 2023. In addition to its two mixes the student keeps nnU-Net's 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
-import torch
 from torch import nn
 
-from nnunetv2_dycon.methods.settings import TeacherSettings
+from nnunetv2_dycon.methods.settings import TeacherSettings, UnlabeledSettings
 from nnunetv2_dycon.options import option
-from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, full_resolution
-from nnunetv2_dycon.views import BCP_BOX_SIDE, Outputs, View, draw_views
+from nnunetv2_dycon.schedules import gaussian_ramp
+from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, agreement, full_resolution
+from nnunetv2_dycon.views import BCP_BOX_SIDE, Outputs
 
 
 @dataclass(frozen=True)
-class BCPSettings(TeacherSettings):
+class BCPSettings(UnlabeledSettings, TeacherSettings):
     """Options of nnUNetTrainerBCP."""
+
+    view: ClassVar[str] = "bcp"
 
     pretrain: float = option(
         0.2, low=0.0, high=1.0, help="fraction of the training that pastes among labelled patches only"
+    )
+    rampup: float = option(
+        0.0,
+        low=0.0,
+        high=1.0,
+        help="fraction of the training at which pseudo-labels have their whole weight; 0 = at once",
     )
     w: float = option(0.5, low=0.0, high=1000.0, help="weight of the loss on mixed patches")
     alpha: float = option(0.5, low=0.0, high=1.0, help="weight of a pseudo-labelled region relative to a labelled one")
 
     def schedules(self) -> dict[str, Callable[[float], float]]:
-        """Add `ramp`: 1 once unlabelled patches take part, before that 0."""
-        return {**super().schedules(), "ramp": lambda t: float(t >= self.pretrain)}
+        """Add `ramp`: 0 while pastes are among labelled patches, then the factor of the pseudo-labels."""
+        return {**super().schedules(), "ramp": partial(gaussian_ramp, rampup=self.rampup, delay=self.pretrain)}
 
 
 class BCP(Method[BCPSettings]):
@@ -44,29 +54,17 @@ class BCP(Method[BCPSettings]):
             yield self.paste_pass(pair, batch, self.settings.w, BCP_BOX_SIDE)
             yield self.labeled_pass(pair, batch)
 
-    def views(self, batch: Batch) -> Iterator[View]:
-        """Yield both mixes, each with the whole weight."""
-        for view in draw_views(
-            "bcp", batch.x_u, batch.x_l, batch.y_l, self.data.ignore_label, generator=batch.generator
-        ):
-            yield replace(view, share=1.0)
-
-    @torch.no_grad()
-    def ask_unlabeled(self, p: Pass, batch: Batch, before: Answer | None) -> Answer:
-        """Return the teacher's hard labels (B, 1, *S) of the whole unlabelled patches, the same for both mixes."""
-        if before is not None:
-            return before
-        logits = full_resolution(p.pair.teacher.network(p.view.teacher))
-        return Answer(p.pair.teacher, p.view.teacher, logits, logits.argmax(1, keepdim=True))
-
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return the losses of both regions: true labels where a labelled patch shows, else the teacher's."""
-        logits, pasted, truth = full_resolution(outputs), p.view.pasted, p.view.truth
-        labels = torch.where(pasted, truth, answer.target.to(truth.dtype))
-        w = self.settings.w
+        logits, target, pasted = full_resolution(outputs), answer.target, p.view.pasted
+        labels, weight = target.argmax(1, keepdim=True), self.voxel_weight(logits, target, batch)
+        w = self.settings.w / p.view.share  # each direction has the whole weight
         return Cost(
             {
                 "labeled": Term(w, self.region_loss(logits, labels, pasted)),
-                "pseudo": Term(w * self.settings.alpha, self.region_loss(logits, labels, ~pasted)),
-            }
+                "pseudo": Term(
+                    w * self.settings.alpha * batch.now["ramp"], self.region_loss(logits, labels, ~pasted, weight)
+                ),
+            },
+            {"agreement": agreement(logits, target)},
         )

@@ -29,6 +29,7 @@ class CPS(Method[CPSSettings]):
     """Two networks with different starts, each trained on the labels and on the other's hard labels."""
 
     settings_type = CPSSettings
+    endings = ("", "_second")
 
     def build(self, student: nn.Module) -> None:
         """Make the second network."""
@@ -51,7 +52,8 @@ class CPS(Method[CPSSettings]):
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return cross-entropy plus Dice against the hard labels of the other network."""
         logits, target = full_resolution(outputs), answer.target
-        term = Term(self.settings.w * batch.now["ramp"], soft_ce_dice(logits, hard_targets(target).one_hot))
+        value = soft_ce_dice(logits, hard_targets(target).one_hot, self.voxel_weight(logits, target, batch))
+        term = Term(self.settings.w * batch.now["ramp"], value)
         return Cost({"cps": term}, {"agreement": agreement(logits, target)})
 
 

@@ -3,6 +3,7 @@
 Assefa et al., CVPR 2025, after its supplement; where we depart from the released code docs/method.md says why.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,27 +29,34 @@ from nnunetv2_dycon.networks import FeatureTap, ProjectionHead, Teacher, choose_
 from nnunetv2_dycon.options import Schedule, Settings, option
 from nnunetv2_dycon.schedules import exponential
 from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, average_, full_resolution
-from nnunetv2_dycon.views import VIEWS, Outputs, noisy
+from nnunetv2_dycon.views import Outputs, noisy
 
 
 @dataclass(frozen=True)
 class DyCONTermSettings(Settings):
-    """Options of UnCL and FeCL in any framework; docs/method.md has the reasons for the starting values.
+    """Options of UnCL and FeCL in any framework; docs/method.md has the reasons for the values.
 
     The framework's settings follow this class in the list of bases, so that their defaults hold.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {**ViewSettings.renamed, "uncl": "loss", "labels": "target"}
 
-    loss: Literal["literal", "guarded", "ce_dice"] = option(
-        "ce_dice",
-        choices=("literal", "guarded", "ce_dice"),
-        help="UnCL: on squared differences as in Eq. 1, in its guarded form, or its weight on cross-entropy and Dice",
+    loss: str = option(
+        "own",
+        choices=("own", "literal", "guarded", "ce_dice"),
+        help="UnCL: its weight on the framework's own loss, or in addition to it on squared differences (Eq. 1, or its "
+        "guarded form) or on cross-entropy and Dice",
     )
     target: Literal["soft", "hard"] | None = option(
-        "soft", choices=("soft", "hard"), help="UnCL's target: the teacher's probabilities or its largest class"
+        None,
+        choices=("soft", "hard"),
+        none_text="hard with lossce_dice, else soft",
+        help="target of UnCL in addition to the framework's loss: the teacher's probabilities or its largest class",
     )
-    beta: Schedule = option(Schedule(0.5, 0.05), schedule=True, low=0.001, high=20.0, help="entropy scale of UnCL")
+    beta: Schedule = option(
+        Schedule(0.5, 0.05), schedule=True, low=0.001, high=20.0, help="entropy scale of UnCL, per unit of H / ln C"
+    )
+    nats: bool = option(False, flag=True, help="beta of lossliteral counts per nat of entropy")
     entropy: Entropy = option("dual", choices=("dual", "teacher", "student"), help="whose entropy weighs UnCL")
     focus: Focus = option(
         "confident",
@@ -58,7 +66,6 @@ class DyCONTermSettings(Settings):
     lambdah: float = option(0.0, low=0.0, high=10.0, help="weight of the entropy term of guarded UnCL")
     on: str = option("unlabeled", choices=("unlabeled", "all"), help="patches that UnCL is taken on")
     wuncl: float = option(1.0, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
-    wpasted: float = option(1.0, low=0.0, high=1000.0, help="weight of the true labels of pasted voxels")
     wfecl: float = option(0.3, low=0.0, high=1000.0, help="weight of FeCL after the ramp; 0 builds no head")
     feclon: str = option("all", choices=("all", "labeled"), help="patches that FeCL is taken on")
     tau: float = option(0.6, low=0.01, high=10.0, help="temperature of FeCL")
@@ -71,13 +78,15 @@ class DyCONTermSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.loss == "own" and (self.target, self.on, self.wuncl) != (None, "unlabeled", 1.0):
+            raise ConfigError("options target, on and wuncl: lossown is the framework's loss with its weight; use w.")
         if self.lambdah and self.loss != "guarded":
             raise ConfigError("option lambdah: guarded UnCL alone has this term; add _lossguarded.")
         if self.focus == "uncertain" and self.loss == "literal":
             raise ConfigError(
                 "option focusuncertain: literal UnCL is Eq. 1, which weighs confident voxels most; use _lossguarded."
             )
-        if self.target == "hard" and self.loss != "ce_dice":
+        if self.target == "hard" and self.loss in ("literal", "guarded"):
             raise ConfigError(
                 f"option targethard: UnCL on squared differences compares probabilities; leave loss{self.loss} out."
             )
@@ -85,7 +94,7 @@ class DyCONTermSettings(Settings):
     @property
     def hard(self) -> bool:
         """Whether UnCL's target is the teacher's largest class."""
-        return self.target == "hard"
+        return self.loss == "ce_dice" if self.target is None else self.target == "hard"
 
     def schedules(self) -> dict[str, Callable[[float], float]]:
         """Add `beta`, the entropy scale of UnCL."""
@@ -93,46 +102,31 @@ class DyCONTermSettings(Settings):
 
     @classmethod
     def translated(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """Rename options. What `loss` says was said by `target` and `uncl` together, `target` was called `labels`."""
+        """Rename options. What `loss` says was said by `target` and `uncl` together, `target` was called `labels`.
+
+        The beta of literal UnCL counted per nat, and the ramp could depend on the length of the training.
+        """
         if "uncl" in stored:
             stored = dict(stored)
             distance, form = stored.pop("target"), stored.pop("uncl")
             stored["loss"] = form or ("literal" if distance == "mse" else "ce_dice")
-        return super().translated(stored)
+        stored = super().translated({"nats": stored.get("loss") == "literal", **stored})
+        if stored.get("rampup", 0.0) is None:
+            stored["rampup"] = max(0.1, min(0.4, 800 / (stored["epochs"] * stored["iters"])))
+        return stored
 
 
 @dataclass(frozen=True)
 class DyCONSettings(DyCONTermSettings, ViewSettings, TeacherSettings):
-    """Options of nnUNetTrainerDyCON; docs/results.md has the trainings that chose view, loss, target and ramp."""
+    """Options of nnUNetTrainerDyCON: DyCON's losses in the framework of mean teacher."""
 
-    rampup: float | None = option(
-        None,
-        low=0.0,
-        high=1.0,
-        none_text="0p1, at least 800 steps, at most 0p4",
-        help="fraction of the training over which unlabelled terms rise to their weight",
+    loss: str = option(
+        "literal",
+        choices=("literal", "guarded", "ce_dice"),
+        help="UnCL: on squared differences as in Eq. 1, in its guarded form, or its weight on cross-entropy and Dice",
     )
-    view: str = option("bcp", choices=tuple(VIEWS), help="what differs between student and teacher input")
-    target: Literal["soft", "hard"] | None = option(
-        None,
-        choices=("soft", "hard"),
-        none_text="hard with lossce_dice, else soft",
-        help="UnCL's target: the teacher's probabilities or its largest class",
-    )
-    wuncl: float = option(0.5, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
-
-    def full_weight_at(self) -> float:
-        """Return the fraction of the training at which the unlabelled terms have their full weight.
-
-        A class takes some hundreds of steps to appear, however long the training is. Where the teacher teaches before
-        that, its labels say that the class is absent, and the student may never learn it.
-        """
-        return max(0.1, min(0.4, 800 / self.steps)) if self.rampup is None else self.rampup
-
-    @property
-    def hard(self) -> bool:
-        """Whether UnCL's target is the teacher's largest class."""
-        return self.loss == "ce_dice" if self.target is None else super().hard
+    wuncl: float = option(8.0, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
+    wpasted: float = option(1.0, low=0.0, high=1000.0, help="weight of the true labels of pasted voxels")
 
 
 PAPER = DyCONSettings(
@@ -142,6 +136,8 @@ PAPER = DyCONSettings(
     rampup=0.0,
     delay=0.0,
     beta=Schedule(5.0, 0.5),
+    nats=True,
+    learned=0.0,
     on="all",
     wuncl=0.5,
     wfecl=0.5,
@@ -209,12 +205,13 @@ class DyCONTerms(Method[D]):
         return answer._replace(extra=self._features(p, p.view.student)) if wanted else answer
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
-        """Return UnCL, the loss of pasted voxels, the framework's own terms, and FeCL."""
-        logits, view, share = full_resolution(outputs), p.view, self._unlabeled_share(batch)
+        """Return UnCL, the framework's own terms, and FeCL."""
+        logits, share = full_resolution(outputs), self._unlabeled_share(batch)
         of_framework = super().unlabeled_terms(p, outputs, answer, batch)
-        terms = self._uncl(logits, answer.target, batch, share if self.settings.on == "all" else 1.0, view.pasted)
-        if view.pasted is not None:
-            terms["pasted"] = Term(self.settings.wpasted, self.region_loss(logits, view.truth, view.pasted))
+        terms: dict[str, Term] = {}
+        if self.settings.loss != "own":
+            of_unlabeled = share if self.settings.on == "all" else 1.0
+            terms = self._uncl(logits, answer.target, batch, of_unlabeled, p.view.pasted)
         terms.update(of_framework.terms)
         logged = dict(of_framework.logged)
         features = self._taken(p)
@@ -225,11 +222,19 @@ class DyCONTerms(Method[D]):
                     features.shape[2:],
                     gate=self.settings.gate,
                     rule=self.settings.rule,
+                    taught=answer.taught,
                 )
             terms["fecl_unlabeled"] = self._fecl(features, labels, answer.extra, logits, batch, share)
             logged["patches_kept"] = (labels >= 0).float().mean()
             logged["foreground_patches"] = (labels > 0).float().mean()
         return Cost(terms, logged)
+
+    def voxel_weight(self, logits: Tensor, target: Tensor, batch: Batch) -> Tensor | None:
+        """Return UnCL's weight (B, *S) of each voxel, 1 where both networks are certain, for the framework's loss."""
+        s = self.settings
+        if s.loss != "own":
+            return None
+        return entropy_weight(logits, target, beta=batch.now["beta"], entropy=s.entropy, focus=s.focus)
 
     # -------------------------------------------------------------------------------------------- labelled patches
     @torch.no_grad()
@@ -247,7 +252,8 @@ class DyCONTerms(Method[D]):
         logits, share = full_resolution(outputs), 1.0 - self._unlabeled_share(batch)
         terms = dict(super().labeled_terms(p, outputs, answer, batch).terms)
         if answer.logits is not None:
-            of_uncl = self._uncl(logits, answer.logits, batch, share)
+            of_student, of_teacher, _ = self.of_learned(logits, answer.logits)
+            of_uncl = self._uncl(of_student, of_teacher, batch, share)
             terms.update({f"{name}_labeled": term for name, term in of_uncl.items()})
         features = self._taken(p)
         if features is not None:
@@ -280,7 +286,10 @@ class DyCONTerms(Method[D]):
                 voxels = voxels * unpasted / ranks.mean_everywhere(unpasted.mean()).clamp_min(1e-12)
             q = hard_targets(target).one_hot if s.hard else torch.softmax(target.float(), 1)
             return {"uncl": Term(weight, soft_ce_dice(logits, q, voxels))}
-        parts = uncl(logits, target, beta=batch.now["beta"], form=s.loss, entropy=s.entropy, focus=s.focus)
+        beta = batch.now["beta"]
+        if s.loss == "literal" and not s.nats:
+            beta /= math.log(self.data.classes)
+        parts = uncl(logits, target, beta=beta, form=s.loss, entropy=s.entropy, focus=s.focus)
         of_entropy = weight * s.lambdah if s.loss == "guarded" else weight
         return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(of_entropy, parts.entropy)}
 
@@ -337,9 +346,17 @@ class DyCONTerms(Method[D]):
 
 
 class DyCON(DyCONTerms[DyCONSettings]):
-    """UnCL on the full-resolution output, FeCL on the patches of one encoder stage."""
+    """Mean teacher with DyCON's losses: UnCL on the full-resolution output, FeCL on patches of one encoder stage."""
 
     settings_type = DyCONSettings
+
+    def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
+        """Add the loss of pasted voxels against their true labels, where the view pastes."""
+        cost, view = super().unlabeled_terms(p, outputs, answer, batch), p.view
+        if view.pasted is None:
+            return cost
+        value = self.region_loss(full_resolution(outputs), view.truth, view.pasted)
+        return cost._replace(terms={**cost.terms, "pasted": Term(self.settings.wpasted, value)})
 
 
 def anchored_images(labels: Tensor) -> Tensor:

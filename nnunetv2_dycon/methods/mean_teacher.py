@@ -35,9 +35,10 @@ class MeanTeacher(Method[MeanTeacherSettings]):
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return the distance of the student's probabilities from the teacher's."""
         logits, target = full_resolution(outputs), answer.target
+        weight = self.voxel_weight(logits, target, batch)
         if self.settings.loss == "ce_dice":
-            value = soft_ce_dice(logits, torch.softmax(target.float(), 1))
+            value = soft_ce_dice(logits, torch.softmax(target.float(), 1), weight)
         else:
-            value = mse(logits, target)
+            value = mse(logits, target, weight)
         term = Term(self.settings.w * batch.now["ramp"], value)
         return Cost({"consistency": term}, {"agreement": agreement(logits, target)})

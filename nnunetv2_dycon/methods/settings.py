@@ -27,22 +27,31 @@ class TeacherSettings(Settings):
 
 
 @dataclass(frozen=True)
-class ViewSettings(Settings):
+class UnlabeledSettings(Settings):
+    """Options of every method that learns from unlabelled patches."""
+
+    learned: float = option(
+        0.4,
+        low=0.0,
+        high=1.0,
+        neutral=0.0,
+        help="Dice on labelled patches from which unlabelled ones teach a class; 0 = all classes from the start",
+    )
+
+
+@dataclass(frozen=True)
+class ViewSettings(UnlabeledSettings):
     """Options of every method that compares two looks at an unlabelled patch; further bases come after this one."""
 
     renamed: ClassVar[Mapping[str, str]] = {"ramp": "rampup"}
 
-    rampup: float | None = option(
+    rampup: float = option(
         0.4, low=0.0, high=1.0, help="fraction of the training over which unlabelled terms rise to their weight"
     )
     delay: float = option(0.02, low=0.0, high=1.0, help="fraction of the training before unlabelled terms begin")
     view: str = option("noise", choices=tuple(VIEWS), help="what differs between student and teacher input")
 
-    def full_weight_at(self) -> float:
-        """Return the fraction of the training at which the unlabelled terms have their full weight."""
-        return 0.4 if self.rampup is None else self.rampup
-
     def schedules(self) -> dict[str, Callable[[float], float]]:
         """Add `ramp`, the factor in [0, 1] of all unlabelled terms."""
-        ramp = partial(gaussian_ramp, rampup=self.full_weight_at(), delay=self.delay)
+        ramp = partial(gaussian_ramp, rampup=self.rampup, delay=self.delay)
         return {**super().schedules(), "ramp": ramp}

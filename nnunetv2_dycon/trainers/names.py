@@ -14,6 +14,7 @@ from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.dycon import PAPER, DyCON, DyCONSettings
+from nnunetv2_dycon.methods.dycon_bcp import DyCONBCP, DyCONBCPSettings
 from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
 from nnunetv2_dycon.methods.labeled_only import LabeledOnly
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
@@ -35,6 +36,7 @@ TRAINERS: dict[str, tuple[type[Method], options.Settings]] = {
     "nnUNetTrainerDyCON": (DyCON, DyCONSettings()),
     "nnUNetTrainerDyCONPaper": (DyCON, PAPER),
     "nnUNetTrainerDyCONCPS": (DyCONCPS, DyCONCPSSettings()),
+    "nnUNetTrainerDyCONBCP": (DyCONBCP, DyCONBCPSettings()),
 }
 
 

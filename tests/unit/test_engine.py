@@ -74,7 +74,7 @@ def test_the_series_are_means_over_the_steps_of_each_epoch(trainer) -> None:
             values = np.array([float(log.get(name, np.nan)) for log in steps_of_epoch])
             wanted = values[np.isfinite(values)].mean()
             assert float(row[name]) == pytest.approx(wanted, rel=1e-6), name
-        assert {"supervised", "in_uncl", "in_uncl_weighted", "fecl_labeled", "ramp", "beta"} < set(row)
+        assert {"supervised", "uncl", "uncl_weighted", "fecl_labeled", "ramp", "beta", "classes_learned"} < set(row)
     assert len({log["ramp"] for steps_of_epoch in logs for log in steps_of_epoch}) == 6
     assert float(rows[0]["ramp"]) == pytest.approx(np.exp(-5 * (1 - np.arange(3) / 6) ** 2).mean())
     assert [float(row["skipped_steps"]) for row in rows] == [0, 1]  # this one is counted

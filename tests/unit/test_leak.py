@@ -15,13 +15,15 @@ from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import ConfigError, SplitError
 from nnunetv2_dycon.networks import unwrap
 from tests.datasets import environment, make_dataset, plan_and_preprocess, write_image, write_splits
+from tests.recipes import all_learned
 from tests.training import begin, make_trainer, same, seed_all
 
 METHODS = (
     "nnUNetTrainerLabeledOnly_seed1",  # without a seed the control shares stock's random stream with validation
     "nnUNetTrainerMeanTeacher",
     "nnUNetTrainerDyCON",
-    "nnUNetTrainerDyCON_viewnoise_lossliteral_onall",
+    "nnUNetTrainerDyCON_onall",
+    "nnUNetTrainerDyCONBCP",
     "nnUNetTrainerPseudoLabel",
     "nnUNetTrainerUAMT",
     "nnUNetTrainerBCP",
@@ -86,6 +88,7 @@ def run(root: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> list:
     seed_all(3)
     trainer = begin(make_trainer(f"{method}_epochs2_iters20_valiters1"))
     trainer.disable_checkpointing = True
+    all_learned(trainer.method)  # every term acts from the first step
     seen = []
     for step in range(20):
         batch = next(trainer.dataloader_train)

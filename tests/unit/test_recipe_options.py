@@ -21,7 +21,7 @@ from nnunetv2_dycon.step import DataInfo, Method, agreement
 from tests import oracles
 from tests.oracles import relative_error
 from tests.passes import costs_of
-from tests.recipes import CLASSES, SPACE, Decoder, Net, UNet, batch, check, made, seeded
+from tests.recipes import CLASSES, SPACE, Decoder, Net, UNet, all_learned, batch, check, made, seeded
 
 GRID = (2, 2, 3)
 IGNORED = CLASSES
@@ -55,7 +55,7 @@ class CoarseUNet(UNet):
 
 def dycon(student: nn.Module, **settings) -> DyCON:
     """Return DyCON with a teacher of weights of its own."""
-    method = DyCON(DyCONSettings(rampup=0.0, delay=0.0, **settings), DataInfo(CLASSES, IGNORED), seed=7)
+    method = all_learned(DyCON(DyCONSettings(rampup=0.0, delay=0.0, **settings), DataInfo(CLASSES, IGNORED), seed=7))
     method.build(student)
     method.teacher.network.load_state_dict(type(student)(1).state_dict())
     return method
@@ -114,7 +114,7 @@ def test_the_head_starts_from_the_seed_of_the_training() -> None:
 @pytest.mark.parametrize("entropy", ["dual", "teacher"])
 def test_uncl_on_cross_entropy_takes_focus_and_entropy(focus: str, entropy: str) -> None:
     student = UNet()
-    method = dycon(student, view="weak", wfecl=0.0, focus=focus, entropy=entropy, beta=Schedule(1.5))
+    method = dycon(student, view="weak", loss="ce_dice", wfecl=0.0, focus=focus, entropy=entropy, beta=Schedule(1.5))
     data = batch()
     found = costs_of(method, student, data)[0]().terms["uncl"]
     target, logits = method.teacher.network(data.x_u), student(data.x_u)

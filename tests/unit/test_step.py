@@ -251,7 +251,7 @@ def test_a_pass_names_its_terms_and_two_views_share_the_weight() -> None:
     terms = {"supervised", "supervised_second", *ways}
     weighted = {f"{name}{kind}" for name in terms - {"supervised"} for kind in ("_weight", "_weighted")}
     agreements = {name.replace("cps", "agreement") for name in ways}
-    assert set(log) == {*terms, *weighted, *agreements, "ramp", "skipped_steps"}
+    assert set(log) == {*terms, *weighted, *agreements, "ramp", "classes_learned", "skipped_steps"}
     for name in ways:
         assert log[f"{name}_weight"] == pytest.approx(0.5 * 3.0)
         assert log[f"{name}_weighted"] == pytest.approx(1.5 * log[name])
@@ -353,7 +353,7 @@ def test_outputs_are_restored_before_they_cost_anything(deep: bool, monkeypatch:
         (LabeledOnly, TeacherSettings(**SMALL, paste=1.0), 1),
         (BCP, BCPSettings(**SMALL, pretrain=0.0), 4),
         (BCP, BCPSettings(**SMALL, pretrain=1.0), 1),
-        (DyCON, DyCONSettings(**SMALL, wfecl=0.0, rampup=0.0, delay=0.0), 2),
+        (DyCON, DyCONSettings(**SMALL, view="bcp", wfecl=0.0, rampup=0.0, delay=0.0), 2),
     ],
 )
 def test_the_hook_of_region_losses_changes_them_everywhere(
@@ -362,7 +362,7 @@ def test_the_hook_of_region_losses_changes_them_everywhere(
     step = made(kind, settings, Net())
     asked = []
     monkeypatch.setattr(
-        step.method, "region_loss", lambda logits, labels, region: asked.append(region) or logits.sum() * 0
+        step.method, "region_loss", lambda logits, labels, region, weight=None: asked.append(region) or logits.sum() * 0
     )
     step(loader_batch())
     assert len(asked) == regions

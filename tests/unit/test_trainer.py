@@ -13,6 +13,7 @@ from nnunetv2_dycon.errors import ConfigError, DataError, DivergedError
 from nnunetv2_dycon.export import export_model
 from nnunetv2_dycon.networks import unwrap
 from tests.passes import costs_of
+from tests.recipes import all_learned
 from tests.training import (
     AVERAGING,
     CO_TRAINING,
@@ -57,17 +58,19 @@ def test_arms_with_the_same_seed_see_the_same_labeled_patches(trainer) -> None:
 # Terms with a weight in a step, those of all passes together.
 TERMS = {
     "nnUNetTrainerMeanTeacher": 2,
-    "nnUNetTrainerDyCON": 8,
+    "nnUNetTrainerDyCON": 5,
+    "nnUNetTrainerDyCONBCP": 8,
     "nnUNetTrainerDyCONPaper": 7,
     "nnUNetTrainerDyCON_viewcutmix_lossguarded_lambdah0p1": 5,
-    "nnUNetTrainerDyCON_viewnoise_lossliteral": 5,
+    "nnUNetTrainerDyCON_viewbcp_lossce_dice_learned0": 8,
     "nnUNetTrainerMeanTeacher_viewintensity_lossce_dice": 2,
-    "nnUNetTrainerDyCON_feclonlabeled_lossguarded_focusuncertain": 6,
+    "nnUNetTrainerDyCON_feclonlabeled_lossguarded_focusuncertain": 3,
     "nnUNetTrainerPseudoLabel": 2,
     "nnUNetTrainerUAMT_viewcutmix": 2,
     "nnUNetTrainerBCP": 5,
     "nnUNetTrainerCPS": 4,
     "nnUNetTrainerCPS_viewcopy_paste": 4,
+    "nnUNetTrainerDyCONCPS": 8,
     "nnUNetTrainerDyCONCPS_onall_lossguarded": 12,
 }
 
@@ -79,6 +82,7 @@ def test_every_term_moves_the_student(trainer, monkeypatch: pytest.MonkeyPatch, 
     t = begin(trainer(named(method, "epochs1_iters1_gate0" if gated else "epochs1_iters1")))
     steps(t, 1)
     t.step.number = 10**6  # schedules at their end: full weight
+    all_learned(t.method)
     steps(t, 1)
     with torch.no_grad():
         for parameter in t.method.teacher.network.parameters():  # a teacher that differs from the student
@@ -130,13 +134,16 @@ def test_teacher_follows_the_closed_form_and_never_has_a_gradient(trainer, metho
 @pytest.mark.parametrize(
     "method",
     [
-        "DyCON_wuncl0_wpasted0_wfecl0",
+        "DyCON_wuncl0_wfecl0",
+        "DyCON_viewbcp_lossce_dice_wuncl0_wpasted0_wfecl0",
+        "DyCONBCP_w0_wfecl0",
         "MeanTeacher_w0",
         "PseudoLabel_w0",
         "UAMT_w0",
         "BCP_w0",
         "CPS_w0",
-        "DyCONCPS_w0_wuncl0_wfecl0",
+        "DyCONCPS_w0_wfecl0",
+        "DyCONCPS_lossliteral_w0_wuncl0_wfecl0",
     ],
 )
 def test_zero_weights_reduce_a_method_to_the_control(trainer, method: str) -> None:

@@ -48,8 +48,8 @@ def test_three_and_three_epochs_equal_six(trainer, method: str, tmp_path: Path) 
 
 
 def test_an_older_checkpoint_goes_on_bit_for_bit_and_one_of_other_settings_is_refused(trainer, tmp_path) -> None:
-    """A checkpoint without option `paste` and with former names goes on as it began."""
-    name = named("nnUNetTrainerDyCON", "epochs6_iters2_valiters1_save3_seed2")
+    """The default of before goes on as it began, under the name that has its options now."""
+    name = named("nnUNetTrainerDyCON_viewbcp_lossce_dice_wuncl0p5_learned0", "epochs6_iters2_valiters1_save3_seed2")
     first = trainer(name)
     first.on_train_start()
     run_epochs(first, 3)
@@ -57,7 +57,10 @@ def test_an_older_checkpoint_goes_on_bit_for_bit_and_one_of_other_settings_is_re
     older = torch.load(latest, weights_only=False)
     settings = older[KEY]["settings"]
     assert settings.pop("paste") == 0.0
-    settings["ramp"], settings["labels"] = settings.pop("rampup"), settings.pop("target")
+    assert settings.pop("learned") == 0.0
+    assert not settings.pop("nats")
+    assert settings.pop("rampup") == 0.4
+    settings["ramp"], settings["labels"] = None, settings.pop("target")
     assert settings.pop("loss") == "ce_dice"
     settings.update(target=None, uncl=None)
     torch.save(older, tmp_path / "older.pth")

@@ -1,0 +1,110 @@
+"""Classes that the labelled patches have not taught yet: who they are, and that unlabelled terms leave them alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnunetv2_dycon.learned import LearnedClasses, teach_learned
+from nnunetv2_dycon.losses.mse import mse
+from nnunetv2_dycon.losses.voxels import hard_targets, region_ce_dice, soft_ce_dice, uncl
+from tests.recipes import seeded
+
+CLASSES = 5
+LEARNED = torch.tensor([True, False, True, True, False])
+SPACE = (3, 4, 5)
+
+
+def drawn(seed: int, scale: float = 2.0) -> Tensor:
+    return scale * torch.randn(2, CLASSES, *SPACE, generator=seeded(seed), dtype=torch.float64)
+
+
+COSTS = {
+    "squares": lambda s, t: mse(s, t),
+    "cross-entropy and Dice, soft": lambda s, t: soft_ce_dice(s, torch.softmax(t, 1)),
+    "cross-entropy and Dice, hard": lambda s, t: soft_ce_dice(s, hard_targets(t).one_hot),
+    "gated": lambda s, t: soft_ce_dice(s, hard_targets(t, 0.6).one_hot, hard_targets(t, 0.6).weight),
+    "region": lambda s, t: region_ce_dice(s, t.argmax(1, keepdim=True), torch.ones_like(s[:, :1], dtype=torch.bool)),
+    "Eq. 1": lambda s, t: sum(uncl(s, t, beta=0.7)),
+    "guarded": lambda s, t: sum(uncl(s, t, beta=0.7, form="guarded")),
+}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_no_gradient_changes_the_probability_of_a_class_that_is_not_learnt(cost: str) -> None:
+    student, teacher = drawn(1).requires_grad_(), drawn(2)
+    taught = teach_learned(student, teacher, LEARNED)
+    (slope,) = torch.autograd.grad(COSTS[cost](taught.student, taught.teacher), student)
+    assert slope.abs().max() > 0
+    p = torch.softmax(student.detach(), 1)
+    change = -p * (slope - (p * slope).sum(1, keepdim=True))  # of each probability, along a step of the logits
+    assert change[:, ~LEARNED].abs().max() < 1e-12 * slope.abs().max()
+    (plain,) = torch.autograd.grad(COSTS[cost](student, teacher), student)
+    lowered = -p * (plain - (p * plain).sum(1, keepdim=True))
+    assert lowered[:, ~LEARNED].min() < -1e-6  # which it does without
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_voxels_of_a_teacher_class_that_is_not_learnt_teach_nothing(cost: str) -> None:
+    student, teacher = drawn(1).requires_grad_(), drawn(2)
+    taught = teach_learned(student, teacher, LEARNED)
+    silent = ~LEARNED[teacher.argmax(1)]
+    assert torch.equal(taught.voxels[:, 0], ~silent)
+    assert 0.1 < silent.double().mean() < 0.9
+    (slope,) = torch.autograd.grad(COSTS[cost](taught.student, taught.teacher), student)
+    assert not slope.movedim(1, -1)[silent].any()
+    assert slope.movedim(1, -1)[~silent].any()
+
+
+def test_the_gradient_among_learnt_classes_is_that_of_a_network_with_only_these() -> None:
+    """Up to a shift of all learnt logits alike, which changes no probability among them."""
+    student, teacher = drawn(1).requires_grad_(), drawn(2)
+    teacher[:, ~LEARNED] = -50.0  # every voxel is taught
+    taught = teach_learned(student, teacher, LEARNED)
+    (slope,) = torch.autograd.grad(mse(taught.student, taught.teacher), student)
+    few = student.detach()[:, LEARNED].requires_grad_()
+    (wanted,) = torch.autograd.grad(mse(few, teacher[:, LEARNED]), few)
+    difference = slope[:, LEARNED] - wanted
+    assert (difference - difference[:, :1]).abs().max() < 1e-15
+    assert not slope[:, ~LEARNED].any()
+
+
+def test_voxels_with_a_true_label_teach_every_class() -> None:
+    student, teacher = drawn(1).requires_grad_(), drawn(2)
+    known = torch.rand(2, 1, *SPACE, generator=seeded(3)) < 0.5
+    taught = teach_learned(student, teacher, LEARNED, known)
+    (slope,) = torch.autograd.grad(mse(taught.student, taught.teacher), student)
+    (plain,) = torch.autograd.grad(mse(student, teacher), student)
+    assert torch.equal(slope.where(known, 0), plain.where(known, 0))
+    assert bool(taught.voxels[known].all())
+    assert not slope[:, ~LEARNED].where(~known, 0).any()
+
+
+def test_classes_are_learnt_by_the_dice_of_recent_labelled_patches() -> None:
+    """Against the average of counts written out, over changing answers."""
+    tracked = LearnedClasses(CLASSES, 0.4, students=2, ignore_label=7)
+    counts = torch.zeros(2, 3, CLASSES)
+    for step in range(60):
+        truth = torch.randint(-1, CLASSES - 1, (2, 1, *SPACE), generator=seeded(step))  # never the last class
+        truth[0, 0, 0, 0, :2] = 7
+        for student in range(2):
+            noise = torch.randn(2, CLASSES, *SPACE, generator=seeded(1000 + step))
+            strength = 3.0 * step / 60 if student == 0 else 2.0
+            right = torch.stack([truth[:, 0] == c for c in range(CLASSES)], 1).float()
+            right[:, 1] = 0  # class 1 is never said but by chance
+            logits = noise + strength * right
+            tracked.see(student, logits, truth)
+            tracked.update()
+            said, ok = logits.argmax(1), (truth[:, 0] >= 0) & (truth[:, 0] != 7)
+            for c in range(CLASSES):
+                t, s = (truth[:, 0] == c) & ok, (said == c) & ok
+                for row, value in enumerate(((t & s).sum(), (s & ~t).sum(), (t & ~s).sum())):
+                    counts[student, row, c] = 0.98 * counts[student, row, c] + 0.02 * value
+    dice = 2 * counts[:, 0] / (2 * counts[:, 0] + counts[:, 1] + counts[:, 2]).clamp_min(1e-9)
+    assert torch.allclose(tracked.dice, dice, atol=1e-5)
+    assert torch.equal(tracked.learned, (dice >= 0.4).all(0))
+    assert tracked.learned.tolist() == [True, False, True, True, False]
+
+
+def test_nothing_is_learnt_before_the_first_labelled_patch_unless_all_classes_count() -> None:
+    assert not LearnedClasses(CLASSES, 0.4).learned.any()
+    assert LearnedClasses(CLASSES, 0.0).learned.all()
