@@ -23,7 +23,7 @@ from nnunetv2_dycon.losses.patches import (
     patch_weight,
     sample_anchors,
 )
-from nnunetv2_dycon.losses.voxels import Entropy, Focus, entropy_weight, hard_targets, soft_ce_dice, uncl
+from nnunetv2_dycon.losses.voxels import Entropy, Focus, Form, entropy_weight, hard_targets, soft_ce_dice, uncl
 from nnunetv2_dycon.methods.settings import TeacherSettings, ViewSettings
 from nnunetv2_dycon.networks import FeatureTap, ProjectionHead, Teacher, choose_stage, has_encoder_stages
 from nnunetv2_dycon.options import Schedule, Settings, option
@@ -286,11 +286,12 @@ class DyCONTerms(Method[D]):
                 voxels = voxels * unpasted / ranks.mean_everywhere(unpasted.mean()).clamp_min(1e-12)
             q = hard_targets(target).one_hot if s.hard else torch.softmax(target.float(), 1)
             return {"uncl": Term(weight, soft_ce_dice(logits, q, voxels))}
-        beta = batch.now["beta"]
-        if s.loss == "literal" and not s.nats:
+        beta, guarded = batch.now["beta"], s.loss == "guarded"
+        if not guarded and not s.nats:
             beta /= math.log(self.data.classes)
-        parts = uncl(logits, target, beta=beta, form=s.loss, entropy=s.entropy, focus=s.focus)
-        of_entropy = weight * s.lambdah if s.loss == "guarded" else weight
+        form: Form = "guarded" if guarded else "literal"
+        parts = uncl(logits, target, beta=beta, form=form, entropy=s.entropy, focus=s.focus)
+        of_entropy = weight * s.lambdah if guarded else weight
         return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(of_entropy, parts.entropy)}
 
     def _fecl(
