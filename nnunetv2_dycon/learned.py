@@ -77,7 +77,8 @@ class LearnedClasses(nn.Module):
     def update(self) -> None:
         """Take over what was seen in a step, once it is sure that the step counts."""
         for student, now in self._seen.items():
-            self.counts[student].mul_(_DECAY).add_(ranks.mean_everywhere(now), alpha=1 - _DECAY)
+            everywhere = ranks.mean_everywhere(now) * ranks.world_size()
+            self.counts[student].mul_(_DECAY).add_(everywhere, alpha=1 - _DECAY)
         self._seen = {}
 
     @property
@@ -90,6 +91,11 @@ class LearnedClasses(nn.Module):
     def learned(self) -> Tensor:
         """Whether each class is learnt, (C,) bool."""
         return (self.dice >= self.threshold).all(0)
+
+    @property
+    def share(self) -> float:
+        """The share of the foreground classes that are learnt."""
+        return 1.0 if self.threshold == 0 else float(self.learned[1:].float().mean())
 
 
 class Taught(NamedTuple):

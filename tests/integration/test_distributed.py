@@ -19,7 +19,8 @@ from tests.training import METHODS, at_once, begin, same
 pytestmark = pytest.mark.slow
 
 BOXES = "nnUNetTrainerDyCON_viewcopy_paste"  # of many sizes
-RUNS = [(at_once(name), deep) for name in (*METHODS, BOXES) for deep in (True, False)]
+LEARNING = "nnUNetTrainerBCP_learned0p1"  # what is learnt is counted over all processes
+RUNS = [(at_once(name), deep) for name in (*METHODS, BOXES, LEARNING) for deep in (True, False)]
 
 
 @pytest.fixture(scope="module")
