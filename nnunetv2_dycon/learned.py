@@ -154,7 +154,8 @@ class _Merge(NamedTuple):
         background[0] = 0.0
         merged = self._of_top(logits).to(logits.dtype)
         chosen = logits.masked_fill(self.out, _LEFT_OUT).scatter(1, self.top, merged)
-        chosen = torch.where(self.taught, chosen, background)
+        # What is not finite stays so, or the step would count, and its gradient with it.
+        chosen = torch.where(self.taught, chosen, background + 0.0 * logits)
         return chosen if self.known is None else torch.where(self.known, logits, chosen)
 
     def gradient(self, logits: Tensor, g: Tensor) -> Tensor:

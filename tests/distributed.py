@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_dycon import step as step_module
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.methods import bcp, dycon, uamt
+from nnunetv2_dycon.methods import dycon, uamt
 from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
 from nnunetv2_dycon.views import View
 from tests.datasets import environment
@@ -143,7 +143,6 @@ def by_halves() -> Iterator[None]:
     with ExitStack() as stack:
         for place, name, value in (
             (step_module, "draw_views", views),
-            (bcp, "draw_views", views),
             (step_module, "paste_labeled", paste),
             (uamt, "noisy", noise),
             (dycon, "noisy", noise),

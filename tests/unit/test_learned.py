@@ -13,7 +13,7 @@ from nnunetv2_dycon.methods.dycon import DyCON
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher
 from nnunetv2_dycon.step import Method
 from tests.recipes import UNet, seeded
-from tests.steps import SMALL, loader_batch, made
+from tests.steps import SMALL, copied, equal, loader_batch, made, spoiled
 
 CLASSES = 5
 LEARNED = torch.tensor([True, False, True, True, False])
@@ -175,3 +175,18 @@ def test_copy_paste_waits_for_the_first_class_with_pastes_among_labelled_patches
     assert "paste_labeled" in step.log[0]
     assert step.log[0]["classes_learned"] == 0
     assert not any("pseudo" in name for name in step.log[0])
+
+
+@pytest.mark.parametrize("kind", [BCP, CPS, DyCON, MeanTeacher])
+@pytest.mark.parametrize("learned", [-1, 0, 1, 2])  # -1: not even the background
+def test_an_image_that_is_not_finite_skips_the_step_whatever_is_learnt(kind: type[Method], learned: int) -> None:
+    options = {"rampup": 0.0} | ({"pretrain": 0.0} if kind is BCP else {"delay": 0.0})
+    step = made(kind, kind.settings_type(**SMALL, **options), UNet())
+    step.method.learned.counts[:, 0, 1 + learned :] = 0
+    step.method.learned.counts[:, 1, 1 + learned :] = 1
+    before = copied(step.plain)
+    step(spoiled(loader_batch()))
+    used = not (kind is BCP and learned < 1)  # which waits
+    assert step.log[0]["skipped_steps"] == used
+    assert equal(before, copied(step.plain)) == used
+    assert all(bool(value.isfinite().all()) for value in copied(step.plain).values())
