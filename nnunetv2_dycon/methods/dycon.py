@@ -284,8 +284,9 @@ class DyCONTerms(Method[D]):
             if pasted is not None:
                 unpasted = (~pasted[:, 0]).float()
                 voxels = voxels * unpasted / ranks.mean_everywhere(unpasted.mean()).clamp_min(1e-12)
-            q = hard_targets(target).one_hot if s.hard else torch.softmax(target.float(), 1)
-            return {"uncl": Term(weight, soft_ce_dice(logits, q, voxels))}
+            if s.hard:
+                return {"uncl": Term(weight, self.pseudo_loss(logits, hard_targets(target), voxels))}
+            return {"uncl": Term(weight, soft_ce_dice(logits, torch.softmax(target.float(), 1), voxels))}
         beta = batch.now["beta"]
         if s.loss == "literal" and not s.nats:
             beta /= math.log(self.data.classes)
