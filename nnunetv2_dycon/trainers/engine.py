@@ -223,17 +223,29 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """As stock; the series go into the log, the CSV and the picture, before the checkpoint that holds them."""
         self.history.add(self.current_epoch, self.epoch_row)
         self._log_series()
-        for name in unseen_classes(self.history, self.class_names) if self.method_type.uses_unlabeled else ():
-            self.print_to_log_file(
-                f"WARNING: the teacher does not show class '{name}' (pseudo Dice 0). Its unlabelled targets now "
-                "teach the student that this class is absent. Where this stays, train anew with a slower start: "
-                "_rampup0p6 in the name (BCP: _pretrain0p4)."
-            )
+        if self.method_type.uses_unlabeled:
+            self._report_classes()
         super().on_epoch_end()
         if self.local_rank == 0:
             folder = Path(self.output_folder)
             self.history.write_csv(folder / "ssl_history.csv")
             self.history.plot(folder / "ssl_progress.png")
+
+    def _report_classes(self) -> None:
+        """Name the classes that unlabelled images do not teach yet, and warn of those that they may teach away."""
+        learned = dict(zip(self.class_names, self.method.learned.learned[1:].tolist(), strict=True))
+        waiting = [name for name, is_learned in learned.items() if not is_learned]
+        if waiting:
+            self.print_to_log_file(
+                f"Not learnt from the labels yet, so that unlabelled images do not teach it: {', '.join(waiting)} "
+                f"({len(waiting)} of {len(learned)} classes; Dice on labelled patches below {self.settings.learned})"
+            )
+        for name in unseen_classes(self.history, [name for name in self.class_names if learned[name]]):
+            self.print_to_log_file(
+                f"WARNING: the teacher does not show class '{name}' (pseudo Dice 0). Its unlabelled targets now "
+                "teach the student that this class is absent. Where this stays, train anew with a slower start: "
+                "_rampup0p6 in the name (BCP: _pretrain0p4)."
+            )
 
     def _log_series(self) -> None:
         """Give every figure to nnU-Net's logger (and through it to W&B), one value per epoch."""

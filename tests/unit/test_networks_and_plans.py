@@ -77,8 +77,9 @@ PASSES = {
     "UAMT_samples3": (2, 4),
     "BCP_pretrain0": (3, 1),
     "CPS": (4, 2),
-    "DyCON_wfecl0": (3, 1),
-    "DyCON_wfecl0_viewnoise": (2, 1),
+    "DyCON_wfecl0": (2, 1),
+    "DyCON_wfecl0_viewbcp": (3, 1),
+    "DyCONBCP_wfecl0_pretrain0": (3, 1),
 }
 
 
