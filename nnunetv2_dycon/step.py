@@ -56,6 +56,8 @@ class DataInfo:
     ignore_label: int | None = None  # value of voxels that count for nothing
     regions: bool = False  # whether the labels are regions that overlap
     cascaded: bool = False  # whether the network also takes the segmentation of an earlier stage
+    patch: tuple[int, ...] = ()  # voxels of a patch along each axis
+    names: tuple[str, ...] = ()  # of the foreground classes
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,10 @@ class Method(nn.Module, Generic[S]):
         """Return the networks that can predict in addition to the plain student, by name."""
         return {"teacher": self.teacher.network}
 
+    def describe(self) -> str:
+        """Return what a built method settled by itself, for the log; the base has nothing to say."""
+        return ""
+
     # ---------------------------------------------------------------------------------------- once per step
     def passes(self, student: nn.Module, batch: Batch) -> Iterator[Pass]:
         """Yield the student passes of a step, each when its turn comes: unlabelled views, pastes, labelled patches."""
@@ -300,10 +306,24 @@ class Method(nn.Module, Generic[S]):
             return self.gradient_aware(logits, labels.masked_fill(~region, -1), share, weight)
         return region_ce_dice(logits, labels, region, ranks.mean_everywhere(region.float().mean()), weight)
 
-    def gradient_aware(self, logits: Tensor, labels: Tensor, keep: float = 1.0, weight: Tensor | None = None) -> Tensor:
+    def gradient_aware(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        keep: float = 1.0,
+        weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
+    ) -> Tensor:
         """Return GADice plus GACE over all processes; the arguments are those of `losses.gradient_aware`."""
-        ignore, everywhere = self.data.ignore_label, ranks.mean_everywhere
-        parts = gradient_aware(logits, labels, keep=keep, ignore_label=ignore, weight=weight, everywhere=everywhere)
+        parts = gradient_aware(
+            logits,
+            labels,
+            keep=keep,
+            ignore_label=self.data.ignore_label,
+            weight=weight,
+            class_weight=class_weight,
+            everywhere=ranks.mean_everywhere,
+        )
         return parts.dice + parts.ce
 
     def labeled_pass(self, pair: Pair, batch: Batch) -> Pass:

@@ -150,6 +150,49 @@ def region_loss(student: Tensor, labels: Tensor, region: Tensor) -> Tensor:
     return cross + mean / (student.shape[0] * (student.shape[1] - 1))
 
 
+def cube_places(space: tuple[int, ...], cubes: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """Where the cubes of a patch lie, the last axis fastest."""
+    sides = [s // c for s, c in zip(space, cubes, strict=True)]
+    return [
+        tuple(slice(i * side, (i + 1) * side) for i, side in zip(index, sides, strict=True))
+        for index in product(*(range(c) for c in cubes))
+    ]
+
+
+def rarity(shares: list[float]) -> list[float]:
+    """DHC's weight of each class by its share of the voxels, at least one in a million; the largest is C."""
+    logs = [math.log(max(shares) / max(share, 1e-6)) for share in shares]
+    return [len(shares) * value / max(logs) for value in logs]
+
+
+class Difficulty:
+    """DHC's weight of each class by the course of its hard Dice; a class that nobody shows stays as it was."""
+
+    def __init__(self, classes: int) -> None:
+        self.last, self.learn, self.unlearn = ([value] * classes for value in (1e-8, 0.0, 0.0))
+        self.error = [1.0] * classes
+
+    def see(self, said: np.ndarray, truth: np.ndarray) -> None:
+        for c in range(len(self.last)):
+            both, either = ((said == c) & (truth == c)).sum(), (said == c).sum() + (truth == c).sum()
+            if either == 0:
+                continue
+            dice = (2 * both + 1e-8) / (either + 2e-8)
+            gain = dice - self.last[c]
+            change = gain * math.log(dice / self.last[c])
+            self.learn[c] = 49 / 50 * self.learn[c] + (change if gain > 0 else 0.0) / 50
+            self.unlearn[c] = 49 / 50 * self.unlearn[c] + (0.0 if gain > 0 else change) / 50
+            self.error[c] = 49 / 50 * self.error[c] + (1 - dice) / 50
+            self.last[c] = dice
+
+    @property
+    def weights(self) -> list[float]:
+        values = [
+            ((u + 1e-8) / (v + 1e-8)) ** 0.2 * e for u, v, e in zip(self.unlearn, self.learn, self.error, strict=True)
+        ]
+        return [len(values) * value / max(values) for value in values]
+
+
 def _counted(labels: Tensor, ignore: int | None) -> list[tuple]:
     """Indices (b, 0, *voxel) of the voxels that have a label, in the order of memory."""
     places = [(b, 0, *v) for b in range(len(labels)) for v in product(*(range(s) for s in labels.shape[2:]))]
