@@ -64,15 +64,7 @@ class LearnedClasses(nn.Module):
         """
         if self.threshold == 0:
             return
-        classes = logits.shape[1]
-        truth, said = labels[:, 0].long(), logits.argmax(1)
-        annotated = truth >= 0
-        if self.ignore_label is not None:
-            annotated &= truth != self.ignore_label
-        pairs = (truth * classes + said)[annotated]
-        table = torch.bincount(pairs, minlength=classes**2).view(classes, classes).to(self.counts.dtype)
-        right = table.diagonal()
-        self._seen[student] = torch.stack([right, table.sum(0) - right, table.sum(1) - right])
+        self._seen[student] = class_counts(logits, labels, self.ignore_label).to(self.counts.dtype)
 
     def update(self) -> None:
         """Take over what was seen in a step, once it is sure that the step counts."""
@@ -96,6 +88,30 @@ class LearnedClasses(nn.Module):
     def share(self) -> float:
         """The share of the foreground classes that are learnt."""
         return 1.0 if self.threshold == 0 else float(self.learned[1:].float().mean())
+
+
+@torch.no_grad()
+def class_counts(logits: Tensor, labels: Tensor, ignore_label: int | None = None) -> Tensor:
+    """Return the true positive, false positive and false negative voxels (3, C) of each class, float32.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (B, C, *S)
+        What a network says.
+    labels : Tensor, shape (B, 1, *S), integer
+        The truth; voxels below 0 or of the ignore label do not count.
+    ignore_label : int, optional
+        Label of voxels that nobody annotated.
+    """
+    classes = logits.shape[1]
+    truth, said = labels[:, 0].long(), logits.argmax(1)
+    annotated = truth >= 0
+    if ignore_label is not None:
+        annotated &= truth != ignore_label
+    pairs = (truth * classes + said)[annotated]
+    table = torch.bincount(pairs, minlength=classes**2).view(classes, classes).float()
+    right = table.diagonal()
+    return torch.stack([right, table.sum(0) - right, table.sum(1) - right])
 
 
 class Taught(NamedTuple):

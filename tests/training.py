@@ -92,12 +92,17 @@ AVERAGING = (
     "nnUNetTrainerPseudoLabel",
     "nnUNetTrainerUAMT_viewcutmix",
     "nnUNetTrainerBCP",
+    "nnUNetTrainerMagicNet",
+    "nnUNetTrainerGAMagicNet",
+    "nnUNetTrainerDyCONMagicNet",
+    "nnUNetTrainerMagicNet_noacross_noblend",
 )
 CO_TRAINING = (
     "nnUNetTrainerCPS",
     "nnUNetTrainerCPS_viewcopy_paste",
     "nnUNetTrainerDyCONCPS",
     "nnUNetTrainerDyCONCPS_onall_lossguarded",
+    "nnUNetTrainerDHC",
 )
 METHODS = (*AVERAGING, *CO_TRAINING)
 USING_UNLABELED = METHODS[1:]

@@ -63,7 +63,8 @@ class BCP(Method[BCPSettings]):
             {
                 "labeled": Term(w * self.learned.share, self.region_loss(logits, labels, pasted)),
                 "pseudo": Term(
-                    w * self.settings.alpha * batch.now["ramp"], self.region_loss(logits, labels, ~pasted, weight)
+                    w * self.settings.alpha * batch.now["ramp"],
+                    self.region_loss(logits, labels, ~pasted, weight, pseudo=True),
                 ),
             },
             {"agreement": agreement(logits, target)},

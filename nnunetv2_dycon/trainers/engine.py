@@ -95,7 +95,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.dataset_class = reader
         seed = seed_from_here("method") if self.settings.seed is None else self.settings.seed
         labels = self.label_manager
-        data = DataInfo(labels.num_segmentation_heads, labels.ignore_label, labels.has_regions, self.is_cascaded)
+        data = DataInfo(
+            classes=labels.num_segmentation_heads,
+            ignore_label=labels.ignore_label,
+            regions=labels.has_regions,
+            cascaded=self.is_cascaded,
+            patch=tuple(self.configuration_manager.patch_size),
+            names=tuple(self.class_names),
+        )
         self.method = self.method_type(self.settings, data, seed)
         self.method.build(unwrap(self.network))
         self.method.to(self.device)
@@ -118,6 +125,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             autocast=autocast_of(self.device, bf16=self.settings.bf16),
             scaler=self.grad_scaler,
             warn=self.print_to_log_file,
+            weights=getattr(self.loss, "weight_factors", (1.0,)),  # of nnU-Net's deep supervision
         )
         guard_files()
 
@@ -170,10 +178,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def _describe(self) -> None:
         unlabeled = f"{len(self.unlabeled.names)} unlabelled images" if self.unlabeled else "no unlabelled images"
-        self.print_to_log_file(
-            f"nnunetv2_dycon {nnunetv2_dycon.__version__}: {self.method_type.__name__}, {unlabeled}, "
-            f"settings {asdict(self.settings)}"
-        )
+        parts = [self.method_type.__name__, unlabeled, self.method.describe(), f"settings {asdict(self.settings)}"]
+        self.print_to_log_file(f"nnunetv2_dycon {nnunetv2_dycon.__version__}: {', '.join(filter(None, parts))}")
 
     def on_train_epoch_start(self) -> None:
         """As stock; the method's optimiser follows the same learning rate."""

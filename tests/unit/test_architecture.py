@@ -25,7 +25,7 @@ BASE = {
     "findings",
     "shared_memory",
 }
-TENSORS = {"losses", "networks", "views", "ranks", "checkpoint", "precision", "randomness"}
+TENSORS = {"losses", "networks", "views", "cubes", "ranks", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
     "": set(),
@@ -43,7 +43,7 @@ MAY_IMPORT = {
     **dict.fromkeys(TENSORS, BASE),
     "learned": BASE | TENSORS,
     "step": BASE | TENSORS | {"learned"},
-    "methods": BASE | TENSORS | {"step"},
+    "methods": BASE | TENSORS | {"learned", "step"},
     "data": BASE | TENSORS,
     "trainers": BASE | TENSORS | {"step", "methods", "data"},
     "_nnunet_ext": {"trainers"},

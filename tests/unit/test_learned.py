@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_dycon.learned import LearnedClasses, teach_learned
+from nnunetv2_dycon.losses.gradient_aware import gradient_aware
 from nnunetv2_dycon.losses.mse import mse
 from nnunetv2_dycon.losses.voxels import hard_targets, region_ce_dice, soft_ce_dice, uncl
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
@@ -30,6 +31,7 @@ COSTS = {
     "cross-entropy and Dice, hard": lambda s, t: soft_ce_dice(s, hard_targets(t).one_hot),
     "gated": lambda s, t: soft_ce_dice(s, hard_targets(t, 0.6).one_hot, hard_targets(t, 0.6).weight),
     "region": lambda s, t: region_ce_dice(s, t.argmax(1, keepdim=True), torch.ones_like(s[:, :1], dtype=torch.bool)),
+    "gradient aware": lambda s, t: sum(gradient_aware(s, t.argmax(1, keepdim=True))),
     "Eq. 1": lambda s, t: sum(uncl(s, t, beta=0.7)),
     "guarded": lambda s, t: sum(uncl(s, t, beta=0.7, form="guarded")),
 }

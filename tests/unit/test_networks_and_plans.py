@@ -33,7 +33,7 @@ def anisotropic(plans: dict) -> dict:
     return plans
 
 
-@pytest.mark.parametrize("method", ["DyCON", "DyCONCPS"])
+@pytest.mark.parametrize("method", ["DyCON", "DyCONCPS", "DyCONGAMagicNet", "DHC"])
 @pytest.mark.parametrize("change", [residual, anisotropic])
 def test_planned_variants_train(tiny: Path, change, method: str) -> None:
     t = begin(make_trainer(f"nnUNetTrainer{method}_epochs1_iters2", plans=change(plans_of(tiny))))
@@ -41,7 +41,7 @@ def test_planned_variants_train(tiny: Path, change, method: str) -> None:
     t.validation_step(next(t.dataloader_val))
 
 
-@pytest.mark.parametrize("method", ["DyCON", "DyCONCPS"])
+@pytest.mark.parametrize("method", ["DyCON", "DyCONCPS", "DyCONGAMagicNet", "DHC_ga"])
 def test_without_deep_supervision(tiny: Path, method: str) -> None:
     t = make_trainer(f"nnUNetTrainer{method}_epochs1_iters2")
     t.enable_deep_supervision = False

@@ -72,6 +72,11 @@ TERMS = {
     "nnUNetTrainerCPS_viewcopy_paste": 4,
     "nnUNetTrainerDyCONCPS": 8,
     "nnUNetTrainerDyCONCPS_onall_lossguarded": 12,
+    "nnUNetTrainerMagicNet": 5,
+    "nnUNetTrainerGAMagicNet": 5,
+    "nnUNetTrainerDyCONMagicNet": 7,
+    "nnUNetTrainerMagicNet_noacross_noblend": 4,
+    "nnUNetTrainerDHC": 6,
 }
 
 
@@ -144,6 +149,8 @@ def test_teacher_follows_the_closed_form_and_never_has_a_gradient(trainer, metho
         "CPS_w0",
         "DyCONCPS_w0_wfecl0",
         "DyCONCPS_lossliteral_w0_wuncl0_wfecl0",
+        "MagicNet_w0_wcubes0_wlocation0",
+        "DyCONMagicNet_w0_wcubes0_wlocation0_wfecl0",
     ],
 )
 def test_zero_weights_reduce_a_method_to_the_control(trainer, method: str) -> None:
