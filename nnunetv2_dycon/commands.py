@@ -58,13 +58,21 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Verb, dict[str, Any]]:
     """Return the verb and the arguments of its function; argparse ends the program after --help or an error."""
     parser = argparse.ArgumentParser("nnUNetv2_dycon", description="Semi-supervised training inside nnU-Net.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    of_groups: dict[str, Any] = {}
     for name, verb in VERBS.items():
+        group, _, word = name.rpartition(" ")
+        if group and group not in of_groups:
+            text = GROUPS[group]
+            inner = verbs.add_parser(group, help=text, description=text)
+            of_groups[group] = inner.add_subparsers(dest="word", required=True, metavar=group.upper())
         formatter = partial(_Formatter, function=verb.function)
-        of_verb = verbs.add_parser(name, help=verb.help, description=verb.help, formatter_class=formatter)
+        among = of_groups[group] if group else verbs
+        of_verb = among.add_parser(word, help=verb.help, description=verb.help, formatter_class=formatter)
         for flags, keywords in verb.arguments:
             of_verb.add_argument(*flags, **keywords)
     arguments = vars(parser.parse_args(argv))
-    return VERBS[arguments.pop("verb")], arguments
+    words = [arguments.pop("verb"), *([arguments.pop("word")] if "word" in arguments else [])]
+    return VERBS[" ".join(words)], arguments
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -197,6 +205,15 @@ def _next_of_comparison(typed: dict[str, Any], result: Any) -> str:
     return f"open {shlex.quote(str(result))} in a browser"
 
 
+def _next_of_ranking(typed: dict[str, Any], result: Any) -> str:
+    dataset = str(typed["dataset_id"])
+    return shlex.join(["nnUNetv2_dycon", "annotate", "-d", dataset, result.cases[0], "LABEL"])
+
+
+def _next_of_annotation(typed: dict[str, Any], result: Any) -> str:
+    return " && ".join(result.commands)
+
+
 def _show_rows(title: str, rows: Sequence[Any]) -> None:
     print(title)
     name, default = (max(len(row[column]) for row in rows) for column in range(2))
@@ -213,6 +230,15 @@ _PLANS = _argument("-p", dest="plans", help="plans identifier")
 _OVERWRITE = _argument("--overwrite", action="store_true", help="replace existing results")
 
 _PROCESSES = "worker processes (default: one per processor, at most 8)"
+_TRAINER = _argument("-tr", dest="trainer", required=True, help="trainer name, options included")
+_CONFIGURATION = _argument("-c", dest="configuration", help="configuration")
+_FOLD = _argument("-f", dest="fold", type=_number_or_word, help="fold, or all")
+_CHECKPOINT = _argument("-chk", dest="checkpoint", help="checkpoint file")
+_DEVICE = _argument("-device", help="cuda, cpu or mps (default: cuda if there is a device)")
+_NO_MIRRORING = _argument("--disable_tta", dest="mirroring", action="store_false", help="predictions without mirroring")
+
+# Verbs of two words, by the first one.
+GROUPS = {"plot": "Pictures of a data set or of a training, as PNG and SVG, and the numbers behind them as CSV."}
 
 VERBS: dict[str, Verb] = {
     "doctor": Verb(
@@ -408,5 +434,35 @@ VERBS: dict[str, Verb] = {
         ),
         _show,
         _next_of_comparison,
+    ),
+    "rank": Verb(
+        "Rank the unlabelled cases by how much their annotation would tell, and keep drafts of their labels.",
+        "nnunetv2_dycon.annotation.rank:rank",
+        (
+            _dataset("dataset_id"),
+            _TRAINER,
+            _CONFIGURATION,
+            _FOLD,
+            _PLANS,
+            _CHECKPOINT,
+            _argument("--by", choices=("entropy", "disagreement", "expected_ml"), help="what comes first"),
+            _argument("--diverse", action="store_true", help="the first ones are unlike each other"),
+            _argument("-n", dest="number", type=int, help="cases on contact sheets"),
+            _argument("-o", dest="output", help="folder to write (default: rank in the fold's folder)"),
+            _NO_MIRRORING,
+            _DEVICE,
+        ),
+        _show,
+        _next_of_ranking,
+    ),
+    "annotate": Verb(
+        "Move annotated cases from imagesUn to imagesTr and labelsTr, in dataset.json and the split too.",
+        "nnunetv2_dycon.annotation.annotate:annotate",
+        (
+            _dataset("dataset_id"),
+            _argument("pairs", nargs="+", metavar="CASE LABEL", help="a case and its label map, and so on"),
+        ),
+        _show,
+        _next_of_annotation,
     ),
 }
