@@ -205,6 +205,10 @@ def _next_of_comparison(typed: dict[str, Any], result: Any) -> str:
     return f"open {shlex.quote(str(result))} in a browser"
 
 
+def _show_picture(result: tuple[Any, Sequence[Any]]) -> int:
+    return _show_paths(result[1])
+
+
 def _next_of_ranking(typed: dict[str, Any], result: Any) -> str:
     dataset = str(typed["dataset_id"])
     return shlex.join(["nnUNetv2_dycon", "annotate", "-d", dataset, result.cases[0], "LABEL"])
@@ -464,5 +468,15 @@ VERBS: dict[str, Verb] = {
         ),
         _show,
         _next_of_annotation,
+    ),
+    "plot dataset": Verb(
+        "Count, size and scatter of the structures in the labelled cases, and their share of the images.",
+        "nnunetv2_dycon.pictures.dataset:plot_dataset",
+        (
+            _dataset("dataset_id"),
+            _argument("-o", dest="output", help="folder to write (default: DATASET_pictures)"),
+            _argument("-np", dest="processes", type=int, help=_PROCESSES),
+        ),
+        _show_picture,
     ),
 }

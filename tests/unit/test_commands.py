@@ -27,6 +27,7 @@ REQUIRED = {
     "compare": ["-d", "501", "--runs", "nnUNetTrainer", "-o", "out"],
     "rank": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
     "annotate": ["-d", "501", "case_1", "case_1.nii.gz"],
+    "plot dataset": ["-d", "501"],
 }
 
 
@@ -41,6 +42,7 @@ RESULTS = {
     "self_train": types.SimpleNamespace(folder="fold_0", then="nnUNetv2_predict -d 601"),
     "rank": types.SimpleNamespace(cases=("case_7",)),
     "annotate": types.SimpleNamespace(commands=("nnUNetv2_preprocess -d 501",)),
+    "plot dataset": (None, []),
 }
 
 
@@ -192,7 +194,7 @@ def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
 
     for name in TRAINERS:
         assert f"\n{name}: " in printed
-    assert printed.count("0p5to0p05") == 2  # beta of DyCON, and of DyCON in co-training
+    assert printed.count("0p5to0p05") == 3  # beta of DyCON in its three frameworks
     assert printed.count("5to0p5 ") == 1  # beta of the preset
 
 

@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation import figures
+from nnunetv2_dycon.evaluation import overlays as overlay_parts
 from nnunetv2_dycon.evaluation.comparison import make_comparison
 from nnunetv2_dycon.evaluation.figures import (
     Images,
@@ -141,7 +142,9 @@ def luminance(color):
 
 def test_overlay_colours_differ_in_lightness():
     """As steps of contrast, which need no hue."""
-    levels = sorted(luminance(color) for color in (figures.GREEN, figures.RED, figures.BLUE, figures.YELLOW))
+    levels = sorted(
+        luminance(color) for color in (overlay_parts.GREEN, overlay_parts.RED, overlay_parts.BLUE, overlay_parts.YELLOW)
+    )
     assert all((high + 0.05) / (low + 0.05) > 1.45 for low, high in itertools.pairwise(levels))
 
 
@@ -150,7 +153,12 @@ def test_an_overlay_colours_each_kind_of_voxel():
     predicted = np.array([[0, 1, 0, 1, 2]])
     found = figures.colored(true, predicted)[0]
     assert found[0].tolist() == [0, 0, 0, 0]
-    for at, color in ((1, figures.GREEN), (2, figures.BLUE), (3, figures.RED), (4, figures.YELLOW)):
+    for at, color in (
+        (1, overlay_parts.GREEN),
+        (2, overlay_parts.BLUE),
+        (3, overlay_parts.RED),
+        (4, overlay_parts.YELLOW),
+    ):
         assert found[at, :3] == pytest.approx(to_rgb(color))
 
 
