@@ -205,8 +205,8 @@ def _next_of_comparison(typed: dict[str, Any], result: Any) -> str:
     return f"open {shlex.quote(str(result))} in a browser"
 
 
-def _show_picture(result: tuple[Any, Sequence[Any]]) -> int:
-    return _show_paths(result[1])
+def _show_picture(result: Any) -> int:
+    return _show_paths(result.files)
 
 
 def _next_of_ranking(typed: dict[str, Any], result: Any) -> str:
@@ -476,6 +476,31 @@ VERBS: dict[str, Verb] = {
             _dataset("dataset_id"),
             _argument("-o", dest="output", help="folder to write (default: DATASET_pictures)"),
             _argument("-np", dest="processes", type=int, help=_PROCESSES),
+        ),
+        _show_picture,
+    ),
+    "plot overlay": Verb(
+        "True positive, false negative and false positive voxels of several methods, in slices and as surfaces.",
+        "nnunetv2_dycon.pictures.overlay:plot_overlay",
+        (
+            _dataset("dataset_id"),
+            _argument("cases", nargs="*", metavar="CASE", help="cases (default: those on which methods differ most)"),
+            _argument(
+                "--runs",
+                nargs="+",
+                required=True,
+                help="trainer names (* for anything), results folders, prediction folders, RUN=FOLDER for its own",
+            ),
+            _CONFIGURATION,
+            _FOLD,
+            _PLANS,
+            _CHECKPOINT,
+            _argument("--weights", nargs="+", choices=("student", "teacher"), help="whose weights"),
+            _argument("--predict", action="store_true", help="predict test cases where predictions are missing"),
+            _NO_MIRRORING,
+            _DEVICE,
+            _argument("-n", dest="number", type=int, help="number of cases"),
+            _argument("-o", dest="output", help="folder to write (default: DATASET_pictures)"),
         ),
         _show_picture,
     ),

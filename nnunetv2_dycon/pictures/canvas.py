@@ -2,10 +2,11 @@
 
 import csv
 import io
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,11 +15,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from nnunetv2_dycon.files import whole_file, write_text
+from nnunetv2_dycon.files import whole_file, write_text, writing
 
 DPI = 120
 ENTROPY_MAP = "magma"  # its lightness rises evenly, so that it is read without hue
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "nnunetv2_dycon", "image.interpolation": "none"}
+
+
+class Drawn(NamedTuple):
+    """What a picture command made: its figures, one for each page, and the files that it wrote."""
+
+    figures: tuple[Figure, ...]
+    files: tuple[Path, ...]
 
 
 def new_figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, NDArray]:
@@ -59,6 +67,25 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
                 figure.savefig(part, format=ending, metadata=metadata)
             written.append(path)
     return written
+
+
+def save_pages(figures: Sequence[Figure], folder: Path, name: str) -> list[Path]:
+    """Write pages as `save_figure`; where there are several, numbers follow the name. Earlier pages go away."""
+    for old in folder.glob(f"{name}_[0-9]*.*"):
+        if re.fullmatch(rf"{re.escape(name)}_\d+\.(png|svg)", old.name):
+            old.unlink()
+    one = len(figures) == 1
+    names = [name if one else f"{name}_{at}" for at in range(1, len(figures) + 1)]
+    return [
+        path for figure, of_page in zip(figures, names, strict=True) for path in save_figure(figure, folder, of_page)
+    ]
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder for pictures, and its parents; WriteError where that is not possible."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:

@@ -19,8 +19,7 @@ from nnunetv2_dycon.data.raw_cases import raw_cases
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.figures import COLORS, MARKERS
 from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map, read_labels
-from nnunetv2_dycon.files import writing
-from nnunetv2_dycon.pictures.canvas import new_figure, save_figure, shown, write_rows
+from nnunetv2_dycon.pictures.canvas import Drawn, make_folder, new_figure, save_figure, shown, write_rows
 
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++")
 _SIDE_BY_SIDE = 7  # structures in one histogram
@@ -97,9 +96,7 @@ def _measure(task: _Task) -> list[Pieces]:
     return found
 
 
-def plot_dataset(
-    dataset_id: int | str, output: str | Path | None = None, processes: int | None = None
-) -> tuple[Figure, list[Path]]:
+def plot_dataset(dataset_id: int | str, output: str | Path | None = None, processes: int | None = None) -> Drawn:
     """Draw how many pieces the structures of the labelled cases have, how large and how scattered they are.
 
     Only label maps of labelled training cases are opened, never one of a case that a fold uses without labels.
@@ -115,10 +112,8 @@ def plot_dataset(
 
     Returns
     -------
-    figure : Figure
-        The picture.
-    files : list of Path
-        PNG, SVG, and the numbers behind them: one line for each case and structure, one for each piece.
+    Drawn
+        One figure; PNG, SVG, and the numbers behind them: one line for each case and structure, one for each piece.
 
     Raises
     ------
@@ -136,17 +131,16 @@ def plot_dataset(
     measured = {task.case: pieces for task, pieces in tqdm(results, total=len(tasks), desc="Measuring label maps")}
     pieces = [one for case in sorted(measured) for one in measured[case]]
     figure = draw_dataset(pieces, folder.name)
-    out = Path(f"{folder.name}_pictures") if output is None else Path(output)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(Path(f"{folder.name}_pictures") if output is None else Path(output))
     rows = [[p.case, p.structure, len(p.volumes_ml), sum(p.volumes_ml), 100 * p.share, p.scatter_mm] for p in pieces]
     header = ["case", "structure", "pieces", "volume (ml)", "share of the image (%)", "scatter (mm)"]
     each = [[p.case, p.structure, at, volume] for p in pieces for at, volume in enumerate(p.volumes_ml, start=1)]
-    return figure, [
+    files = [
         *save_figure(figure, out, "dataset"),
         write_rows(out / "dataset.csv", header, rows),
         write_rows(out / "dataset_pieces.csv", ["case", "structure", "piece", "volume (ml)"], each),
     ]
+    return Drawn((figure,), tuple(files))
 
 
 def draw_dataset(pieces: Sequence[Pieces], title: str) -> Figure:

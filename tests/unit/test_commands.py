@@ -28,6 +28,7 @@ REQUIRED = {
     "rank": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
     "annotate": ["-d", "501", "case_1", "case_1.nii.gz"],
     "plot dataset": ["-d", "501"],
+    "plot overlay": ["-d", "501", "--runs", "predictions"],
 }
 
 
@@ -42,7 +43,8 @@ RESULTS = {
     "self_train": types.SimpleNamespace(folder="fold_0", then="nnUNetv2_predict -d 601"),
     "rank": types.SimpleNamespace(cases=("case_7",)),
     "annotate": types.SimpleNamespace(commands=("nnUNetv2_preprocess -d 501",)),
-    "plot dataset": (None, []),
+    "plot dataset": types.SimpleNamespace(files=[]),
+    "plot overlay": types.SimpleNamespace(files=[]),
 }
 
 

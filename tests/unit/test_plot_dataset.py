@@ -73,7 +73,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_table_has_a_line_for_each_labelled_case_and_structure(raw: Path, tmp_path: Path) -> None:
-    figure, files = plot_dataset(901, tmp_path / "out", processes=1)
+    (figure,), files = plot_dataset(901, tmp_path / "out", processes=1)
     assert sorted(path.name for path in files) == [
         *("dataset.csv", "dataset.png", "dataset.svg", "dataset_pieces.csv"),
     ]
