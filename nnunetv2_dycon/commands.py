@@ -504,4 +504,22 @@ VERBS: dict[str, Verb] = {
         ),
         _show_picture,
     ),
+    "plot uncertainty": Verb(
+        "Entropy of teacher, student and both in whole images, and the error rate that goes with it.",
+        "nnunetv2_dycon.pictures.uncertainty:plot_uncertainty",
+        (
+            _dataset("dataset_id"),
+            _TRAINER,
+            _argument("cases", nargs="*", metavar="CASE", help="cases (default: the first test cases)"),
+            _CONFIGURATION,
+            _FOLD,
+            _PLANS,
+            _CHECKPOINT,
+            _argument("-n", dest="number", type=int, help="number of cases"),
+            _argument("-o", dest="output", help="folder to write (default: pictures in the fold's folder)"),
+            _NO_MIRRORING,
+            _DEVICE,
+        ),
+        _show_picture,
+    ),
 }

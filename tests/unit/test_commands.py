@@ -28,6 +28,7 @@ REQUIRED = {
     "rank": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
     "annotate": ["-d", "501", "case_1", "case_1.nii.gz"],
     "plot dataset": ["-d", "501"],
+    "plot uncertainty": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
     "plot overlay": ["-d", "501", "--runs", "predictions"],
 }
 
@@ -44,6 +45,7 @@ RESULTS = {
     "rank": types.SimpleNamespace(cases=("case_7",)),
     "annotate": types.SimpleNamespace(commands=("nnUNetv2_preprocess -d 501",)),
     "plot dataset": types.SimpleNamespace(files=[]),
+    "plot uncertainty": types.SimpleNamespace(files=[]),
     "plot overlay": types.SimpleNamespace(files=[]),
 }
 
