@@ -1,11 +1,11 @@
 """What a checkpoint holds, and its networks, for all that predicts: export, pictures, and what to annotate next."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -18,7 +18,8 @@ from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
 from nnunetv2_dycon.data.dataset_json import read_dataset_json
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.files import read_json
-from nnunetv2_dycon.trainers.results import Model, trained_checkpoint
+from nnunetv2_dycon.trainers.results import Model, checkpoints, model_folder, trained_checkpoint
+from nnunetv2_dycon.trainers.snapshots import snapshots_of
 
 Weights = Literal["student", "teacher"]
 NEEDED = ("network_weights", "init_args", "inference_allowed_mirroring_axes")
@@ -173,6 +174,48 @@ def open_trained(path: Path) -> Trained:
     checkpoint = read_checkpoint(path, *NEEDED)
     name = checkpoint["init_args"]["configuration"]
     return Trained(path, checkpoint, plans, plans.get_configuration(name), dataset_json)
+
+
+class Moment(NamedTuple):
+    """A checkpoint in the course of a training: epochs done, and its content."""
+
+    epochs: int
+    trained: Trained
+
+
+def course_of(
+    dataset: int | str, model: Model, fold: int | str, names: Sequence[str] = (), most: int = 5
+) -> list[Moment]:
+    """Return checkpoints of a training in the order of their epochs.
+
+    Parameters
+    ----------
+    dataset, model, fold
+        As `find_trained`.
+    names : sequence of str
+        File names of checkpoints and snapshots; by default all snapshots and the final checkpoint.
+    most : int
+        How many of the default ones, evenly spread, the last among them.
+
+    Raises
+    ------
+    DataError, ConfigError
+        If one is not there or cannot be used; the message says what is there.
+    """
+    final = trained_checkpoint(dataset, model, fold, "checkpoint_final.pth") if not names else None
+    folder = model_folder(dataset, model) / f"fold_{fold}"
+    there = [*snapshots_of(folder), *checkpoints(folder)]
+    for name in names:
+        if name not in there:
+            raise DataError(f"{folder} has no {name}; give --checkpoints some of: {', '.join(there) or 'nothing yet'}")
+    if final is not None:
+        every = [*snapshots_of(folder), final.name]
+        spread = {round(at * (len(every) - 1) / max(1, most - 1)) for at in range(most)}
+        names = [every[at] for at in sorted(spread)]
+    moments = [open_trained(folder / name) for name in dict.fromkeys(names)]
+    course = [Moment(int(one.checkpoint.get("current_epoch", 0)), one) for one in moments]
+    unique = {moment.epochs: moment for moment in course} if final is not None else dict(enumerate(course))
+    return sorted(unique.values(), key=lambda moment: moment.epochs)
 
 
 def device_of(name: str | None) -> torch.device:

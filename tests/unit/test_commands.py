@@ -29,6 +29,8 @@ REQUIRED = {
     "annotate": ["-d", "501", "case_1", "case_1.nii.gz"],
     "plot dataset": ["-d", "501"],
     "plot uncertainty": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "plot gradcam": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "plot landscape": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
     "plot overlay": ["-d", "501", "--runs", "predictions"],
 }
 
@@ -46,6 +48,8 @@ RESULTS = {
     "annotate": types.SimpleNamespace(commands=("nnUNetv2_preprocess -d 501",)),
     "plot dataset": types.SimpleNamespace(files=[]),
     "plot uncertainty": types.SimpleNamespace(files=[]),
+    "plot gradcam": types.SimpleNamespace(files=[]),
+    "plot landscape": types.SimpleNamespace(files=[]),
     "plot overlay": types.SimpleNamespace(files=[]),
 }
 

@@ -12,7 +12,7 @@ from nnunetv2_dycon.evaluation.overlays import BLUE, GREEN, KINDS, RED, YELLOW, 
 from nnunetv2_dycon.pictures.overlay import Shown, draw_overlay, plot_overlay, slice_of
 from nnunetv2_dycon.pictures.slices import Plane, fullest, plane_of, spread
 from nnunetv2_dycon.pictures.surface import surface_of
-from tests.madeup_runs import CASES, DATASET, SHAPE, make_dataset, make_predictions, make_truth, write_volume
+from tests.madeup_runs import CASES, SHAPE, make_dataset, make_predictions, make_truth, write_volume
 
 
 def test_each_kind_of_voxel_has_the_colour_of_the_papers_figures() -> None:
@@ -167,4 +167,3 @@ def test_other_refusals_are_one_line(raw: Path, tmp_path: Path) -> None:
     write_volume(tmp_path / "p" / f"{CASES[0]}.nii.gz", np.zeros((4, 4, 4), np.uint8))
     with pytest.raises(DataError, match="does not lie on the truth: shape"):
         plot_overlay(501, [str(tmp_path / "p")], CASES[:1])
-    assert DATASET
