@@ -25,6 +25,13 @@ REQUIRED = {
     "export": ["-d", "501", "-tr", "nnUNetTrainerDyCON", "-o", "out"],
     "evaluate": ["labelsTs", "predictions"],
     "compare": ["-d", "501", "--runs", "nnUNetTrainer", "-o", "out"],
+    "rank": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "annotate": ["-d", "501", "case_1", "case_1.nii.gz"],
+    "plot dataset": ["-d", "501"],
+    "plot uncertainty": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "plot gradcam": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "plot landscape": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "plot overlay": ["-d", "501", "--runs", "predictions"],
 }
 
 
@@ -37,6 +44,13 @@ RESULTS = {
     "split": CONVERSION,
     "export": Path("no such folder"),
     "self_train": types.SimpleNamespace(folder="fold_0", then="nnUNetv2_predict -d 601"),
+    "rank": types.SimpleNamespace(cases=("case_7",)),
+    "annotate": types.SimpleNamespace(commands=("nnUNetv2_preprocess -d 501",)),
+    "plot dataset": types.SimpleNamespace(files=[]),
+    "plot uncertainty": types.SimpleNamespace(files=[]),
+    "plot gradcam": types.SimpleNamespace(files=[]),
+    "plot landscape": types.SimpleNamespace(files=[]),
+    "plot overlay": types.SimpleNamespace(files=[]),
 }
 
 
@@ -83,7 +97,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 
 @pytest.mark.parametrize("verb", commands.VERBS)
 def test_every_verb_has_parameters_of_its_function_and_passes_what_was_typed_alone(verb):
-    _, arguments = commands.parse([verb, *REQUIRED[verb]])
+    _, arguments = commands.parse([*verb.split(), *REQUIRED[verb]])
     module, function = commands.VERBS[verb].function.split(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
     declared = {keywords.get("dest", flags[-1].lstrip("-")) for flags, keywords in commands.VERBS[verb].arguments}
@@ -107,7 +121,7 @@ def test_help_has_the_defaults_of_the_function_without_importing_it(verb, capsys
         if parameter.default is None or isinstance(parameter.default, (int, float, str, tuple)):
             assert read[name] == parameter.default
     with pytest.raises(SystemExit):
-        commands.parse([verb, "--help"])
+        commands.parse([*verb.split(), "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for _, keywords in commands.VERBS[verb].arguments:
         default = read.get(keywords.get("dest"))
@@ -205,6 +219,8 @@ def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
         ),
         (["self_train", *REQUIRED["self_train"]], "nnUNetv2_predict -d 601"),
         (["compare", *REQUIRED["compare"]], "open 'a b/report.html' in a browser"),
+        (["rank", *REQUIRED["rank"]], "nnUNetv2_dycon annotate -d 501 case_7 LABEL"),
+        (["annotate", *REQUIRED["annotate"]], "nnUNetv2_preprocess -d 501"),
         (["evaluate", "a", "b"], None),
         (["doctor"], None),
     ],
