@@ -4,11 +4,13 @@ import inspect
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nnunetv2_dycon import commands
+from nnunetv2_dycon.conversion.job import Conversion
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.options import Settings, describe
 
@@ -36,7 +38,7 @@ REQUIRED = {
 
 
 FINDINGS = [types.SimpleNamespace(name="a", ok=True, text="b")]
-CONVERSION = types.SimpleNamespace(folder=Path("raw/Dataset604_X"), state="written")
+CONVERSION = Conversion(Path("raw/Dataset604_X"), "written", "X", rows=())
 RESULTS = {
     "doctor": FINDINGS,
     "check": FINDINGS,
@@ -238,7 +240,7 @@ def test_a_verb_ends_with_what_to_type_next_apart_from_its_result(called, monkey
 
 
 def test_after_a_dry_run_the_same_command_is_next(called, monkeypatch, capsys):
-    planned = types.SimpleNamespace(folder=CONVERSION.folder, state="planned")
+    planned = replace(CONVERSION, state="planned")
     monkeypatch.setattr(sys.modules["nnunetv2_dycon.conversion.split"], "split", lambda **_: planned)
     commands.main(["split", *REQUIRED["split"], "--dry_run"])
     assert capsys.readouterr().err == "next: the same command without --dry_run\n"
