@@ -205,7 +205,7 @@ def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
 
     for name in TRAINERS:
         assert f"\n{name}: " in printed
-    assert printed.count("0p5to0p05") == 3  # beta of DyCON in three frameworks
+    assert printed.count("0p5to0p05") == 4  # beta of DyCON in four frameworks
     assert printed.count("5to0p5 ") == 1  # beta of the preset
 
 
