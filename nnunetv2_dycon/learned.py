@@ -144,7 +144,8 @@ def teach_learned(student: Tensor, teacher: Tensor, learned: Tensor, known: Tens
     """
     with torch.no_grad():
         top = teacher.argmax(1, keepdim=True)
-        taught = learned[top]
+        # A student that is not finite shows in the loss, so that the step is skipped: its gradient would not be either.
+        taught = learned[top] | ~student.sum(1, keepdim=True).isfinite()
         merge = _Merge(~learned.view(-1, *[1] * (student.ndim - 2)), top, taught, known)
         target = merge(teacher)
     return Taught(_Merged.apply(student, merge), target, taught if known is None else taught | known)
