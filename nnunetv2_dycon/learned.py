@@ -69,7 +69,8 @@ class LearnedClasses(nn.Module):
     def update(self) -> None:
         """Take over what was seen in a step, once it is sure that the step counts."""
         for student, now in self._seen.items():
-            self.counts[student].mul_(_DECAY).add_(ranks.mean_everywhere(now), alpha=1 - _DECAY)
+            everywhere = ranks.mean_everywhere(now) * ranks.world_size()
+            self.counts[student].mul_(_DECAY).add_(everywhere, alpha=1 - _DECAY)
         self._seen = {}
 
     @property
@@ -82,6 +83,11 @@ class LearnedClasses(nn.Module):
     def learned(self) -> Tensor:
         """Whether each class is learnt, (C,) bool."""
         return (self.dice >= self.threshold).all(0)
+
+    @property
+    def share(self) -> float:
+        """The share of the foreground classes that are learnt."""
+        return 1.0 if self.threshold == 0 else float(self.learned[1:].float().mean())
 
 
 @torch.no_grad()
@@ -144,8 +150,7 @@ def teach_learned(student: Tensor, teacher: Tensor, learned: Tensor, known: Tens
     """
     with torch.no_grad():
         top = teacher.argmax(1, keepdim=True)
-        # A student that is not finite shows in the loss, so that the step is skipped: its gradient would not be either.
-        taught = learned[top] | ~student.sum(1, keepdim=True).isfinite()
+        taught = learned[top]
         merge = _Merge(~learned.view(-1, *[1] * (student.ndim - 2)), top, taught, known)
         target = merge(teacher)
     return Taught(_Merged.apply(student, merge), target, taught if known is None else taught | known)
@@ -165,7 +170,8 @@ class _Merge(NamedTuple):
         background[0] = 0.0
         merged = self._of_top(logits).to(logits.dtype)
         chosen = logits.masked_fill(self.out, _LEFT_OUT).scatter(1, self.top, merged)
-        chosen = torch.where(self.taught, chosen, background)
+        # What is not finite stays so, or the step would count, and its gradient with it.
+        chosen = torch.where(self.taught, chosen, background + 0.0 * logits)
         return chosen if self.known is None else torch.where(self.known, logits, chosen)
 
     def gradient(self, logits: Tensor, g: Tensor) -> Tensor:

@@ -173,6 +173,7 @@ class Settings:
     iters: int = option(250, low=1, help="training steps per epoch")
     valiters: int = option(50, low=1, help="validation steps per epoch")
     save: int = option(50, low=1, help="epochs from one checkpoint to the next")
+    snapshots: int = option(0, low=0, help="epochs from one kept snapshot of the networks to the next; 0 = none")
     lr: float = option(0.01, low=0.000001, high=10.0, help="learning rate at the start")
     batch: int = option(0, low=0, help="labelled patches per step; 0 = as planned")
     unlabeledbatch: int = option(0, low=0, help="unlabelled patches per step; 0 = as many as labelled")

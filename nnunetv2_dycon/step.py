@@ -413,7 +413,7 @@ class Step:
             optimizer.zero_grad(set_to_none=True)
         log: dict[str, Any] = dict(data.now)
         if self.method.uses_unlabeled:
-            log["classes_learned"] = self.method.learned.learned[1:].float().mean()
+            log["classes_learned"] = self.method.learned.share
         total = torch.zeros((), device=self.device)
         answer = None
         for p in self.method.passes(self.network, data):
@@ -439,12 +439,15 @@ class Step:
 
         x_l, target = move(batch["data"]), batch["target"]
         target = [move(t) for t in target] if isinstance(target, list) else move(target)
+        now = {name: values[min(self.number, len(values) - 1)] for name, values in self.schedules.items()}
+        if "ramp" in now:
+            now["ramp"] *= self.method.learned.share
         return Batch(
             x_l=x_l,
             y_l=target[0] if isinstance(target, list) else target,
             x_u=move(batch["unlabeled"]) if self.method.uses_unlabeled else x_l[:0],
             supervised=lambda outputs: self.loss(outputs, target),
-            now={name: values[min(self.number, len(values) - 1)] for name, values in self.schedules.items()},
+            now=now,
             generator=self.generator,
             levels=tuple(zip(self.weights, target if isinstance(target, list) else [target], strict=True)),
         )

@@ -61,7 +61,7 @@ class BCP(Method[BCPSettings]):
         w = self.settings.w / p.view.share  # each direction has the whole weight
         return Cost(
             {
-                "labeled": Term(w, self.region_loss(logits, labels, pasted)),
+                "labeled": Term(w * self.learned.share, self.region_loss(logits, labels, pasted)),
                 "pseudo": Term(
                     w * self.settings.alpha * batch.now["ramp"],
                     self.region_loss(logits, labels, ~pasted, weight, pseudo=True),

@@ -34,6 +34,7 @@ from nnunetv2_dycon.trainers.loaders import dataloaders
 from nnunetv2_dycon.trainers.lock import lock_training
 from nnunetv2_dycon.trainers.results import GO_ON
 from nnunetv2_dycon.trainers.resume import checkpoint_file, choose_checkpoint, end_guard, guard_files, take_over
+from nnunetv2_dycon.trainers.snapshots import keep_snapshot
 from nnunetv2_dycon.trainers.start import check_machine, check_start, limit_threads
 from nnunetv2_dycon.trainers.state import restore_random_states, state_of
 
@@ -230,6 +231,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self._log_series()
         if self.method_type.uses_unlabeled:
             self._report_classes()
+        if self.local_rank == 0 and self.settings.snapshots:
+            keep_snapshot(self)
         super().on_epoch_end()
         if self.local_rank == 0:
             folder = Path(self.output_folder)

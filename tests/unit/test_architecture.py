@@ -47,15 +47,22 @@ MAY_IMPORT = {
     "data": BASE | TENSORS,
     "trainers": BASE | TENSORS | {"step", "methods", "data"},
     "_nnunet_ext": {"trainers"},
-    "export": BASE | TENSORS | {"step", "methods", "data", "trainers"},
+    "trained": BASE | TENSORS | {"data", "trainers"},
+    "inference": BASE | TENSORS | {"data", "trained"},
+    "export": BASE | TENSORS | {"step", "methods", "data", "trainers", "trained"},
     "phantom": BASE | {"data", "conversion"},
     "doctor": BASE | {"_register", "precision", "trainers"},
     "conversion": BASE | {"data"},
     "dataset_conversion": BASE | {"conversion"},
     "evaluation": BASE | {"data", "checkpoint"},  # the facts of a run; torch is imported where one is read
+    "pictures": BASE
+    | TENSORS
+    | {"data", "conversion", "evaluation", "methods", "step", "trainers", "trained", "inference"},
+    "annotation": BASE | {"data", "conversion", "evaluation", "trainers", "trained", "inference", "pictures"},
     "self_training": BASE | {"data", "conversion", "evaluation", "trainers"},
     "commands": BASE
-    | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"},
+    | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"}
+    | {"annotation", "pictures"},
 }
 STANDARD_LIBRARY_ONLY = {
     "",
@@ -149,9 +156,11 @@ def test_commands_imports_nothing_heavy_before_a_verb_runs():
 def test_every_package_that_is_imported_is_declared_and_none_besides():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    # h5py alone may be absent: two of the collections' forms need it
-    lines = [*project["dependencies"], *project["optional-dependencies"]["convert"]]
+    # these may be absent: h5py is for two of the collections' forms, captum for one picture
+    optional = project["optional-dependencies"]
+    lines = [*project["dependencies"], *optional["convert"], *optional["pictures"]]
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines}
+    declared = {{"scikit_image": "skimage"}.get(name, name) for name in declared}
     tops = {name.split(".")[0] for path in sources() for _, name in imported(path)}
     third_party = {top.lower() for top in tops - {PACKAGE, ""} if top not in sys.stdlib_module_names}
     assert third_party == declared

@@ -8,7 +8,13 @@ from nnunetv2_dycon.learned import LearnedClasses, teach_learned
 from nnunetv2_dycon.losses.gradient_aware import gradient_aware
 from nnunetv2_dycon.losses.mse import mse
 from nnunetv2_dycon.losses.voxels import hard_targets, region_ce_dice, soft_ce_dice, uncl
-from tests.recipes import seeded
+from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
+from nnunetv2_dycon.methods.cps import CPS
+from nnunetv2_dycon.methods.dycon import DyCON
+from nnunetv2_dycon.methods.mean_teacher import MeanTeacher
+from nnunetv2_dycon.step import Method
+from tests.recipes import UNet, seeded
+from tests.steps import SMALL, copied, equal, loader_batch, made, spoiled
 
 CLASSES = 5
 LEARNED = torch.tensor([True, False, True, True, False])
@@ -151,3 +157,46 @@ def test_classes_are_learnt_by_the_dice_of_recent_labelled_patches() -> None:
 def test_nothing_is_learnt_before_the_first_labelled_patch_unless_all_classes_count() -> None:
     assert not LearnedClasses(CLASSES, 0.4).learned.any()
     assert LearnedClasses(CLASSES, 0.0).learned.all()
+
+
+@pytest.mark.parametrize("kind", [BCP, CPS, DyCON, MeanTeacher])
+def test_unlabelled_terms_have_the_share_of_their_weight_that_is_learnt(kind: type[Method]) -> None:
+    """One of two foreground classes is learnt: half of each weight but nnU-Net's own; with none there is no term."""
+    options = {"rampup": 0.0} | ({"pretrain": 0.0} if kind is BCP else {"delay": 0.0})
+
+    def weights(dice_of_last: float) -> dict[str, float]:
+        step = made(kind, kind.settings_type(**SMALL, **options), UNet())
+        step.method.learned.counts[:, 0, -1] = dice_of_last
+        step.method.learned.counts[:, 1, -1] = 2 * (1 - dice_of_last)
+        step(loader_batch())
+        return {
+            name: value for name, value in step.log[0].items() if name.endswith("_weight") and "supervised" not in name
+        }
+
+    whole, half = weights(1.0), weights(0.3)
+    assert whole.keys() == half.keys() != set()
+    assert half == {name: value / 2 for name, value in whole.items()}
+
+
+def test_copy_paste_waits_for_the_first_class_with_pastes_among_labelled_patches() -> None:
+    step = made(BCP, BCPSettings(**SMALL, pretrain=0.0), UNet())
+    step.method.learned.counts[:, 0, 1:] = 0
+    step(loader_batch())
+    assert "paste_labeled" in step.log[0]
+    assert step.log[0]["classes_learned"] == 0
+    assert not any("pseudo" in name for name in step.log[0])
+
+
+@pytest.mark.parametrize("kind", [BCP, CPS, DyCON, MeanTeacher])
+@pytest.mark.parametrize("learned", [-1, 0, 1, 2])  # -1: not even the background
+def test_an_image_that_is_not_finite_skips_the_step_whatever_is_learnt(kind: type[Method], learned: int) -> None:
+    options = {"rampup": 0.0} | ({"pretrain": 0.0} if kind is BCP else {"delay": 0.0})
+    step = made(kind, kind.settings_type(**SMALL, **options), UNet())
+    step.method.learned.counts[:, 0, 1 + learned :] = 0
+    step.method.learned.counts[:, 1, 1 + learned :] = 1
+    before = copied(step.plain)
+    step(spoiled(loader_batch()))
+    used = not (kind is BCP and learned < 1)  # which waits
+    assert step.log[0]["skipped_steps"] == used
+    assert equal(before, copied(step.plain)) == used
+    assert all(bool(value.isfinite().all()) for value in copied(step.plain).values())
