@@ -109,6 +109,14 @@ def test_the_gradient_is_that_of_the_merged_logits_but_for_what_lowers_a_class_l
     assert torch.allclose(slope[:, ~LEARNED], exact[:, ~LEARNED].clamp_max(0), rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_student_that_is_not_finite_shows_in_every_loss(cost: str) -> None:
+    """Nothing is learnt, so that no voxel is taught; hidden, its gradient would end the training."""
+    student, teacher = drawn(1).requires_grad_(), drawn(2)
+    taught = teach_learned(student * torch.nan, teacher, torch.zeros(CLASSES, dtype=torch.bool))
+    assert not torch.isfinite(COSTS[cost](taught.student, taught.teacher))
+
+
 def test_voxels_with_a_true_label_teach_every_class() -> None:
     student, teacher = drawn(1).requires_grad_(), drawn(2)
     known = torch.rand(2, 1, *SPACE, generator=seeded(3)) < 0.5
