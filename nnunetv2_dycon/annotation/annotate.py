@@ -69,7 +69,7 @@ def annotate(dataset_id: int | str, pairs: Sequence[str | Path]) -> Annotated:
         content = read_json(folder / "dataset.json") if finished else content
         if left:
             _add(folder, content, left)
-    notes = (f"(an earlier run was finished: {first_few(finished)})",) if finished else ()
+    notes: tuple[str, ...] = (f"(an earlier run was finished: {first_few(finished)})",) if finished else ()
     if not (folder / SPLITS_FILE).is_file() and not _splits_in_use(folder):
         notes += ("there is no split file: nnU-Net draws folds at the next training, and may validate on them",)
     cases = tuple(dict.fromkeys([*finished, *given]))

@@ -132,7 +132,7 @@ def rank(
             remove_leftovers(inner)
         work = _Work(trained, {}, raw, folder, _source(trained, mirroring))
         predictors = {
-            kind: trained.predictor(kind, where, mirroring=mirroring)  # type: ignore[arg-type]
+            kind: trained.predictor(kind, where, mirroring=mirroring)
             for kind in (("student", "teacher") if any(_read(work, case) is None for case in names) else ())
         }
         known = _all_cases(work._replace(predictors=predictors), names)

@@ -19,7 +19,7 @@ from nnunetv2_dycon.files import whole_file, write_text, writing
 
 DPI = 120
 ENTROPY_MAP = "magma"  # its lightness rises evenly, so that it is read without hue
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "nnunetv2_dycon", "image.interpolation": "none"}
+_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "nnunetv2_dycon", "image.interpolation": "none"}
 
 
 class Drawn(NamedTuple):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -207,7 +207,7 @@ def _histogram(axis: Axes, values: Mapping[str, Sequence[float]], *, whole: bool
         bins = np.geomspace(low * 0.999, high * 1.001, 16)
         if high / low > 3:
             axis.set_xscale("log")
-    _, _, bars = axis.hist(list(few.values()), bins=bins, label=[shown(name) for name in few])
+    bars: Any = axis.hist(list(few.values()), bins=list(bins), label=[shown(name) for name in few])[2]
     for at, container in enumerate([bars] if len(few) == 1 else bars):
         for bar in container:
             bar.set(facecolor=COLORS[at % len(COLORS)], hatch=HATCHES[at % len(HATCHES)], edgecolor="white")

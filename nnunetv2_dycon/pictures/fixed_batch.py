@@ -116,7 +116,8 @@ def _start(at: int, wanted: int, there: int) -> int:
 
 def _cut(array: Any, start: Sequence[int], size: Sequence[int], at: int | None) -> NDArray:
     inner = [slice(max(0, one), one + wanted) for one, wanted in zip(start, size, strict=True)]
-    part = np.asarray(array[(slice(None), *([] if at is None else [slice(at, at + 1)]), *inner)])
+    place = (slice(None), *([] if at is None else [slice(at, at + 1)]), *inner)
+    part = np.asarray(array[place])
     part = part if at is None else part[:, 0]
     before = [max(0, -one) for one in start]
     around = [(b, wanted - there - b) for b, wanted, there in zip(before, size, part.shape[1:], strict=True)]

@@ -194,7 +194,8 @@ def _activations(
         on_image = on_image_grid(trained, one[None], image.properties)[0].clamp_min(0).numpy()
         values = full_size(trained, on_image.astype(np.float32), image.properties)
         largest = float(values.max())
-        found.append(Activation(moment.epochs, label, values / largest if largest else values, largest))
+        share = (values / largest if largest else values).astype(np.float32)
+        found.append(Activation(moment.epochs, label, share, largest))
     return found
 
 
@@ -228,9 +229,10 @@ def gradcam_of_image(predictor: Any, data: Tensor, layer: str, classes: Sequence
     for place in predictor._internal_get_sliding_window_slicers(padded.shape[1:]):
         x = padded[place][None].to(predictor.device)
         for at, position in enumerate(classes):
-            total[(at, *place[1:])] += gradcam_of_patch(network, x, layer, position)[0].cpu() * gaussian
+            total[at][place[1:]] += gradcam_of_patch(network, x, layer, position)[0].cpu() * gaussian
         weight[place[1:]] += gaussian
-    return (total / weight)[(slice(None), *inner)]
+    whole = (slice(None), *inner)
+    return (total / weight)[whole]
 
 
 def _padded(data: Tensor, patch: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
@@ -308,7 +310,7 @@ def draw_gradcam(
     plane = Plane(0, spacing[1] / spacing[2]) if len(image.shown) == 1 else plane_of(spacing)
     columns = len(epochs) + 1
     figure, axes = new_figure(len(labels), columns, 2.3 * columns + 0.9, 1.0 + 2.6 * len(labels))
-    colors = None
+    colors: Any = None
     for row, label in zip(axes, labels, strict=True):
         of_label = {one.epochs: one.values for one in found if one.label == label}
         mask = structures[label]

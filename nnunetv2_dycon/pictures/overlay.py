@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -257,7 +257,7 @@ def draw_overlay(cases: Sequence[Shown]) -> Figure:
     return figure
 
 
-def _in_3d(figure: Figure, axis):  # matplotlib's 3D axes have a class of their own
+def _in_3d(figure: Figure, axis: Any) -> Any:
     """Put a 3D axis in the place of another one."""
     place = axis.get_subplotspec()
     axis.remove()

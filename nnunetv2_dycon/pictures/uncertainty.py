@@ -183,7 +183,7 @@ def _truth(raw: RawCases, case: str, labels: Labels, image: Prepared) -> NDArray
 
 def _maps(case: str, trained: Trained, predictors: Mapping[str, Any], image: Prepared, truth: NDArray | None) -> Maps:
     said: dict[str, Prediction] = {kind: predict(trained, one, image) for kind, one in predictors.items()}
-    entropy = {kind: one.entropy for kind, one in said.items()}
+    entropy: dict[str, NDArray] = {kind: one.entropy for kind, one in said.items()}
     labels = {kind: one.labels for kind, one in said.items()}
     if "teacher" in said:
         entropy["dual"] = (entropy["student"] + entropy["teacher"]) / 2
@@ -245,7 +245,7 @@ def draw_maps(maps: Maps, top: float) -> Figure:
     columns = 1 + len(names) + (maps.truth is not None)
     figure, axes = new_figure(len(slices), columns, 2.4 * columns + 0.8, 0.9 + 2.5 * len(slices))
     highest = max(float(plane.of(maps.entropy[name], at).max()) for name in names for at in slices)
-    shades = None
+    shades: Any = None
     for row, at in zip(axes, slices, strict=True):
         image, predicted = plane.of(maps.image, at), plane.of(final, at)
         show_gray(row[0], image, plane.aspect)

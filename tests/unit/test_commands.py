@@ -108,7 +108,7 @@ def test_every_verb_has_parameters_of_its_function_and_passes_what_was_typed_alo
     typed = {
         keywords.get("dest", flags[-1].lstrip("-"))
         for flags, keywords in commands.VERBS[verb].arguments
-        if not flags[0].startswith("-") or set(flags) & set(REQUIRED[verb])
+        if set(flags) & set(REQUIRED[verb]) or not (flags[0].startswith("-") or keywords.get("nargs") in ("*", "?"))
     }
     assert needed <= set(arguments) == typed
 
