@@ -79,7 +79,7 @@ STANDARD_LIBRARY_ONLY = {
     "shared_memory",
     "commands",
 }
-WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"step", "methods", "_nnunet_ext"}
+WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"learned", "step", "methods", "_nnunet_ext"}
 
 
 def sources() -> list[Path]:
@@ -162,5 +162,6 @@ def test_every_package_that_is_imported_is_declared_and_none_besides():
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines}
     declared = {{"scikit_image": "skimage"}.get(name, name) for name in declared}
     tops = {name.split(".")[0] for path in sources() for _, name in imported(path)}
+    tops = {{"mpl_toolkits": "matplotlib"}.get(top, top) for top in tops}  # a part of it
     third_party = {top.lower() for top in tops - {PACKAGE, ""} if top not in sys.stdlib_module_names}
     assert third_party == declared
