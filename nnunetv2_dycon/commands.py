@@ -58,13 +58,21 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Verb, dict[str, Any]]:
     """Return the verb and the arguments of its function; argparse ends the program after --help or an error."""
     parser = argparse.ArgumentParser("nnUNetv2_dycon", description="Semi-supervised training inside nnU-Net.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    of_groups: dict[str, Any] = {}
     for name, verb in VERBS.items():
+        group, _, word = name.rpartition(" ")
+        if group and group not in of_groups:
+            text = GROUPS[group]
+            inner = verbs.add_parser(group, help=text, description=text)
+            of_groups[group] = inner.add_subparsers(dest="word", required=True, metavar=group.upper())
         formatter = partial(_Formatter, function=verb.function)
-        of_verb = verbs.add_parser(name, help=verb.help, description=verb.help, formatter_class=formatter)
+        among = of_groups[group] if group else verbs
+        of_verb = among.add_parser(word, help=verb.help, description=verb.help, formatter_class=formatter)
         for flags, keywords in verb.arguments:
             of_verb.add_argument(*flags, **keywords)
     arguments = vars(parser.parse_args(argv))
-    return VERBS[arguments.pop("verb")], arguments
+    words = [arguments.pop("verb"), *([arguments.pop("word")] if "word" in arguments else [])]
+    return VERBS[" ".join(words)], arguments
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -190,6 +198,19 @@ def _next_of_comparison(typed: dict[str, Any], result: Any) -> str:
     return f"open {shlex.quote(str(result))} in a browser"
 
 
+def _show_picture(result: Any) -> int:
+    return _show_paths(result.files)
+
+
+def _next_of_ranking(typed: dict[str, Any], result: Any) -> str:
+    dataset = str(typed["dataset_id"])
+    return shlex.join(["nnUNetv2_dycon", "annotate", "-d", dataset, result.cases[0], "LABEL"])
+
+
+def _next_of_annotation(typed: dict[str, Any], result: Any) -> str:
+    return " && ".join(result.commands)
+
+
 def _show_rows(title: str, rows: Sequence[Any]) -> None:
     print(title)
     name, default = (max(len(row[column]) for row in rows) for column in range(2))
@@ -206,6 +227,15 @@ _PLANS = _argument("-p", dest="plans", help="plans identifier")
 _OVERWRITE = _argument("--overwrite", action="store_true", help="replace existing results")
 
 _PROCESSES = "worker processes (default: one per processor, at most 8)"
+_TRAINER = _argument("-tr", dest="trainer", required=True, help="trainer name, options included")
+_CONFIGURATION = _argument("-c", dest="configuration", help="configuration")
+_FOLD = _argument("-f", dest="fold", type=_number_or_word, help="fold, or all")
+_CHECKPOINT = _argument("-chk", dest="checkpoint", help="checkpoint file")
+_DEVICE = _argument("-device", help="cuda, cpu or mps (default: cuda if there is a device)")
+_NO_MIRRORING = _argument("--disable_tta", dest="mirroring", action="store_false", help="predictions without mirroring")
+
+# Verbs of two words, by the first one.
+GROUPS = {"plot": "Pictures of a data set or of a training, as PNG and SVG, and the numbers behind them as CSV."}
 
 VERBS: dict[str, Verb] = {
     "doctor": Verb(
@@ -401,5 +431,126 @@ VERBS: dict[str, Verb] = {
         ),
         _show,
         _next_of_comparison,
+    ),
+    "rank": Verb(
+        "Rank the unlabelled cases by how much their annotation would tell, and keep drafts of their labels.",
+        "nnunetv2_dycon.annotation.rank:rank",
+        (
+            _dataset("dataset_id"),
+            _TRAINER,
+            _CONFIGURATION,
+            _FOLD,
+            _PLANS,
+            _CHECKPOINT,
+            _argument("--by", choices=("entropy", "disagreement", "expected_ml"), help="what comes first"),
+            _argument("--diverse", action="store_true", help="the first ones are unlike each other"),
+            _argument("-n", dest="number", type=int, help="cases on contact sheets"),
+            _argument("-o", dest="output", help="folder to write (default: rank in the fold's folder)"),
+            _NO_MIRRORING,
+            _DEVICE,
+        ),
+        _show,
+        _next_of_ranking,
+    ),
+    "annotate": Verb(
+        "Move annotated cases from imagesUn to imagesTr and labelsTr, in dataset.json and the split too.",
+        "nnunetv2_dycon.annotation.annotate:annotate",
+        (
+            _dataset("dataset_id"),
+            _argument("pairs", nargs="+", metavar="CASE LABEL", help="a case and its label map, and so on"),
+        ),
+        _show,
+        _next_of_annotation,
+    ),
+    "plot dataset": Verb(
+        "Count, size and scatter of the structures in the labelled cases, and their share of the images.",
+        "nnunetv2_dycon.pictures.dataset:plot_dataset",
+        (
+            _dataset("dataset_id"),
+            _argument("-o", dest="output", help="folder to write (default: DATASET_pictures)"),
+            _argument("-np", dest="processes", type=int, help=_PROCESSES),
+        ),
+        _show_picture,
+    ),
+    "plot overlay": Verb(
+        "True positive, false negative and false positive voxels of several methods, in slices and as surfaces.",
+        "nnunetv2_dycon.pictures.overlay:plot_overlay",
+        (
+            _dataset("dataset_id"),
+            _argument("cases", nargs="*", metavar="CASE", help="cases (default: those on which methods differ most)"),
+            _argument(
+                "--runs",
+                nargs="+",
+                required=True,
+                help="trainer names (* for anything), results folders, prediction folders, RUN=FOLDER for its own",
+            ),
+            _CONFIGURATION,
+            _FOLD,
+            _PLANS,
+            _CHECKPOINT,
+            _argument("--weights", nargs="+", choices=("student", "teacher"), help="whose weights"),
+            _argument("--predict", action="store_true", help="predict test cases where predictions are missing"),
+            _NO_MIRRORING,
+            _DEVICE,
+            _argument("-n", dest="number", type=int, help="number of cases"),
+            _argument("-o", dest="output", help="folder to write (default: DATASET_pictures)"),
+        ),
+        _show_picture,
+    ),
+    "plot uncertainty": Verb(
+        "Entropy of teacher, student and both in whole images, and the error rate that goes with it.",
+        "nnunetv2_dycon.pictures.uncertainty:plot_uncertainty",
+        (
+            _dataset("dataset_id"),
+            _TRAINER,
+            _argument("cases", nargs="*", metavar="CASE", help="cases (default: the first test cases)"),
+            _CONFIGURATION,
+            _FOLD,
+            _PLANS,
+            _CHECKPOINT,
+            _argument("-n", dest="number", type=int, help="number of cases"),
+            _argument("-o", dest="output", help="folder to write (default: pictures in the fold's folder)"),
+            _NO_MIRRORING,
+            _DEVICE,
+        ),
+        _show_picture,
+    ),
+    "plot gradcam": Verb(
+        "What a layer looks at for each class, over the course of a training (option snapshots of the trainer).",
+        "nnunetv2_dycon.pictures.gradcam:plot_gradcam",
+        (
+            _dataset("dataset_id"),
+            _TRAINER,
+            _argument("case", nargs="?", metavar="CASE", help="a case (default: the first test case)"),
+            _CONFIGURATION,
+            _FOLD,
+            _PLANS,
+            _argument("--checkpoints", nargs="+", help="checkpoint files (default: snapshots and the final one)"),
+            _argument("--layer", help="a module (default: the last but one stage of the decoder)"),
+            _argument("--labels", nargs="+", help="names of classes (default: the first four)"),
+            _argument("--weights", choices=("student", "teacher"), help="whose weights"),
+            _argument("-o", dest="output", help="folder to write (default: pictures in the fold's folder)"),
+            _DEVICE,
+        ),
+        _show_picture,
+    ),
+    "plot landscape": Verb(
+        "The losses around the student along two random directions, over the course of a training.",
+        "nnunetv2_dycon.pictures.landscape:plot_landscape",
+        (
+            _dataset("dataset_id"),
+            _TRAINER,
+            _CONFIGURATION,
+            _FOLD,
+            _PLANS,
+            _argument("--checkpoints", nargs="+", help="checkpoint files (default: snapshots and the final one)"),
+            _argument("--size", type=int, help="points along each direction"),
+            _argument("--radius", type=float, help="how far to go; 1 is as far as the weights are long"),
+            _argument("--batches", type=int, help="batches of patches"),
+            _argument("--seed", type=int, help="of directions, patches and draws"),
+            _argument("-o", dest="output", help="folder to write (default: pictures in the fold's folder)"),
+            _DEVICE,
+        ),
+        _show_picture,
     ),
 }

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 
-from nnunetv2_dycon.checkpoint import KEY, read_checkpoint, write_checkpoint
+from nnunetv2_dycon.checkpoint import read_checkpoint, write_checkpoint
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import first_few, whole_folder
+from nnunetv2_dycon.trained import NEEDED, weights_of
 from nnunetv2_dycon.trainers.results import Model, model_folder, trained_checkpoint
 
 STOCK_TRAINER = "nnUNetTrainer"
@@ -93,14 +94,9 @@ def _members(folds: Sequence[int | str], weights: str) -> list[tuple[int | str, 
 
 
 def _stock_checkpoint(path: Path, weights: str) -> dict[str, Any]:
-    checkpoint = read_checkpoint(path, "network_weights", "init_args", "inference_allowed_mirroring_axes")
-    network = checkpoint["network_weights"]
-    if weights == "teacher":
-        if KEY not in checkpoint:
-            raise DataError(f"{path} holds no teacher (another trainer wrote it); use --weights student")
-        network = checkpoint[KEY]["teacher"]
+    checkpoint = read_checkpoint(path, *NEEDED)
     return {
-        "network_weights": network,
+        "network_weights": weights_of(checkpoint, weights, path),
         "trainer_name": STOCK_TRAINER,
         "init_args": {**checkpoint["init_args"], "device": torch.device("cpu")},
         "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],

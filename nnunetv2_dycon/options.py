@@ -173,12 +173,16 @@ class Settings:
     iters: int = option(250, low=1, help="training steps per epoch")
     valiters: int = option(50, low=1, help="validation steps per epoch")
     save: int = option(50, low=1, help="epochs from one checkpoint to the next")
+    snapshots: int = option(0, low=0, help="epochs from one kept snapshot of the networks to the next; 0 = none")
     lr: float = option(0.01, low=0.000001, high=10.0, help="learning rate at the start")
     batch: int = option(0, low=0, help="labelled patches per step; 0 = as planned")
     unlabeledbatch: int = option(0, low=0, help="unlabelled patches per step; 0 = as many as labelled")
     seed: int | None = option(None, low=0, high=2**32 - 1, none_text="not set", help="seed of everything random")
     bf16: bool = option(False, flag=True, help="bfloat16 autocast, on a CPU too")
     nomirror: bool = option(False, flag=True, help="no mirroring, in training and in prediction")
+    ga: bool = option(
+        False, flag=True, help="GADice and GACE in place of Dice and cross-entropy, with true and pseudo-labels"
+    )
 
     def __post_init__(self) -> None:
         for known in _options(type(self)).values():

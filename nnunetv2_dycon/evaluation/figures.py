@@ -18,13 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.comparison import METRICS, Comparison, Method
 from nnunetv2_dycon.evaluation.label_files import Labels, read_channel, read_label_map
 from nnunetv2_dycon.evaluation.metrics import DISTANCES
+from nnunetv2_dycon.evaluation.overlays import box_of, colored, legend_handles, outline
 from nnunetv2_dycon.evaluation.tables import column_title
 
 WIDTH = 12.4  # inches; at 100 dots per inch the width of a laptop's screen
@@ -33,14 +33,6 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#00
 MARKERS = "os^DvPX"
 MOST_OVERLAYS = 6
 BINS = 10
-# They differ in lightness, so that they can be told apart without hue.
-GREEN, RED, BLUE, YELLOW = "#7FD34E", "#D62728", "#1B2FB8", "#FFE94A"
-_KINDS = (
-    (GREEN, "true positive"),
-    (BLUE, "false negative"),
-    (RED, "false positive"),
-    (YELLOW, "another structure's label"),
-)
 
 
 class Picture(NamedTuple):
@@ -288,11 +280,7 @@ def overlays(comparison: Comparison, images: Images) -> Picture:
         _overlay_row(
             row, f"{title} case, truth\n{_wrapped(case)}", case, methods, images, [d.get(case, math.nan) for d in dice]
         )
-    handles: list[Any] = [Patch(color=color, label=label) for color, label in _KINDS[: 4 if several else 3]]
-    handles += [
-        Line2D([], [], color="white", linewidth=1.8, label="outline of truth"),
-        Line2D([], [], color="black", linestyle="--", linewidth=1.6, label="outline of prediction"),
-    ]
+    handles = legend_handles(several=several)
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, facecolor="0.75")
     legend.set_in_layout(True)
     seeds = {run.facts.seed for method in methods for run in method.runs[:1]} - {None}
@@ -325,15 +313,15 @@ def _overlay_row(
         area = np.count_nonzero(true, axis=(1, 2))
         at = int(np.argmax(area if area.any() else sum(np.count_nonzero(f, axis=(1, 2)) for f in found)))
         true, image, known, found = true[at], image[at], known[at], [f[at] for f in found]
-    box = _box((true > 0) | np.any([f > 0 for f in found], axis=0))
+    box = box_of((true > 0) | np.any([f > 0 for f in found], axis=0))
     true, image, known = true[box], image[box], known[box]
     low, high = np.percentile(image, (0.5, 99.5))
     for axis, predicted in zip(row, [None, *(f[box] for f in found)], strict=True):
         axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=spacing[0] / spacing[1])
         if predicted is not None:
-            axis.imshow(_colored(true, np.where(known, predicted, 0)), aspect=spacing[0] / spacing[1])
-            _outline(axis, predicted > 0, "black", "dashed")
-        _outline(axis, true > 0, "white", "solid")
+            axis.imshow(colored(true, np.where(known, predicted, 0)), aspect=spacing[0] / spacing[1])
+            outline(axis, predicted > 0, "black", "dashed")
+        outline(axis, true > 0, "white", "solid")
         axis.set(xticks=[], yticks=[])
     row[0].set_title(title, fontsize=8)
     for axis, method, value in zip(row[1:], methods, dice, strict=False):
@@ -343,37 +331,6 @@ def _overlay_row(
 def _image(images: Images, case: str, shape: tuple[int, ...]) -> NDArray:
     path = images.images / f"{case}_0000{images.labels.ending}" if images.images else None
     return read_channel(path, images.labels, shape) if path and path.is_file() else np.zeros(shape)
-
-
-def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """Return the box around the structures of a slice, with a margin."""
-    box = []
-    for axis in range(2):
-        at = np.flatnonzero(mask.any(axis=1 - axis))
-        if not at.size:
-            return (slice(None), slice(None))
-        margin = max(8, int(0.5 * (at[-1] - at[0] + 1)))
-        box.append(slice(max(0, at[0] - margin), at[-1] + 1 + margin))
-    return tuple(box)
-
-
-def _colored(true: NDArray, predicted: NDArray) -> NDArray[np.float64]:
-    """Return the overlay as RGBA, shape (X, Y, 4); background is transparent."""
-    masks = (
-        (true == predicted) & (true > 0),
-        (true > 0) & (predicted == 0),
-        (true == 0) & (predicted > 0),
-        (true > 0) & (predicted > 0) & (true != predicted),
-    )
-    out = np.zeros((*true.shape, 4))
-    for mask, (color, _) in zip(masks, _KINDS, strict=True):
-        out[mask] = [*(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)), 0.6]
-    return out
-
-
-def _outline(axis: Axes, mask: NDArray[np.bool_], color: str, style: str) -> None:
-    if mask.any() and not mask.all():
-        axis.contour(mask, levels=[0.5], colors=color, linewidths=1.2, linestyles=style)
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
     view: ClassVar[str] = "bcp"
 
     pretrain: float = option(
-        0.2, low=0.0, high=1.0, help="fraction of the training that pastes among labelled patches only"
+        0.0, low=0.0, high=1.0, help="fraction of the training that pastes among labelled patches only"
     )
     rampup: float = option(
         0.0,
@@ -46,12 +46,16 @@ class BCP(Method[BCPSettings]):
     settings_type = BCPSettings
 
     def passes(self, student: nn.Module, batch: Batch) -> Iterator[Pass]:
-        """Yield the pass of labelled mixes, or later one pass for each direction; then the labelled patches."""
+        """Yield one pass for each direction, or before it pastes with pseudo-labels that of option `pretrain`, if any.
+
+        Then the labelled patches as they are, which are alone until the labels have taught the first class.
+        """
         if batch.now["ramp"]:
             yield from super().passes(student, batch)
         else:
             (pair,) = self.pairs(student)
-            yield self.paste_pass(pair, batch, self.settings.w, BCP_BOX_SIDE)
+            if self.settings.pretrain:
+                yield self.paste_pass(pair, batch, self.settings.w, BCP_BOX_SIDE)
             yield self.labeled_pass(pair, batch)
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
@@ -61,9 +65,10 @@ class BCP(Method[BCPSettings]):
         w = self.settings.w / p.view.share  # each direction has the whole weight
         return Cost(
             {
-                "labeled": Term(w, self.region_loss(logits, labels, pasted)),
+                "labeled": Term(w * self.learned.share, self.region_loss(logits, labels, pasted)),
                 "pseudo": Term(
-                    w * self.settings.alpha * batch.now["ramp"], self.region_loss(logits, labels, ~pasted, weight)
+                    w * self.settings.alpha * batch.now["ramp"],
+                    self.region_loss(logits, labels, ~pasted, weight, pseudo=True),
                 ),
             },
             {"agreement": agreement(logits, target)},

@@ -23,7 +23,7 @@ from nnunetv2_dycon.losses.patches import (
     patch_weight,
     sample_anchors,
 )
-from nnunetv2_dycon.losses.voxels import Entropy, Focus, entropy_weight, hard_targets, soft_ce_dice, uncl
+from nnunetv2_dycon.losses.voxels import Entropy, Focus, Form, entropy_weight, hard_targets, soft_ce_dice, uncl
 from nnunetv2_dycon.methods.settings import TeacherSettings, ViewSettings
 from nnunetv2_dycon.networks import FeatureTap, ProjectionHead, Teacher, choose_stage, has_encoder_stages
 from nnunetv2_dycon.options import Schedule, Settings, option
@@ -284,13 +284,15 @@ class DyCONTerms(Method[D]):
             if pasted is not None:
                 unpasted = (~pasted[:, 0]).float()
                 voxels = voxels * unpasted / ranks.mean_everywhere(unpasted.mean()).clamp_min(1e-12)
-            q = hard_targets(target).one_hot if s.hard else torch.softmax(target.float(), 1)
-            return {"uncl": Term(weight, soft_ce_dice(logits, q, voxels))}
-        beta = batch.now["beta"]
-        if s.loss == "literal" and not s.nats:
+            if s.hard:
+                return {"uncl": Term(weight, self.pseudo_loss(logits, hard_targets(target), voxels))}
+            return {"uncl": Term(weight, soft_ce_dice(logits, torch.softmax(target.float(), 1), voxels))}
+        beta, guarded = batch.now["beta"], s.loss == "guarded"
+        if not guarded and not s.nats:
             beta /= math.log(self.data.classes)
-        parts = uncl(logits, target, beta=beta, form=s.loss, entropy=s.entropy, focus=s.focus)
-        of_entropy = weight * s.lambdah if s.loss == "guarded" else weight
+        form: Form = "guarded" if guarded else "literal"
+        parts = uncl(logits, target, beta=beta, form=form, entropy=s.entropy, focus=s.focus)
+        of_entropy = weight * s.lambdah if guarded else weight
         return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(of_entropy, parts.entropy)}
 
     def _fecl(
@@ -337,8 +339,8 @@ class DyCONTerms(Method[D]):
         return skips[self.stage], full_resolution(network.decoder(skips))
 
     def _taken(self, p: Pass) -> Tensor | None:
-        """Return the features (B, F, *G) of the student's pass, None without FeCL."""
-        return self.taps[p.pair.ending].take() if self.taps else None
+        """Return the features (B, F, *G) of the student's pass in the frame of the patches, None without FeCL."""
+        return p.view.restore(self.taps[p.pair.ending].take()) if self.taps else None
 
     def _unlabeled_share(self, batch: Batch) -> float:
         """Return the unlabelled share of the patches, so that means over both halves are means over all patches."""

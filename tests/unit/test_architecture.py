@@ -25,7 +25,7 @@ BASE = {
     "findings",
     "shared_memory",
 }
-TENSORS = {"losses", "networks", "views", "ranks", "checkpoint", "precision", "randomness"}
+TENSORS = {"losses", "networks", "views", "cubes", "ranks", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
 MAY_IMPORT = {
     "": set(),
@@ -41,20 +41,28 @@ MAY_IMPORT = {
     "findings": set(),
     "shared_memory": set(),
     **dict.fromkeys(TENSORS, BASE),
-    "step": BASE | TENSORS,
-    "methods": BASE | TENSORS | {"step"},
+    "learned": BASE | TENSORS,
+    "step": BASE | TENSORS | {"learned"},
+    "methods": BASE | TENSORS | {"learned", "step"},
     "data": BASE | TENSORS,
     "trainers": BASE | TENSORS | {"step", "methods", "data"},
     "_nnunet_ext": {"trainers"},
-    "export": BASE | TENSORS | {"step", "methods", "data", "trainers"},
+    "trained": BASE | TENSORS | {"data", "trainers"},
+    "inference": BASE | TENSORS | {"data", "trained"},
+    "export": BASE | TENSORS | {"step", "methods", "data", "trainers", "trained"},
     "phantom": BASE | {"data", "conversion"},
     "doctor": BASE | {"_register", "precision", "trainers"},
     "conversion": BASE | {"data"},
     "dataset_conversion": BASE | {"conversion"},
     "evaluation": BASE | {"data", "checkpoint"},  # the facts of a run; torch is imported where one is read
+    "pictures": BASE
+    | TENSORS
+    | {"data", "conversion", "evaluation", "methods", "step", "trainers", "trained", "inference"},
+    "annotation": BASE | {"data", "conversion", "evaluation", "trainers", "trained", "inference", "pictures"},
     "self_training": BASE | {"data", "conversion", "evaluation", "trainers"},
     "commands": BASE
-    | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"},
+    | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"}
+    | {"annotation", "pictures"},
 }
 STANDARD_LIBRARY_ONLY = {
     "",
@@ -71,7 +79,7 @@ STANDARD_LIBRARY_ONLY = {
     "shared_memory",
     "commands",
 }
-WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"step", "methods", "_nnunet_ext"}
+WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"learned", "step", "methods", "_nnunet_ext"}
 
 
 def sources() -> list[Path]:
@@ -149,9 +157,12 @@ def test_commands_imports_nothing_heavy_before_a_verb_runs():
 def test_every_package_that_is_imported_is_declared_and_none_besides():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    # h5py alone may be absent: two of the collections' forms need it
-    lines = [*project["dependencies"], *project["optional-dependencies"]["convert"]]
+    # these may be absent: h5py is for two of the collections' forms, captum for one picture
+    optional = project["optional-dependencies"]
+    lines = [*project["dependencies"], *optional["convert"], *optional["pictures"]]
     declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines}
+    declared = {{"scikit_image": "skimage"}.get(name, name) for name in declared}
     tops = {name.split(".")[0] for path in sources() for _, name in imported(path)}
+    tops = {{"mpl_toolkits": "matplotlib"}.get(top, top) for top in tops}  # a part of it
     third_party = {top.lower() for top in tops - {PACKAGE, ""} if top not in sys.stdlib_module_names}
     assert third_party == declared

@@ -27,6 +27,13 @@ REQUIRED = {
     "export": ["-d", "501", "-tr", "nnUNetTrainerDyCON", "-o", "out"],
     "evaluate": ["labelsTs", "predictions"],
     "compare": ["-d", "501", "--runs", "nnUNetTrainer", "-o", "out"],
+    "rank": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "annotate": ["-d", "501", "case_1", "case_1.nii.gz"],
+    "plot dataset": ["-d", "501"],
+    "plot uncertainty": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "plot gradcam": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "plot landscape": ["-d", "501", "-tr", "nnUNetTrainerDyCON"],
+    "plot overlay": ["-d", "501", "--runs", "predictions"],
 }
 
 
@@ -39,6 +46,13 @@ RESULTS = {
     "split": CONVERSION,
     "export": Path("no such folder"),
     "self_train": types.SimpleNamespace(folder="fold_0", then="nnUNetv2_predict -d 601"),
+    "rank": types.SimpleNamespace(cases=("case_7",)),
+    "annotate": types.SimpleNamespace(commands=("nnUNetv2_preprocess -d 501",)),
+    "plot dataset": types.SimpleNamespace(files=[]),
+    "plot uncertainty": types.SimpleNamespace(files=[]),
+    "plot gradcam": types.SimpleNamespace(files=[]),
+    "plot landscape": types.SimpleNamespace(files=[]),
+    "plot overlay": types.SimpleNamespace(files=[]),
 }
 
 
@@ -85,7 +99,7 @@ def test_help_and_refusals_import_nothing_heavy(arguments):
 
 @pytest.mark.parametrize("verb", commands.VERBS)
 def test_every_verb_has_parameters_of_its_function_and_passes_what_was_typed_alone(verb):
-    _, arguments = commands.parse([verb, *REQUIRED[verb]])
+    _, arguments = commands.parse([*verb.split(), *REQUIRED[verb]])
     module, function = commands.VERBS[verb].function.split(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
     declared = {keywords.get("dest", flags[-1].lstrip("-")) for flags, keywords in commands.VERBS[verb].arguments}
@@ -94,7 +108,7 @@ def test_every_verb_has_parameters_of_its_function_and_passes_what_was_typed_alo
     typed = {
         keywords.get("dest", flags[-1].lstrip("-"))
         for flags, keywords in commands.VERBS[verb].arguments
-        if not flags[0].startswith("-") or set(flags) & set(REQUIRED[verb])
+        if set(flags) & set(REQUIRED[verb]) or not (flags[0].startswith("-") or keywords.get("nargs") in ("*", "?"))
     }
     assert needed <= set(arguments) == typed
 
@@ -109,7 +123,7 @@ def test_help_has_the_defaults_of_the_function_without_importing_it(verb, capsys
         if parameter.default is None or isinstance(parameter.default, (int, float, str, tuple)):
             assert read[name] == parameter.default
     with pytest.raises(SystemExit):
-        commands.parse([verb, "--help"])
+        commands.parse([*verb.split(), "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     for _, keywords in commands.VERBS[verb].arguments:
         default = read.get(keywords.get("dest"))
@@ -184,13 +198,14 @@ def test_doctor_exits_with_1_where_something_is_wrong(called, monkeypatch, capsy
 def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
     assert commands.main(["trainers"]) == 0
     printed = capsys.readouterr().out
+    common, _, _ = printed.partition("\nnnUNetTrainerLabeledOnly")  # a preset names what it changes once more
     for row in describe(Settings):
-        assert sum(line.split()[:1] == [row.option] for line in printed.splitlines()) == 1
+        assert sum(line.split()[:1] == [row.option] for line in common.splitlines()) == 1
     from nnunetv2_dycon.trainers.names import TRAINERS
 
     for name in TRAINERS:
         assert f"\n{name}: " in printed
-    assert printed.count("0p5to0p05") == 2  # beta of DyCON, and of DyCON in co-training
+    assert printed.count("0p5to0p05") == 4  # beta of DyCON in four frameworks
     assert printed.count("5to0p5 ") == 1  # beta of the preset
 
 
@@ -207,6 +222,8 @@ def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
         ),
         (["self_train", *REQUIRED["self_train"]], "nnUNetv2_predict -d 601"),
         (["compare", *REQUIRED["compare"]], "open 'a b/report.html' in a browser"),
+        (["rank", *REQUIRED["rank"]], "nnUNetv2_dycon annotate -d 501 case_7 LABEL"),
+        (["annotate", *REQUIRED["annotate"]], "nnUNetv2_preprocess -d 501"),
         (["evaluate", "a", "b"], None),
         (["doctor"], None),
     ],

@@ -207,12 +207,14 @@ def test_the_options_of_every_trainer_have_nnunets_defaults():
         "iters": 250,
         "valiters": 50,
         "save": 50,
+        "snapshots": 0,
         "lr": 0.01,
         "batch": 0,
         "unlabeledbatch": 0,
         "seed": None,
         "bf16": False,
         "nomirror": False,
+        "ga": False,
     }
 
 

@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation import figures
+from nnunetv2_dycon.evaluation import overlays as overlay_parts
 from nnunetv2_dycon.evaluation.comparison import make_comparison
 from nnunetv2_dycon.evaluation.figures import (
     Images,
@@ -141,16 +142,23 @@ def luminance(color):
 
 def test_overlay_colours_differ_in_lightness():
     """As steps of contrast, which need no hue."""
-    levels = sorted(luminance(color) for color in (figures.GREEN, figures.RED, figures.BLUE, figures.YELLOW))
+    levels = sorted(
+        luminance(color) for color in (overlay_parts.GREEN, overlay_parts.RED, overlay_parts.BLUE, overlay_parts.YELLOW)
+    )
     assert all((high + 0.05) / (low + 0.05) > 1.45 for low, high in itertools.pairwise(levels))
 
 
 def test_an_overlay_colours_each_kind_of_voxel():
     true = np.array([[0, 1, 1, 0, 1]])
     predicted = np.array([[0, 1, 0, 1, 2]])
-    found = figures._colored(true, predicted)[0]
+    found = figures.colored(true, predicted)[0]
     assert found[0].tolist() == [0, 0, 0, 0]
-    for at, color in ((1, figures.GREEN), (2, figures.BLUE), (3, figures.RED), (4, figures.YELLOW)):
+    for at, color in (
+        (1, overlay_parts.GREEN),
+        (2, overlay_parts.BLUE),
+        (3, overlay_parts.RED),
+        (4, overlay_parts.YELLOW),
+    ):
         assert found[at, :3] == pytest.approx(to_rgb(color))
 
 
@@ -176,8 +184,8 @@ def drawn(monkeypatch):
 
 def test_overlays_show_each_methods_errors_and_dice(raw, tmp_path, drawn, monkeypatch):
     comparison, images = compared(raw, tmp_path)
-    colored, found = figures._colored, []
-    monkeypatch.setattr(figures, "_colored", lambda *arguments: found.append(arguments) or colored(*arguments))
+    colored, found = figures.colored, []
+    monkeypatch.setattr(figures, "colored", lambda *arguments: found.append(arguments) or colored(*arguments))
     picture = overlays(comparison, images)
     cases = re.findall(r"(test_\d+) \(", picture.alt)
     for row, case in enumerate(cases):
@@ -213,7 +221,7 @@ def test_curves_are_in_the_panel_of_their_series(raw, tmp_path, drawn):
 def test_overlays_do_without_images_and_with_an_empty_case(raw, tmp_path):
     comparison, images = compared(raw, tmp_path)
     overlays(comparison, images._replace(images=None))
-    assert figures._box(np.zeros((4, 5), bool)) == (slice(None), slice(None))
+    assert figures.box_of(np.zeros((4, 5), bool)) == (slice(None), slice(None))
 
 
 def test_no_title_of_an_overlay_covers_another_or_is_cut(raw, tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""Pictures of data sets and trainings, one file for each."""
