@@ -43,12 +43,12 @@ def end_in_one_line() -> None:
 
 def _show(before: Hook, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     stopped = isinstance(error, KeyboardInterrupt)
-    line = explain(error)
-    if line is None and not stopped:
+    line = _STOPPED if stopped else explain(error)
+    if line is None:
         before(kind, error, traceback)
         return
     sys.stdout.flush()  # what a training prints would follow in a file that has both
-    sys.stderr.write(f"{_STOPPED}\n" if stopped else f"error: {line}\n")
+    sys.stderr.write(f"{'' if stopped else 'error: '}{line}\n")
     # As the process ends, threads of nnU-Net's loaders complain that their workers are gone.
     threading.excepthook = lambda _: None
 

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "learned": BASE | TENSORS,
     "step": BASE | TENSORS | {"learned"},
     "methods": BASE | TENSORS | {"learned", "step"},
-    "data": BASE | TENSORS,
+    "data": BASE | TENSORS | {"_register"},
     "trainers": BASE | TENSORS | {"step", "methods", "data"},
     "_nnunet_ext": {"trainers"},
     "trained": BASE | TENSORS | {"data", "trainers"},
