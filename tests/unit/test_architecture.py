@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "folders": {"errors"},
     "locks": {"errors"},
     "parallel": {"errors"},
-    "files": {"errors"},
+    "files": {"errors", "locks"},
     "findings": set(),
     "shared_memory": set(),
     **dict.fromkeys(TENSORS, BASE),
