@@ -20,6 +20,7 @@ from torch import nn
 
 import nnunetv2_dycon
 from nnunetv2_dycon.checkpoint import KEY, write_checkpoint
+from nnunetv2_dycon.data.processes import ending_with_this_process
 from nnunetv2_dycon.data.ready import UnlabeledCases
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.networks import unwrap
@@ -32,6 +33,7 @@ from nnunetv2_dycon.trainers.cases import check_cases, find_unlabeled, labeled_r
 from nnunetv2_dycon.trainers.history import History, class_names, epoch_means, unseen_classes
 from nnunetv2_dycon.trainers.loaders import dataloaders
 from nnunetv2_dycon.trainers.lock import lock_training
+from nnunetv2_dycon.trainers.planned import check_fingerprint, check_plans
 from nnunetv2_dycon.trainers.results import GO_ON
 from nnunetv2_dycon.trainers.resume import checkpoint_file, choose_checkpoint, end_guard, guard_files, take_over
 from nnunetv2_dycon.trainers.snapshots import keep_snapshot
@@ -54,6 +56,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         check_machine(device)
+        check_plans(plans, configuration, dataset_json)
         self.continues = plans.get("continue_training", False)
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -168,6 +171,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         if self.local_rank == 0:
             lock_training(Path(self.output_folder))
             check_start(self)
+            check_fingerprint(Path(self.preprocessed_dataset_folder_base))
         self.unlabeled = find_unlabeled(self, default_num_processes)
         super().on_train_start()
         end_guard()
@@ -269,14 +273,15 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """As stock for the student; then for the method's other models, each in a sub-folder of its name."""
         if self.local_rank == 0:
             lock_training(Path(self.output_folder))  # --val has no training that did it
-        super().perform_actual_validation(save_probabilities)
+        with ending_with_this_process():
+            super().perform_actual_validation(save_probabilities)
         folders = self.output_folder, self.output_folder_base
         for name, network in self.method.models(unwrap(self.network)).items():
             self.print_to_log_file(f"Final validation, {name}:")
             # Both, since a cascade's first stage writes its predictions below the second.
             self.output_folder = self.output_folder_base = os.path.join(folders[0], name)
             try:
-                with self._as_network(network):
+                with self._as_network(network), ending_with_this_process():
                     super().perform_actual_validation(save_probabilities)
             finally:
                 self.output_folder, self.output_folder_base = folders
