@@ -64,7 +64,12 @@ class LearnedClasses(nn.Module):
         """
         if self.threshold == 0:
             return
-        self._seen[student] = class_counts(logits, labels, self.ignore_label).to(self.counts.dtype)
+        counts = class_counts(logits, labels, self.ignore_label).to(self.counts.dtype)
+        self._seen[student] = counts + self._seen.get(student, 0)
+
+    def forget(self) -> None:
+        """Forget what was seen in a step that does not count."""
+        self._seen = {}
 
     def update(self) -> None:
         """Take over what was seen in a step, once it is sure that the step counts."""

@@ -489,6 +489,7 @@ class Step:
 
     def _skip(self, batch: Mapping[str, Any]) -> None:
         """Leave weights as they are; stop with the case ids when it does not pass."""
+        self.method.learned.forget()
         self.skipped_in_a_row += 1
         cases = f"labelled {', '.join(batch['keys'])}; unlabelled {', '.join(batch.get('unlabeled_keys', ['none']))}"
         self.warn(f"WARNING: loss not finite, step {self.number} skipped. Patches from {cases}")

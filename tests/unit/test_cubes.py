@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from nnunetv2_dycon.cubes import draw_exchange, exchange, fitting_cubes, partition, recover
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.networks import unwrap
+from scripts import cube_figure
 from tests.oracles import cube_places
 from tests.recipes import seeded
 
@@ -109,3 +112,9 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         partition(torch.zeros(1, 1, 4, 4), (2, 2, 2))
     with pytest.raises(ValueError, match="not whole patches"):
         recover(torch.zeros(3, 1, 2, 2), (2, 2))
+
+
+def test_the_figure_in_the_docs_is_what_its_script_draws() -> None:
+    figure = Path(__file__).parents[2] / "docs" / "figures" / "cubes.svg"
+    assert figure.read_text(encoding="utf-8") == cube_figure.picture()
+    ElementTree.fromstring(figure.read_text(encoding="utf-8"))

@@ -178,13 +178,18 @@ def test_unlabelled_terms_have_the_share_of_their_weight_that_is_learnt(kind: ty
     assert half == {name: value / 2 for name, value in whole.items()}
 
 
-def test_copy_paste_waits_for_the_first_class_with_pastes_among_labelled_patches() -> None:
-    step = made(BCP, BCPSettings(**SMALL, pretrain=0.0), UNet())
+@pytest.mark.parametrize(("pretrain", "pastes"), [(0.0, False), (0.1, True)])
+def test_copy_paste_waits_for_the_first_class(pretrain: float, pastes: bool) -> None:
+    step = made(BCP, BCPSettings(**SMALL, pretrain=pretrain), UNet())
+    step.number = 20  # of 40
     step.method.learned.counts[:, 0, 1:] = 0
     step(loader_batch())
-    assert "paste_labeled" in step.log[0]
+    terms = {name for name in step.log[0] if "labeled" in name or "pseudo" in name or name == "supervised"}
+    assert terms - {"paste_labeled_weight", "paste_labeled_weighted"} == {
+        "supervised",
+        *(["paste_labeled"] if pastes else []),
+    }
     assert step.log[0]["classes_learned"] == 0
-    assert not any("pseudo" in name for name in step.log[0])
 
 
 @pytest.mark.parametrize("kind", [BCP, CPS, DyCON, MeanTeacher])
