@@ -261,7 +261,9 @@ def draw_landscape(surfaces: Sequence[Surface], grid: NDArray) -> Figure:
             if not flat:
                 axis.contour(first, second, values, 8, zdir="z", offset=floor, cmap="viridis", linewidths=0.8)
             axis.plot([0, 0], [0, 0], [floor, values[middle, middle]], "k:", linewidth=1)
-            axis.plot([0], [0], [values[middle, middle]], "k^", markersize=5, zorder=10)
+            axis.plot(
+                [0], [0], [values[middle, middle]], "^", color="black", markeredgecolor="white", markersize=7, zorder=10
+            )
             axis.set_zlim(floor, high)
             axis.tick_params(labelsize=6, pad=-1)
             axis.set_xlabel("direction 1", fontsize=7, labelpad=-6)
