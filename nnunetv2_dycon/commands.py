@@ -183,13 +183,6 @@ def _show_scores(rows: Sequence[Any]) -> int:
     return 0
 
 
-def _next_of_conversion(typed: dict[str, Any], result: Any) -> str:
-    if result.state == "planned":
-        return "the same command without --dry_run"
-    number = int(result.folder.name.removeprefix("Dataset").split("_")[0])
-    return f"nnUNetv2_dycon check -d {number}"
-
-
 def _next_of_preparation(typed: dict[str, Any], result: Any) -> str:
     plans = [] if typed["plans"] == "nnUNetPlans" else ["-p", typed["plans"]]
     words = ["nnUNetv2_train", str(typed["dataset"]), typed["configurations"][0], "0", "-tr", "nnUNetTrainerDyCON"]
@@ -268,7 +261,7 @@ VERBS: dict[str, Verb] = {
             ),
         ),
         _show,
-        _next_of_conversion,
+        lambda typed, result: result.then,
     ),
     "split": Verb(
         "Write a raw data set with the files of another, by links, some training cases without their labels.",
@@ -288,7 +281,7 @@ VERBS: dict[str, Verb] = {
             _OVERWRITE,
         ),
         _show,
-        _next_of_conversion,
+        lambda typed, result: result.then,
     ),
     "check": Verb(
         "Check a raw data set: roles, duplicates, geometry, channels, labels; prints the next command.",

@@ -1,7 +1,7 @@
 """Teach only what has been learnt: which classes the labelled patches have taught, and targets without the others.
 
 A teacher that has not learnt a class gives its voxels another label. A student that learns these labels never learns
-the class. So an unlabelled term speaks of the learnt classes alone, and leaves the probability of the others as it is.
+the class. So an unlabelled term speaks of the learnt classes alone: each means "this class or one that is not learnt".
 
 Shapes: B batch, C class, S space (two or three axes).
 """
@@ -64,20 +64,18 @@ class LearnedClasses(nn.Module):
         """
         if self.threshold == 0:
             return
-        classes = logits.shape[1]
-        truth, said = labels[:, 0].long(), logits.argmax(1)
-        annotated = truth >= 0
-        if self.ignore_label is not None:
-            annotated &= truth != self.ignore_label
-        pairs = (truth * classes + said)[annotated]
-        table = torch.bincount(pairs, minlength=classes**2).view(classes, classes).to(self.counts.dtype)
-        right = table.diagonal()
-        self._seen[student] = torch.stack([right, table.sum(0) - right, table.sum(1) - right])
+        counts = class_counts(logits, labels, self.ignore_label).to(self.counts.dtype)
+        self._seen[student] = counts + self._seen.get(student, 0)
+
+    def forget(self) -> None:
+        """Forget what was seen in a step that does not count."""
+        self._seen = {}
 
     def update(self) -> None:
         """Take over what was seen in a step, once it is sure that the step counts."""
         for student, now in self._seen.items():
-            self.counts[student].mul_(_DECAY).add_(ranks.mean_everywhere(now), alpha=1 - _DECAY)
+            everywhere = ranks.mean_everywhere(now) * ranks.world_size()
+            self.counts[student].mul_(_DECAY).add_(everywhere, alpha=1 - _DECAY)
         self._seen = {}
 
     @property
@@ -91,6 +89,35 @@ class LearnedClasses(nn.Module):
         """Whether each class is learnt, (C,) bool."""
         return (self.dice >= self.threshold).all(0)
 
+    @property
+    def share(self) -> float:
+        """The share of the foreground classes that are learnt."""
+        return 1.0 if self.threshold == 0 else float(self.learned[1:].float().mean())
+
+
+@torch.no_grad()
+def class_counts(logits: Tensor, labels: Tensor, ignore_label: int | None = None) -> Tensor:
+    """Return the true positive, false positive and false negative voxels (3, C) of each class, float32.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (B, C, *S)
+        What a network says.
+    labels : Tensor, shape (B, 1, *S), integer
+        The truth; voxels below 0 or of the ignore label do not count.
+    ignore_label : int, optional
+        Label of voxels that nobody annotated.
+    """
+    classes = logits.shape[1]
+    truth, said = labels[:, 0].long(), logits.argmax(1)
+    annotated = truth >= 0
+    if ignore_label is not None:
+        annotated &= truth != ignore_label
+    pairs = (truth * classes + said)[annotated]
+    table = torch.bincount(pairs, minlength=classes**2).view(classes, classes).float()
+    right = table.diagonal()
+    return torch.stack([right, table.sum(0) - right, table.sum(1) - right])
+
 
 class Taught(NamedTuple):
     """Logits of student and teacher (B, C, *S) on the learnt classes, and the voxels (B, 1, *S) taught; None: all."""
@@ -103,14 +130,16 @@ class Taught(NamedTuple):
 def teach_learned(student: Tensor, teacher: Tensor, learned: Tensor, known: Tensor | None = None) -> Taught:
     """Leave the classes that are not learnt out of what a student is compared with.
 
-    Both networks then choose among the learnt classes alone. A voxel to which the teacher gives a class that is not
-    learnt is not taught: both are sure of background there, so that it costs nothing. The gradient moves the student's
-    probability among learnt classes only: that of every other class stays as it is, to first order.
+    Both networks choose among the learnt classes alone. The probability of all others goes to the class that the
+    teacher finds most probable, which then means "this class or one that is not learnt": as in training with labels of
+    some organs only. So a student that sees a class where its teacher does not know it pays nothing. A voxel to which
+    the teacher gives a class that is not learnt is not taught: both are sure of background there, which costs nothing.
 
     Parameters
     ----------
     student, teacher : Tensor, shape (B, C, *S)
-        Logits in the same frame, of any floating dtype. No gradient reaches the teacher.
+        Logits in the same frame, of any floating dtype. No gradient reaches the teacher, and none lowers the student's
+        logit of a class that is not learnt.
     learned : Tensor, shape (C,), bool
         The learnt classes.
     known : Tensor, shape (B, 1, *S), bool, optional
@@ -119,38 +148,67 @@ def teach_learned(student: Tensor, teacher: Tensor, learned: Tensor, known: Tens
     Returns
     -------
     Taught
+
+    References
+    ----------
+    The marginal loss of partially labelled data: Shi et al., Medical Image Analysis 2021; Fidon et al., MICCAI 2021.
     """
     with torch.no_grad():
-        out = ~learned.view(-1, *[1] * (student.ndim - 2))
-        taught = learned[teacher.argmax(1, keepdim=True)]
-        target = _chosen(teacher, out, taught, known)
-    return Taught(_Hold.apply(student, out, taught, known), target, taught if known is None else taught | known)
+        top = teacher.argmax(1, keepdim=True)
+        taught = learned[top]
+        merge = _Merge(~learned.view(-1, *[1] * (student.ndim - 2)), top, taught, known)
+        target = merge(teacher)
+    return Taught(_Merged.apply(student, merge), target, taught if known is None else taught | known)
 
 
-def _chosen(logits: Tensor, out: Tensor, taught: Tensor, known: Tensor | None) -> Tensor:
-    """Return logits without the classes `out`, those of sure background where a voxel is not taught."""
-    background = torch.full_like(out, _LEFT_OUT, dtype=logits.dtype)
-    background[0] = 0.0
-    chosen = torch.where(taught, logits.masked_fill(out, _LEFT_OUT), background)
-    return chosen if known is None else torch.where(known, logits, chosen)
+class _Merge(NamedTuple):
+    """Which classes (C, 1, ...) are left out, and of each voxel (B, 1, *S) the class that takes them in, or none."""
+
+    out: Tensor
+    top: Tensor
+    taught: Tensor
+    known: Tensor | None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return logits (B, C, *S) on the learnt classes, those of sure background where a voxel is not taught."""
+        background = torch.full_like(self.out, _LEFT_OUT, dtype=logits.dtype)
+        background[0] = 0.0
+        merged = self._of_top(logits).to(logits.dtype)
+        chosen = logits.masked_fill(self.out, _LEFT_OUT).scatter(1, self.top, merged)
+        # What is not finite stays so, or the step would count, and its gradient with it.
+        chosen = torch.where(self.taught, chosen, background + 0.0 * logits)
+        return chosen if self.known is None else torch.where(self.known, logits, chosen)
+
+    def gradient(self, logits: Tensor, g: Tensor) -> Tensor:
+        """Return the gradient of the logits from that of the merged ones, without what lowers a class left out."""
+        with full_precision(g):
+            wide = widen(g)
+            of_top = wide.gather(1, self.top)
+            share = (widen(logits) - self._of_top(logits)).exp()  # of a class in the merged probability
+            of_out = (share * of_top).clamp_max(0.0)
+            of_learned = wide.scatter(1, self.top, of_top * share.gather(1, self.top))
+            both = torch.where(self.taught, torch.where(self.out, of_out, of_learned), 0.0).to(g.dtype)
+        return both if self.known is None else torch.where(self.known, g, both)
+
+    def _of_top(self, logits: Tensor) -> Tensor:
+        """Return the merged logit (B, 1, *S): the logarithm of the sum over the class and all that are left out."""
+        wide = widen(logits)
+        return torch.logaddexp(
+            wide.gather(1, self.top), wide.masked_fill(~self.out, -torch.inf).logsumexp(1, keepdim=True)
+        )
 
 
-class _Hold(torch.autograd.Function):
-    """The student's logits without some classes, with a gradient that holds the probability of these."""
+class _Merged(torch.autograd.Function):
+    """The student's merged logits, with a gradient that lowers no class left out."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, out: Tensor, taught: Tensor, known: Tensor | None) -> Tensor:
-        chosen = _chosen(logits, out, taught, known)
-        ctx.save_for_backward(chosen, out, taught, known)
-        return chosen
+    def forward(ctx: Any, logits: Tensor, merge: _Merge) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.merge = merge
+        return merge(logits)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
-        chosen, out, taught, known = ctx.saved_tensors
-        with full_precision(g):
-            # With this mean taken off, sum p g is 0 over the classes, which is the slope of every held probability.
-            wide = widen(g)
-            mean = (torch.softmax(widen(chosen), 1) * wide).sum(1, keepdim=True)
-            held = torch.where(taught & ~out, wide - mean, 0.0).to(g.dtype)
-        return held if known is None else torch.where(known, g, held), None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        return ctx.merge.gradient(logits, g), None

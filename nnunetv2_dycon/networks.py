@@ -73,6 +73,12 @@ def choose_stage(strides: Sequence[Sequence[int]], target: float = 8) -> int:
     return distances.index(min(distances))
 
 
+def total_stride(network: nn.Module) -> tuple[int, ...]:
+    """Return the voxels of a patch for one at the bottleneck, per axis, of a network with encoder stages."""
+    encoder: Any = unwrap(network).encoder
+    return tuple(math.prod(axis) for axis in zip(*encoder.strides, strict=True))
+
+
 class TargetNetwork(nn.Module):
     """A plain network that gives targets, held in `network`; its state dict has the student's names there.
 
@@ -199,6 +205,29 @@ class ProjectionHead(nn.Module):
             cells = features.float().flatten(2).transpose(1, 2)
             hidden = leaky_relu(self.norm(self.expand(cells)), 0.01)
             return normalize(self.project(hidden), dim=-1, eps=1e-6)
+
+
+class CubeClassifier(nn.Module):
+    """A linear layer that tells the place of a cube from the mean of its features over space.
+
+    Parameters
+    ----------
+    channels : int
+        Channels of the features.
+    cubes : sequence of int
+        Cubes along each axis; their product is the number n of places.
+    seed : int
+        Seed of the initial weights, which have a generator of their own.
+    """
+
+    def __init__(self, channels: int, cubes: Sequence[int], *, seed: int = 0) -> None:
+        super().__init__()
+        self.layer = _linear(channels, math.prod(cubes), torch.Generator().manual_seed(seed))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (B, n) of features (B, C, *G), in float32 also under autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.layer(features.float().flatten(2).mean(2))
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:

@@ -180,6 +180,9 @@ class Settings:
     seed: int | None = option(None, low=0, high=2**32 - 1, none_text="not set", help="seed of everything random")
     bf16: bool = option(False, flag=True, help="bfloat16 autocast, on a CPU too")
     nomirror: bool = option(False, flag=True, help="no mirroring, in training and in prediction")
+    ga: bool = option(
+        False, flag=True, help="GADice and GACE in place of Dice and cross-entropy, with true and pseudo-labels"
+    )
 
     def __post_init__(self) -> None:
         for known in _options(type(self)).values():

@@ -21,13 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_dycon import ranks
 from nnunetv2_dycon.errors import ConfigError, DivergedError
 from nnunetv2_dycon.learned import LearnedClasses, Taught, teach_learned
-from nnunetv2_dycon.losses.voxels import region_ce_dice
+from nnunetv2_dycon.losses.gradient_aware import gradient_aware
+from nnunetv2_dycon.losses.voxels import HardTargets, region_ce_dice, soft_ce_dice
 from nnunetv2_dycon.networks import TargetNetwork, Teacher, unwrap
 from nnunetv2_dycon.options import Settings
 from nnunetv2_dycon.views import BOX_SIDE, Outputs, View, draw_views, paste_labeled
 
 CLIP_NORM = 12.0  # as nnU-Net
 SKIPS_TO_STOP = 5
+GACE_SHARE = 0.1  # of the voxels with true labels, those of largest cross-entropy; pseudo-labelled ones count all
 
 S = TypeVar("S", bound=Settings)
 
@@ -54,6 +56,8 @@ class DataInfo:
     ignore_label: int | None = None  # value of voxels that count for nothing
     regions: bool = False  # whether the labels are regions that overlap
     cascaded: bool = False  # whether the network also takes the segmentation of an earlier stage
+    patch: tuple[int, ...] = ()  # voxels of a patch along each axis
+    names: tuple[str, ...] = ()  # of the foreground classes
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Batch:
         The scheduled numbers of this step by name, as `Settings.schedules` has them.
     generator : torch.Generator
         Source of every random draw of a step, on the device of the patches.
+    levels : tuple of (float, Tensor)
+        Weight and labels (B_l, 1, *G) of each output in nnU-Net's own loss, the finest first.
     """
 
     x_l: Tensor
@@ -82,6 +88,15 @@ class Batch:
     supervised: Callable[[Outputs], Tensor]
     now: Mapping[str, float]
     generator: torch.Generator = field(repr=False)
+    levels: tuple[tuple[float, Tensor], ...] = field(default=(), repr=False)
+
+    def at_each_level(self, loss: Callable[[Tensor, Tensor], Tensor], outputs: Outputs) -> Tensor:
+        """Return the weighted sum of a loss of each output (B_l, C, *G) and its labels, as nnU-Net weighs its own."""
+        if not self.levels:
+            raise ConfigError("the trainer's loss has no weight_factors, as nnU-Net's has: leave _ga out.")
+        each = [outputs] if isinstance(outputs, Tensor) else outputs
+        values = [w * loss(output, y) for output, (w, y) in zip(each, self.levels, strict=True) if w]
+        return torch.stack(values).sum()
 
 
 class Pair(NamedTuple):
@@ -168,6 +183,8 @@ class Method(nn.Module, Generic[S]):
 
     def refuse(self) -> None:
         """Raise ConfigError where the method is not defined for the data."""
+        if self.data.regions and self.settings.ga:
+            raise ConfigError("option ga: region-based labels have more than one class at a voxel; leave it out.")
         if self.data.regions and self.paste:
             raise ConfigError("option paste: region-based labels cannot be pasted; leave it out.")
         if self.data.regions and self.uses_unlabeled:
@@ -193,6 +210,10 @@ class Method(nn.Module, Generic[S]):
     def models(self, student: nn.Module) -> dict[str, nn.Module]:
         """Return the networks that can predict in addition to the plain student, by name."""
         return {"teacher": self.teacher.network}
+
+    def describe(self) -> str:
+        """Return what a built method settled by itself, for the log; the base has nothing to say."""
+        return ""
 
     # ---------------------------------------------------------------------------------------- once per step
     def passes(self, student: nn.Module, batch: Batch) -> Iterator[Pass]:
@@ -261,14 +282,51 @@ class Method(nn.Module, Generic[S]):
 
     def labeled_terms(self, p: Pass, outputs: Outputs, answer: Any, batch: Batch) -> Cost:
         """Return what the student's outputs for the labelled patches cost; the base has nnU-Net's own loss alone."""
-        return Cost({"supervised": Term(1.0, batch.supervised(outputs))})
+        return Cost({"supervised": Term(1.0, self.supervised_loss(outputs, batch))})
 
-    def region_loss(self, logits: Tensor, labels: Tensor, region: Tensor, weight: Tensor | None = None) -> Tensor:
+    def supervised_loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """Return the loss of outputs for the labelled patches: nnU-Net's own, or what option `ga` puts in its place."""
+        if not self.settings.ga:
+            return batch.supervised(outputs)
+        return batch.at_each_level(lambda logits, labels: self.gradient_aware(logits, labels, GACE_SHARE), outputs)
+
+    def pseudo_loss(self, logits: Tensor, hard: HardTargets, weight: Tensor | None = None) -> Tensor:
+        """Return the loss of logits (B, C, *S) against hard pseudo-labels; `weight` (B, *S) is that of each voxel."""
+        if self.settings.ga:
+            return self.gradient_aware(logits, hard.one_hot.argmax(1, keepdim=True), weight=weight)
+        return soft_ce_dice(logits, hard.one_hot, weight)
+
+    def region_loss(
+        self, logits: Tensor, labels: Tensor, region: Tensor, weight: Tensor | None = None, *, pseudo: bool = False
+    ) -> Tensor:
         """Return the loss of logits (B, C, *S) against labels over a region, both (B, 1, *S): that of all mixes.
 
-        `weight` (B, *S) is that of each voxel inside the region.
+        `weight` (B, *S) is that of each voxel inside the region; `pseudo` tells that its labels are a network's.
         """
+        if self.settings.ga:
+            share = 1.0 if pseudo else GACE_SHARE
+            return self.gradient_aware(logits, labels.masked_fill(~region, -1), share, weight)
         return region_ce_dice(logits, labels, region, ranks.mean_everywhere(region.float().mean()), weight)
+
+    def gradient_aware(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        keep: float = 1.0,
+        weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Return GADice plus GACE over all processes; the arguments are those of `losses.gradient_aware`."""
+        parts = gradient_aware(
+            logits,
+            labels,
+            keep=keep,
+            ignore_label=self.data.ignore_label,
+            weight=weight,
+            class_weight=class_weight,
+            everywhere=ranks.mean_everywhere,
+        )
+        return parts.dice + parts.ce
 
     def labeled_pass(self, pair: Pair, batch: Batch) -> Pass:
         """Return the pass of the labelled patches as they are: the last one of nnU-Net's network in every step."""
@@ -316,6 +374,8 @@ class Step:
         Loss scale of float16.
     warn : callable
         Takes a line for the log.
+    weights : sequence of float
+        Those of the outputs in the loss, the finest first; empty where it does not tell them.
 
     `number` counts the steps done; `log` has the logged numbers of each, whoever reads it empties it.
     """
@@ -332,7 +392,9 @@ class Step:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         scaler: Any = None,
         warn: Callable[[str], object] = print,
+        weights: Sequence[float] = (1.0,),
     ) -> None:
+        self.weights = weights
         self.network, self.method, self.optimizers, self.loss = network, method, optimizers, loss
         self.device, self.generator, self.autocast, self.scaler, self.warn = device, generator, autocast, scaler, warn
         self.plain = unwrap(network)
@@ -353,7 +415,7 @@ class Step:
             optimizer.zero_grad(set_to_none=True)
         log: dict[str, Any] = dict(data.now)
         if self.method.uses_unlabeled:
-            log["classes_learned"] = self.method.learned.learned[1:].float().mean()
+            log["classes_learned"] = self.method.learned.share
         total = torch.zeros((), device=self.device)
         answer = None
         for p in self.method.passes(self.network, data):
@@ -379,13 +441,19 @@ class Step:
 
         x_l, target = move(batch["data"]), batch["target"]
         target = [move(t) for t in target] if isinstance(target, list) else move(target)
+        now = {name: values[min(self.number, len(values) - 1)] for name, values in self.schedules.items()}
+        if "ramp" in now:
+            now["ramp"] *= self.method.learned.share
         return Batch(
             x_l=x_l,
             y_l=target[0] if isinstance(target, list) else target,
             x_u=move(batch["unlabeled"]) if self.method.uses_unlabeled else x_l[:0],
             supervised=lambda outputs: self.loss(outputs, target),
-            now={name: values[min(self.number, len(values) - 1)] for name, values in self.schedules.items()},
+            now=now,
             generator=self.generator,
+            levels=tuple(
+                zip(self.weights, target if isinstance(target, list) else [target], strict=bool(self.weights))
+            ),
         )
 
     def _run(self, p: Pass, data: Batch, before: Any, log: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -425,6 +493,7 @@ class Step:
 
     def _skip(self, batch: Mapping[str, Any]) -> None:
         """Leave weights as they are; stop with the case ids when it does not pass."""
+        self.method.learned.forget()
         self.skipped_in_a_row += 1
         cases = f"labelled {', '.join(batch['keys'])}; unlabelled {', '.join(batch.get('unlabeled_keys', ['none']))}"
         self.warn(f"WARNING: loss not finite, step {self.number} skipped. Patches from {cases}")

@@ -31,19 +31,24 @@ SWEEPS = {"gamma": "γ, focal exponent of FeCL", "topk": "K, hardest teacher neg
 FRAMEWORKS = {
     "mean teacher": ("nnUNetTrainerMeanTeacher", "nnUNetTrainerDyCON"),
     "co-training": ("nnUNetTrainerCPS", "nnUNetTrainerDyCONCPS"),
+    "copy-paste": ("nnUNetTrainerBCP", "nnUNetTrainerDyCONBCP"),
 }
 PANELS = ("Dice (%) ↑", "HD95 (mm) ↓")
 HATCHES = ("", "///")
 
 
 class Score(NamedTuple):
-    """One run: data set (with the labelled number, without the draw), trainer name, weights, Dice in %, HD95 in mm."""
+    """One run: data set (with the labelled number, without the draw), trainer name, weights, Dice in %, HD95 in mm.
+
+    `folder` has its scores.json and scores.csv.
+    """
 
     data: str
     trainer: str
     weights: str
     dice: float
     hd95: float
+    folder: Path
 
     @property
     def base(self) -> str:
@@ -99,7 +104,7 @@ def read_scores(folders: Iterable[Path]) -> list[Score]:
                 raise DataError(
                     f"{path} has no Dice and HD95 in mm ({error}); evaluate with --convention mm"
                 ) from error
-            found[path.resolve()] = Score(data, run, weights, dice, float("nan") if hd95 is None else hd95)
+            found[path.resolve()] = Score(data, run, weights, dice, float("nan") if hd95 is None else hd95, path.parent)
     if not found:
         raise DataError(f"no scores.json below {', '.join(map(str, folders))}; run evaluate, compare or the workflow")
     for (data, run, _), homes in places.items():

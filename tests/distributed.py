@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_dycon import step as step_module
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.methods import bcp, dycon, uamt
+from nnunetv2_dycon.methods import dycon, magicnet, uamt
 from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
 from nnunetv2_dycon.views import View
 from tests.datasets import environment
@@ -140,10 +140,21 @@ def by_halves() -> Iterator[None]:
         chosen = [sample(half, most, g) for half, g in zip(labels.chunk(RANKS), generator, strict=True)]
         return type(chosen[0])(*(torch.cat(part) for part in zip(*chosen, strict=True)))
 
+    draw = magicnet.draw_exchange
+
+    def origins(patches: int, number: int, device: Any, generator: Any) -> Tensor:
+        """Cubes change places among the labelled and unlabelled patches of one half."""
+        all_patches = torch.arange(patches).view(2, RANKS, -1)  # labelled or not, half, patch
+        whole = torch.empty((patches, number), dtype=torch.long)
+        for half, g in enumerate(generator):
+            mine = all_patches[:, half].flatten()
+            whole[mine] = mine[draw(len(mine), number, device, g)]
+        return whole
+
     with ExitStack() as stack:
         for place, name, value in (
+            (magicnet, "draw_exchange", origins),
             (step_module, "draw_views", views),
-            (bcp, "draw_views", views),
             (step_module, "paste_labeled", paste),
             (uamt, "noisy", noise),
             (dycon, "noisy", noise),

@@ -150,6 +150,114 @@ def region_loss(student: Tensor, labels: Tensor, region: Tensor) -> Tensor:
     return cross + mean / (student.shape[0] * (student.shape[1] - 1))
 
 
+def cube_places(space: tuple[int, ...], cubes: tuple[int, ...]) -> list[tuple[slice, ...]]:
+    """Where the cubes of a patch lie, the last axis fastest."""
+    sides = [s // c for s, c in zip(space, cubes, strict=True)]
+    return [
+        tuple(slice(i * side, (i + 1) * side) for i, side in zip(index, sides, strict=True))
+        for index in product(*(range(c) for c in cubes))
+    ]
+
+
+def rarity(shares: list[float]) -> list[float]:
+    """DHC's weight of each class by its share of the voxels, at least one in a million; the largest is C."""
+    logs = [math.log(max(shares) / max(share, 1e-6)) for share in shares]
+    return [len(shares) * value / max(logs) for value in logs]
+
+
+class Difficulty:
+    """DHC's weight of each class by the course of its hard Dice; a class that nobody shows stays as it was."""
+
+    def __init__(self, classes: int) -> None:
+        self.last, self.learn, self.unlearn = ([value] * classes for value in (1e-8, 0.0, 0.0))
+        self.error = [1.0] * classes
+
+    def see(self, said: np.ndarray, truth: np.ndarray) -> None:
+        for c in range(len(self.last)):
+            both, either = ((said == c) & (truth == c)).sum(), (said == c).sum() + (truth == c).sum()
+            if either == 0:
+                continue
+            dice = (2 * both + 1e-8) / (either + 2e-8)
+            gain = dice - self.last[c]
+            change = gain * math.log(dice / self.last[c])
+            self.learn[c] = 49 / 50 * self.learn[c] + (change if gain > 0 else 0.0) / 50
+            self.unlearn[c] = 49 / 50 * self.unlearn[c] + (0.0 if gain > 0 else change) / 50
+            self.error[c] = 49 / 50 * self.error[c] + (1 - dice) / 50
+            self.last[c] = dice
+
+    @property
+    def weights(self) -> list[float]:
+        values = [
+            ((u + 1e-8) / (v + 1e-8)) ** 0.2 * e for u, v, e in zip(self.unlearn, self.learn, self.error, strict=True)
+        ]
+        return [len(values) * value / max(values) for value in values]
+
+
+def _counted(labels: Tensor, ignore: int | None) -> list[tuple]:
+    """Indices (b, 0, *voxel) of the voxels that have a label, in the order of memory."""
+    places = [(b, 0, *v) for b in range(len(labels)) for v in product(*(range(s) for s in labels.shape[2:]))]
+    return [at for at in places if labels[at] >= 0 and labels[at] != ignore]
+
+
+def gadice(
+    logits: Tensor, labels: Tensor, weight: Tensor | None, *, ignore: int | None = None, factors: list | None = None
+) -> Tensor:
+    """GADice: absent classes cost the mean of p^2, with one factor p held constant; the mean over all classes."""
+    places, classes, total = _counted(labels, ignore), logits.shape[1], 0.0
+    p = {at: log_probabilities(logits[(at[0], slice(None), *at[2:])]).exp() for at in places}
+    w = {at: 1.0 if weight is None else weight[(at[0], *at[2:])].double() for at in places}
+    for c in range(classes):
+        mine = [at for at in places if labels[at] == c and w[at] > 0]
+        if mine:
+            top = 2 * sum(w[at] * p[at][c] for at in mine) + 1e-10
+            loss = 1 - top / (sum(w[at] * p[at][c] ** 2 for at in places) + sum(w[at] for at in mine) + 1e-10)
+        else:
+            others = sum(w[at] for at in places)
+            loss = sum(w[at] * (p[at][c] / others).detach() * p[at][c] for at in places)
+        total = total + loss * (1.0 if factors is None else factors[c])
+    return total / classes
+
+
+def gace(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    *,
+    keep: float,
+    ignore: int | None = None,
+    factors: list | None = None,
+) -> Tensor:
+    """GACE with exponent 1/2 over the voxels of largest cross-entropy; of equal ones the first are kept."""
+    places, losses = _counted(labels, ignore), {}
+    for at in places:
+        w = 1.0 if weight is None else weight[(at[0], *at[2:])].double()
+        losses[at] = -w * log_probabilities(logits[(at[0], slice(None), *at[2:])])[int(labels[at])]
+    kept = sorted(places, key=lambda at: -losses[at].item())[: max(1, int(len(places) * keep))]  # sorting is stable
+    total = 0.0
+    for c in range(logits.shape[1]):
+        mine = [losses[at] for at in kept if labels[at] == c]
+        if mine:
+            factor = 1.0 if factors is None else factors[c]
+            total = total + factor * sum(mine) / (len(mine) ** 0.5 * len(kept) ** 0.5 + 1e-10)
+    return total
+
+
+def class_weighted(logits: Tensor, labels: Tensor, factors: list, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """DHC's Dice (plain sums over the batch, without background) and weighted mean cross-entropy."""
+    places, dice, cross, total = _counted(labels, None), 0.0, 0.0, 0.0
+    log_p = {at: log_probabilities(logits[(at[0], slice(None), *at[2:])]) for at in places}
+    w = {at: 1.0 if weight is None else weight[(at[0], *at[2:])].double() for at in places}
+    for c in range(1, logits.shape[1]):
+        mine = [at for at in places if labels[at] == c]
+        top = 2 * sum(w[at] * log_p[at][c].exp() for at in mine) + 1
+        bottom = sum(w[at] * log_p[at][c].exp() for at in places) + sum(w[at] for at in mine) + 1
+        dice = dice + factors[c] * (1 - top / bottom)
+    for at in places:
+        cross = cross - factors[int(labels[at])] * w[at] * log_p[at][int(labels[at])]
+        total = total + factors[int(labels[at])]
+    return dice / (logits.shape[1] - 1), cross / total if total else cross * 0
+
+
 def fecl_image(
     z: Tensor, labels: Tensor, teacher: Tensor | None, weight: Tensor | None, *, tau: float, gamma: float, topk: int
 ) -> Tensor | None:

@@ -60,6 +60,7 @@ def batch(*, labels: Tensor | None = None) -> Batch:
         supervised=lambda outputs: nn.functional.cross_entropy(outputs, labels[:, 0].long(), ignore_index=-1),
         now={},
         generator=seeded(6),
+        levels=((1.0, labels),),
     )
 
 

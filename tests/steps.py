@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
+from nnunetv2_dycon.methods.dhc import DHC, DHCSettings
 from nnunetv2_dycon.methods.dycon import DyCON, DyCONSettings
 from nnunetv2_dycon.methods.dycon_bcp import DyCONBCP, DyCONBCPSettings
 from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
+from nnunetv2_dycon.methods.dycon_magicnet import DyCONMagicNet, DyCONMagicNetSettings
 from nnunetv2_dycon.methods.labeled_only import LabeledOnly
+from nnunetv2_dycon.methods.magicnet import MagicNet, MagicNetSettings
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunetv2_dycon.methods.settings import TeacherSettings
 from nnunetv2_dycon.methods.uamt import UAMT, UAMTSettings
@@ -41,7 +44,7 @@ def cross_entropy(outputs: Tensor, target: Tensor) -> Tensor:
 
 def made(kind: type[Method], settings: Settings, student: nn.Module, *, lr: float = 0.1, **how: Any) -> Step:
     """Return the step of a method with plain SGD, one optimiser for the student and one for what the method adds."""
-    method = all_learned(kind(settings, DataInfo(CLASSES), seed=3))
+    method = all_learned(kind(settings, DataInfo(CLASSES, patch=SPACE), seed=3))
     method.build(student)
     optimizers = [torch.optim.SGD(student.parameters(), lr)]
     own = [parameter for parameter in method.parameters() if parameter.requires_grad]
@@ -72,5 +75,8 @@ METHODS = {
     "DyCON": (DyCON, DyCONSettings(**UNSURE)),
     "DyCON mixing": (DyCON, DyCONSettings(**UNSURE, view="bcp", loss="ce_dice")),
     "DyCONBCP": (DyCONBCP, DyCONBCPSettings(**UNSURE, pretrain=0.0)),
+    "DHC": (DHC, DHCSettings()),
+    "MagicNet": (MagicNet, MagicNetSettings(paste=0.25)),
+    "DyCONGAMagicNet": (DyCONMagicNet, DyCONMagicNetSettings(**UNSURE, ga=True)),
     "DyCONCPS": (DyCONCPS, DyCONCPSSettings(**UNSURE, view="bcp", on="all", loss="guarded")),
 }

@@ -92,12 +92,17 @@ AVERAGING = (
     "nnUNetTrainerPseudoLabel",
     "nnUNetTrainerUAMT_viewcutmix",
     "nnUNetTrainerBCP",
+    "nnUNetTrainerMagicNet",
+    "nnUNetTrainerGAMagicNet",
+    "nnUNetTrainerDyCONMagicNet",
+    "nnUNetTrainerMagicNet_noacross_noblend",
 )
 CO_TRAINING = (
     "nnUNetTrainerCPS",
     "nnUNetTrainerCPS_viewcopy_paste",
     "nnUNetTrainerDyCONCPS",
     "nnUNetTrainerDyCONCPS_onall_lossguarded",
+    "nnUNetTrainerDHC",
 )
 METHODS = (*AVERAGING, *CO_TRAINING)
 USING_UNLABELED = METHODS[1:]
@@ -106,10 +111,11 @@ USING_UNLABELED = METHODS[1:]
 def at_once(method: str) -> str:
     """The trainer with all its terms at work from the first step, on a network that knows nothing."""
     kind = method.removeprefix("nnUNetTrainer").split("_")[0]
-    ramp = "" if kind in ("LabeledOnly", "BCP", "DyCONPaper") else "_rampup0_delay0"
-    own = {"LabeledOnly": "_paste0p5", "BCP": "_pretrain0", "PseudoLabel": "_gate0p5"}
+    ramp = "" if kind in ("LabeledOnly", "BCP", "DyCONBCP", "DyCONPaper") else "_rampup0_delay0"
+    learned = "" if kind in ("LabeledOnly", "DyCONPaper") or "_learned" in method else "_learned0"
+    own = {"LabeledOnly": "_paste0p5", "BCP": "_pretrain0", "DyCONBCP": "_pretrain0", "PseudoLabel": "_gate0p5"}
     gate = "_gate0p3" if "DyCON" in kind and "feclonlabeled" not in method else ""
-    return f"{method}{ramp}{own.get(kind, gate)}"
+    return f"{method}{ramp}{learned}{own.get(kind, '')}{gate}"
 
 
 def named(method: str, options: str = SHORT) -> str:

@@ -17,11 +17,11 @@ from nnunetv2_dycon import parallel
 from nnunetv2_dycon.conversion.headers import passed_over
 from nnunetv2_dycon.conversion.layout import RawData, joined, look_at_layout
 from nnunetv2_dycon.conversion.raw import find_raw
-from nnunetv2_dycon.conversion.verification import find_reader, planned_configuration, refusal, unknown_reader
+from nnunetv2_dycon.conversion.verification import planned_configuration, refusal, unknown_reader
 from nnunetv2_dycon.conversion.volumes import reading
 from nnunetv2_dycon.data.dataset_json import FILE, channel_names, numbers_of
 from nnunetv2_dycon.data.datasets import dataset_name, dataset_number
-from nnunetv2_dycon.data.readers import check_nifti
+from nnunetv2_dycon.data.readers import check_nifti, find_reader
 from nnunetv2_dycon.data.roles import Roles, label_paths, read_roles
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.files import first_few

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,7 +65,9 @@ def run_script(function: Callable[..., Any], parser: argparse.ArgumentParser, ar
     def convert() -> int:
         arguments = vars(parser.parse_args(argv))
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        print(function(**arguments))
+        result = function(**arguments)
+        print(result, flush=True)  # before the line on stderr
+        print(f"next: {result.then}", file=sys.stderr)
         return 0
 
     return exit_code(convert)

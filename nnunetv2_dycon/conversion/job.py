@@ -49,10 +49,14 @@ class Conversion:
         lines += [f"{role:<12}{named:>16}{here:>8}" for role, named, here in self.rows]
         lines += [f"- {note}" for note in self.notes]
         where = {"written": "written", "planned": "nothing was written; would be", "up to date": "is up to date"}
-        lines.append(f"{where[self.state]}: {self.folder}")
-        check = f"nnUNetv2_dycon check -d {dataset_number(self.folder.name)}"
-        lines.append("next: the same command without --dry_run" if self.state == "planned" else f"next: {check}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"{where[self.state]}: {self.folder}"])
+
+    @property
+    def then(self) -> str:
+        """What a user would type next."""
+        if self.state == "planned":
+            return "the same command without --dry_run"
+        return f"nnUNetv2_dycon check -d {dataset_number(self.folder.name)}"
 
 
 @dataclass(frozen=True)

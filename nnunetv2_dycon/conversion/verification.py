@@ -3,7 +3,7 @@
 import contextlib
 import io
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,39 +11,10 @@ from typing import Any
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import (
     LIST_OF_IO_CLASSES,
-    determine_reader_writer_from_dataset_json,
     recursive_find_reader_writer_by_name,
 )
 
-from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import write_json
-
-_EXAMPLES = 5  # images that are tried for a reader
-
-
-def find_reader(content: Mapping[str, Any], images: Iterable[Path]) -> Any:
-    """Return the reader that nnU-Net chooses by the first image; where that is broken, by the next one that is not.
-
-    Parameters
-    ----------
-    content : mapping
-        Content of dataset.json.
-    images : iterable of Path
-        The first file of each case, training cases first.
-
-    Raises
-    ------
-    DataError
-        If nnU-Net has no such reader.
-    """
-    for _, image in zip(range(_EXAMPLES), images, strict=False):
-        with contextlib.suppress(RuntimeError), _silence():
-            return determine_reader_writer_from_dataset_json(dict(content), str(image), verbose=False)
-    with contextlib.suppress(RuntimeError), _silence():  # all are broken, which reading each of them will tell
-        return determine_reader_writer_from_dataset_json(dict(content), verbose=False)
-    raise DataError(
-        f'dataset.json: nnU-Net reads no {content["file_ending"]} files; correct "file_ending", or convert the images'
-    )
 
 
 def unknown_reader(content: Mapping[str, Any]) -> str | None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnunetv2_dycon.data.checked_cases import CaseReader
 from nnunetv2_dycon.data.prepared_files import list_files, state_of_case
-from nnunetv2_dycon.data.reading import CaseReader
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import first_few
 

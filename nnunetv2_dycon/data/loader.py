@@ -12,7 +12,7 @@ from batchgenerators.dataloading.data_loader import DataLoader
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_dycon.data.reading import CheckedCases
+from nnunetv2_dycon.data.checked_cases import CheckedCases
 from nnunetv2_dycon.randomness import RandomStream, part_from_other_workers, seed_from_here
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from nnunetv2_dycon.data.reading import CaseReader
+from nnunetv2_dycon.data.checked_cases import CaseReader
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import check_case_names
 

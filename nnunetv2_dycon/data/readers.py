@@ -9,7 +9,8 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from nnunetv2_dycon.errors import DataError
 
 Reader = type[BaseReaderWriter]
 MEND = "restore or replace it"
+_EXAMPLES = 5  # files that are tried for a reader
 _MILLIMETERS = {"meter": 1000.0, "micron": 0.001}  # as SimpleITK reads them; without a unit: mm
 _UNREADABLE = (
     *(OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error, struct.error),
@@ -55,7 +57,7 @@ class View(NamedTuple):
 
 
 def find_reader(
-    content: Mapping[str, Any], example: Path | None = None, plans: Mapping[str, Any] | None = None
+    content: Mapping[str, Any], examples: Iterable[Path] = (), plans: Mapping[str, Any] | None = None
 ) -> Reader:
     """Return nnU-Net's reader of a data set: the one in the plans, else that of nnU-Net's rule.
 
@@ -63,8 +65,9 @@ def find_reader(
     ----------
     content : mapping
         Content of dataset.json.
-    example : Path, optional
-        A file of the data set; of several readers for one ending nnU-Net takes the first that can read it.
+    examples : iterable of Path
+        Files of the data set, in nnU-Net's order: of several readers for one ending nnU-Net takes the one that can read
+        the first file. Where that is broken, the next one decides that is not.
     plans : mapping, optional
         Content of plans.json.
 
@@ -76,11 +79,11 @@ def find_reader(
     named = (plans or {}).get("image_reader_writer")
     known = {**content, "overwrite_image_reader_writer": named} if named else dict(content)
     ending = content["file_ending"]
-    several = len(readers_of(ending)) > 1
-    for file in (str(example), None) if example and several else (None,):  # a broken example decides nothing
+    tried = islice(examples, _EXAMPLES) if len(readers_of(ending)) > 1 else ()
+    for file in (*map(str, tried), None):  # None: all are broken, which reading each of them will tell
         with contextlib.suppress(RuntimeError), _quiet():
             return determine_reader_writer_from_dataset_json(known, file, verbose=False)
-    raise DataError(f'nnU-Net has no reader for {ending}; correct "file_ending" in dataset.json')
+    raise DataError(f'nnU-Net has no reader for {ending}; correct "file_ending" in dataset.json, or convert the images')
 
 
 def readers_of(ending: str) -> list[Reader]:

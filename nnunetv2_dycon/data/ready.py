@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnunetv2_dycon.data.checked_cases import CASE, CaseReader, CheckedCases
 from nnunetv2_dycon.data.manifest import unlabeled_status
-from nnunetv2_dycon.data.reading import CASE, CaseReader, CheckedCases
 from nnunetv2_dycon.data.splits import read_splits
 from nnunetv2_dycon.data.unlabeled import preprocess_unlabeled
 from nnunetv2_dycon.errors import DataError

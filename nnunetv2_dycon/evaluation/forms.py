@@ -21,6 +21,7 @@ _LATEX = {
     "‡": r"$\ddagger$",
 }
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # begin a formula in spreadsheets
+_NARROW = 10  # columns that fit a page of LaTeX as they are
 _TEXT_MARK = "'"  # tells a spreadsheet that a cell is text
 
 
@@ -97,6 +98,7 @@ def latex(table: Table) -> str:
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{caption}}}",
+        *([r"\footnotesize", r"\setlength{\tabcolsep}{3pt}"] if len(table.header) > _NARROW else []),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
     ]

@@ -92,8 +92,8 @@ def read_labels(path: Path, folder: Path, predictions: Path | None = None) -> La
     if not structures or min(values) < 0:
         raise DataError(f'{path}: "labels" must name at least one label above 0 and none below; mend it')
     plans = predictions / PLANS_FILE if predictions else None
-    example = min(_files(folder, ending), default=None)
-    reader = find_reader(content, example, read_json(plans) if plans and plans.is_file() else None)
+    examples = sorted(_files(folder, ending))
+    reader = find_reader(content, examples, read_json(plans) if plans and plans.is_file() else None)
     return Labels(structures, frozenset(values), ignore, ending, reader)
 
 

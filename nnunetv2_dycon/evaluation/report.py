@@ -48,9 +48,9 @@ def write_report(
     images : Images
         Folders of truth and images, for overlays and calibration.
     published : sequence of dict
-        Rows of published_results.json for the main table.
+        Rows of published_results.json for the tables of methods and of classes.
     """
-    found = [main_table(comparison, published), class_table(comparison), difference_table(comparison)]
+    found = [main_table(comparison, published), class_table(comparison, published), difference_table(comparison)]
     tables = [table for table in (*found, facts_table(comparison)) if table is not None and table.rows]
     made = [box_plots(comparison), paired_lines(comparison), calibration(comparison, images)]
     pictures = [p for p in (*made, overlays(comparison, images), training_curves(comparison)) if p is not None]

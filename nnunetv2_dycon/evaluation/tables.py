@@ -16,6 +16,7 @@ UNKNOWN = "not recorded"
 NOTHING = "–"
 TITLES = {"dice": "Dice", "iou": "IoU", "hd95_mm": "HD95", "asd_mm": "ASD"}
 OTHER_PROTOCOL = "‡"
+FEW_CLASSES = 6  # whose names and spreads fit a page
 _CSV_COLUMNS = (
     *("method", "weights", "label", "class", "metric", "unit", "convention"),
     *("runs", "mean", "sd", "lowest", "highest"),
@@ -62,21 +63,50 @@ def main_table(comparison: Comparison, published: Sequence[dict[str, Any]] = ())
     return Table("Test cases", tuple(header), rows, tuple(notes))
 
 
-def class_table(comparison: Comparison) -> Table | None:
-    """Return average Dice, average ASD and the Dice of each class; None for a single class."""
+def class_table(comparison: Comparison, published: Sequence[dict[str, Any]] = ()) -> Table | None:
+    """Return average Dice, average ASD and the Dice of each class; None for a single class.
+
+    More than a few classes have short names, explained below, and means alone, so that the table fits a page. Published
+    rows that have numbers of these classes are marked.
+    """
     if len(comparison.labels) < 2:
         return None
+    many = len(comparison.labels) > FEW_CLASSES
     rows = []
     for method in comparison.methods:
         cells = [Cell(method.short)]
         for label, metric in ((ALL, "dice"), (ALL, "asd_mm"), *((label, "dice") for label in comparison.labels)):
             result = comparison.results[method.name, label, metric]
-            cells.append(_result_cell(result, metric, best=result.best))
+            cells.append(_result_cell(result, metric, best=result.best, narrow=many and label != ALL))
         rows.append(tuple(cells))
     header = ("Method", "Average Dice (%) ↑", f"Average ASD ({comparison.unit}) ↓")
-    names = (f"{name} (%) ↑" for name in comparison.labels.values())
+    names = list(comparison.labels.values())
     note = "Dice of each class. Marks as above; p is corrected over all classes, metrics and methods."
-    return Table("Classes", (*header, *names), rows, (note,))
+    columns = [f"{name} (%) ↑" for name in names]
+    if many:
+        columns = short_names(names)
+        explained = ", ".join(f"{s} {n}" for s, n in zip(columns, names, strict=True) if s != n)
+        note = f"Dice of each class in %, mean over runs; their spread is in results.csv. {explained}. {note}"
+    keys = [_key(name) for name in names]
+    known = [row for row in published if any(_key(name) in keys for name in row.get("classes", ()))]
+    rows += [_published_classes(row, keys) for row in known]
+    notes = (note, _published_note(known)) if known else (note,)
+    return Table("Classes", (*header, *columns), rows, notes)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return initials of names of several words and the first two letters of others; equal ones stay whole.
+
+    Examples
+    --------
+    >>> short_names(["spleen", "left_kidney", "portal_and_splenic_vein", "stomach", "stone"])
+    ['Sp', 'LK', 'PSV', 'stomach', 'stone']
+    """
+    short = []
+    for name in names:
+        words = [word for word in re.split(r"[\W_]+", name) if word and word.lower() not in ("and", "of", "the")]
+        short.append("".join(word[0].upper() for word in words) if len(words) > 1 else name[:2].capitalize())
+    return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
 
 
 def difference_table(comparison: Comparison) -> Table:
@@ -159,7 +189,9 @@ def column_title(metric: str, unit: str) -> str:
     return f"{TITLES[metric]} (%) ↑" if metric in OVERLAPS else f"{TITLES[metric]} ({unit}) ↓"
 
 
-def _result_cell(result: Result, metric: str, *, best: bool) -> Cell:
+def _result_cell(result: Result, metric: str, *, best: bool, narrow: bool = False) -> Cell:
+    if narrow and result.mean is not None:
+        return Cell(f"{100 * result.mean.mean:.1f}", best, result.holds)
     return Cell(_mean_text(result.mean, metric), best, result.holds)
 
 
@@ -256,6 +288,18 @@ def _published_row(row: dict[str, Any], header: Sequence[str]) -> tuple[Cell, ..
     for title, key in (("Dice", "dice"), ("IoU", "jaccard"), ("HD95", "hd95"), ("ASD", "asd")):
         known[title] = NOTHING if row[key] is None else f"{row[key]:.2f}"
     return tuple(Cell(known.get(re.split(r" \(.*\) [↑↓]", title)[0], NOTHING)) for title in header)
+
+
+def _published_classes(row: dict[str, Any], keys: Sequence[str]) -> tuple[Cell, ...]:
+    """Return a published row of the table of classes, whose names are `keys`."""
+    classes = {_key(name): dice for name, dice in row["classes"].items()}
+    averages = (NOTHING if row[key] is None else f"{row[key]:.2f}" for key in ("dice", "asd"))
+    each = (f"{classes[key]:.1f}" if key in classes else NOTHING for key in keys)
+    return tuple(map(Cell, (f"{row['method']} {OTHER_PROTOCOL}", *averages, *each)))
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name).strip().lower()
 
 
 def _published_note(rows: Sequence[dict[str, Any]]) -> str:

@@ -90,6 +90,42 @@ def labels_from_truth(
 
 
 @torch.no_grad()
+def covered_share(truth: Tensor, labels: Tensor, grid: Sequence[int], num_classes: int) -> Tensor:
+    """Share of each class's voxels that lie in patches of this class: what is not lost by giving patches one class.
+
+    Parameters
+    ----------
+    truth : Tensor, shape (B, 1, *S)
+        Class numbers, of any integer or floating dtype; those outside 0 to C - 1 do not count.
+    labels : Tensor, shape (B, n), int64
+        Class of each patch, -1 where it has none.
+    grid : sequence of int
+        Spatial size of the feature map, a divisor of S along each axis.
+    num_classes : int
+        C.
+
+    Returns
+    -------
+    Tensor, shape (C,)
+        In [0, 1]; nan for a class without a voxel.
+
+    Examples
+    --------
+    >>> truth = torch.tensor([[[[1, 1, 0, 0], [1, 0, 0, 1]]]])     # two patches of four voxels, of classes 1 and 0
+    >>> covered_share(truth, torch.tensor([[1, 0]]), (1, 2), 3)
+    tensor([0.7500, 0.7500,    nan])
+    """
+    _check_grid(truth, grid, "majority")
+    of_patch = labels.view(len(labels), 1, *grid).float()
+    at_voxel = torch.nn.functional.interpolate(of_patch, size=truth.shape[2:]).long()
+    truth = truth.long()
+    known = (truth >= 0) & (truth < num_classes)
+    of_class = torch.bincount(truth[known], minlength=num_classes)
+    covered = torch.bincount(truth[known & (at_voxel == truth)], minlength=num_classes)
+    return covered / of_class
+
+
+@torch.no_grad()
 def labels_from_probabilities(
     probabilities: Tensor,
     grid: Sequence[int],

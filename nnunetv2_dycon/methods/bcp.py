@@ -6,10 +6,12 @@ Bai et al., CVPR 2023. In addition to its two mixes the student keeps nnU-Net's 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.methods.settings import TeacherSettings, UnlabeledSettings
 from nnunetv2_dycon.options import option
 from nnunetv2_dycon.schedules import gaussian_ramp
@@ -21,10 +23,13 @@ from nnunetv2_dycon.views import BCP_BOX_SIDE, Outputs
 class BCPSettings(UnlabeledSettings, TeacherSettings):
     """Options of nnUNetTrainerBCP."""
 
-    view: ClassVar[str] = "bcp"
-
+    view: str = option(
+        "bcp",
+        choices=("bcp", "copy_paste_in", "copy_paste_out", "bcp_intensity"),
+        help="mixes: both directions, a labelled patch with an unlabelled box (in), the other way round (out)",
+    )
     pretrain: float = option(
-        0.2, low=0.0, high=1.0, help="fraction of the training that pastes among labelled patches only"
+        0.0, low=0.0, high=1.0, help="fraction of the training that pastes among labelled patches only"
     )
     rampup: float = option(
         0.0,
@@ -34,6 +39,14 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
     )
     w: float = option(0.5, low=0.0, high=1000.0, help="weight of the loss on mixed patches")
     alpha: float = option(0.5, low=0.0, high=1.0, help="weight of a pseudo-labelled region relative to a labelled one")
+    mixedonly: bool = option(
+        False, flag=True, help="once all classes are learnt, labelled regions of mixes replace the labelled patches"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixedonly and self.paste:
+            raise ConfigError("option paste: with mixedonly no step is left that pastes; leave one of them out.")
 
     def schedules(self) -> dict[str, Callable[[float], float]]:
         """Add `ramp`: 0 while pastes are among labelled patches, then the factor of the pseudo-labels."""
@@ -46,25 +59,55 @@ class BCP(Method[BCPSettings]):
     settings_type = BCPSettings
 
     def passes(self, student: nn.Module, batch: Batch) -> Iterator[Pass]:
-        """Yield the pass of labelled mixes, or later one pass for each direction; then the labelled patches."""
+        """Yield one pass for each direction, or before it pastes with pseudo-labels that of option `pretrain`, if any.
+
+        Then the labelled patches as they are, which are alone until the labels have taught the first class.
+        """
+        (pair,) = self.pairs(student)
         if batch.now["ramp"]:
-            yield from super().passes(student, batch)
-        else:
-            (pair,) = self.pairs(student)
+            for view in self.views(batch):
+                last = self._mixed_only and not view.name.startswith("in_")
+                yield Pass(pair, view, self.ask_unlabeled, self._terms_of_learned, final=last)
+            if self._mixed_only:
+                return
+        elif self.settings.pretrain:
             yield self.paste_pass(pair, batch, self.settings.w, BCP_BOX_SIDE)
-            yield self.labeled_pass(pair, batch)
+        if self.paste:
+            yield self.paste_pass(pair, batch, self.paste)
+        yield self.labeled_pass(pair, batch)
+
+    @property
+    def _mixed_only(self) -> bool:
+        """Whether a step that mixes has no pass of the labelled patches as they are."""
+        return self.settings.mixedonly and self.learned.share == 1
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return the losses of both regions: true labels where a labelled patch shows, else the teacher's."""
         logits, target, pasted = full_resolution(outputs), answer.target, p.view.pasted
         labels, weight = target.argmax(1, keepdim=True), self.voxel_weight(logits, target, batch)
         w = self.settings.w / p.view.share  # each direction has the whole weight
+        if self._mixed_only:
+            self.learned.see(0, logits, labels.masked_fill(~pasted, -1))
+            of_labeled = self._at_each_level(outputs, labels, pasted, batch)
+        else:
+            of_labeled = self.region_loss(logits, labels, pasted)
         return Cost(
             {
-                "labeled": Term(w, self.region_loss(logits, labels, pasted)),
+                "labeled": Term(w * self.learned.share, of_labeled),
                 "pseudo": Term(
-                    w * self.settings.alpha * batch.now["ramp"], self.region_loss(logits, labels, ~pasted, weight)
+                    w * self.settings.alpha * batch.now["ramp"],
+                    self.region_loss(logits, labels, ~pasted, weight, pseudo=True),
                 ),
             },
             {"agreement": agreement(logits, target)},
         )
+
+    def _at_each_level(self, outputs: Outputs, labels: Tensor, region: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of a region, labels and region both (B, 1, *S), at each output as nnU-Net weighs its own."""
+        each = [outputs] if isinstance(outputs, Tensor) else outputs
+        values = []
+        for logits, (weight, _) in zip(each, batch.levels, strict=True):
+            if weight:
+                there, y = (interpolate(x.float(), logits.shape[2:]) for x in (region, labels))  # the nearest voxel
+                values.append(weight * self.region_loss(logits, y.long(), there > 0))
+        return torch.stack(values).sum()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_dycon.losses.voxels import hard_targets, soft_ce_dice
+from nnunetv2_dycon.losses.voxels import hard_targets
 from nnunetv2_dycon.methods.settings import ViewSettings
 from nnunetv2_dycon.networks import SecondNetwork, TargetNetwork, unwrap
 from nnunetv2_dycon.options import option
@@ -50,9 +50,9 @@ class CPS(Method[CPSSettings]):
         return Pair(student, self.teacher), Pair(self.teacher.network, TargetNetwork(unwrap(student)), "_second")
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
-        """Return cross-entropy plus Dice against the hard labels of the other network."""
+        """Return cross-entropy plus Dice (or option `ga`) against the hard labels of the other network."""
         logits, target = full_resolution(outputs), answer.target
-        value = soft_ce_dice(logits, hard_targets(target).one_hot, self.voxel_weight(logits, target, batch))
+        value = self.pseudo_loss(logits, hard_targets(target), self.voxel_weight(logits, target, batch))
         term = Term(self.settings.w * batch.now["ramp"], value)
         return Cost({"cps": term}, {"agreement": agreement(logits, target)})
 

@@ -4,7 +4,7 @@ Assefa et al., CVPR 2025, after its supplement; where we depart from the release
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -17,13 +17,14 @@ from nnunetv2_dycon import ranks
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.losses.patches import (
     Rule,
+    covered_share,
     fecl,
     labels_from_probabilities,
     labels_from_truth,
     patch_weight,
     sample_anchors,
 )
-from nnunetv2_dycon.losses.voxels import Entropy, Focus, entropy_weight, hard_targets, soft_ce_dice, uncl
+from nnunetv2_dycon.losses.voxels import Entropy, Focus, Form, entropy_weight, hard_targets, soft_ce_dice, uncl
 from nnunetv2_dycon.methods.settings import TeacherSettings, ViewSettings
 from nnunetv2_dycon.networks import FeatureTap, ProjectionHead, Teacher, choose_stage, has_encoder_stages
 from nnunetv2_dycon.options import Schedule, Settings, option
@@ -169,6 +170,7 @@ class DyCONTerms(Method[D]):
             If FeCL is on and the network has no `encoder.stages`, or not the stage of option `stage`.
         """
         super().build(student)
+        self._anchors = torch.zeros(self.data.classes)  # of each class in a step
         self.taps: dict[str, FeatureTap] = {}  # by the ending of the pair; none without FeCL
         self.teacher_head: Teacher | None = None
         if self.settings.wfecl == 0:
@@ -266,7 +268,20 @@ class DyCONTerms(Method[D]):
             )
             share = 1.0 if self.settings.feclon == "labeled" else share
             terms["fecl_labeled"] = self._fecl(features, labels, answer.features, logits, batch, share)
+            if not p.pair.ending:  # the last pass of a step
+                return Cost(terms, self._of_classes(labels, features.shape[2:], batch))
         return Cost(terms)
+
+    def _of_classes(self, labels: Tensor, grid: Sequence[int], batch: Batch) -> dict[str, Tensor]:
+        """Return the step's anchors of each foreground class, and the share of its voxels in patches (B, n) of it.
+
+        Organs smaller than a patch are seldom its majority: these numbers say what FeCL never sees of them.
+        """
+        covered = covered_share(batch.y_l, labels, grid, self.data.classes)
+        anchors, self._anchors = self._anchors, torch.zeros_like(self._anchors)
+        names = self.data.names or tuple(map(str, range(1, self.data.classes)))
+        logged = {f"anchors_{name}": anchors[c] for c, name in enumerate(names, 1)}
+        return logged | {f"covered_{name}": covered[c] for c, name in enumerate(names, 1)}
 
     # --------------------------------------------------------------------------------------------------- the terms
     def _uncl(
@@ -284,13 +299,15 @@ class DyCONTerms(Method[D]):
             if pasted is not None:
                 unpasted = (~pasted[:, 0]).float()
                 voxels = voxels * unpasted / ranks.mean_everywhere(unpasted.mean()).clamp_min(1e-12)
-            q = hard_targets(target).one_hot if s.hard else torch.softmax(target.float(), 1)
-            return {"uncl": Term(weight, soft_ce_dice(logits, q, voxels))}
-        beta = batch.now["beta"]
-        if s.loss == "literal" and not s.nats:
+            if s.hard:
+                return {"uncl": Term(weight, self.pseudo_loss(logits, hard_targets(target), voxels))}
+            return {"uncl": Term(weight, soft_ce_dice(logits, torch.softmax(target.float(), 1), voxels))}
+        beta, guarded = batch.now["beta"], s.loss == "guarded"
+        if not guarded and not s.nats:
             beta /= math.log(self.data.classes)
-        parts = uncl(logits, target, beta=beta, form=s.loss, entropy=s.entropy, focus=s.focus)
-        of_entropy = weight * s.lambdah if s.loss == "guarded" else weight
+        form: Form = "guarded" if guarded else "literal"
+        parts = uncl(logits, target, beta=beta, form=form, entropy=s.entropy, focus=s.focus)
+        of_entropy = weight * s.lambdah if guarded else weight
         return {"uncl": Term(weight, parts.consistency), "uncl_entropy": Term(of_entropy, parts.entropy)}
 
     def _fecl(
@@ -310,6 +327,8 @@ class DyCONTerms(Method[D]):
         z = self.head(features)
         with torch.no_grad():
             chosen, labels = sample_anchors(labels, s.anchors, batch.generator)
+            counts = torch.bincount(labels[labels >= 0], minlength=self.data.classes)
+            self._anchors = counts + self._anchors.to(counts.device)
             teacher = None
             if teacher_features is not None:
                 head = self.head if self.teacher_head is None else self.teacher_head.network
@@ -337,8 +356,8 @@ class DyCONTerms(Method[D]):
         return skips[self.stage], full_resolution(network.decoder(skips))
 
     def _taken(self, p: Pass) -> Tensor | None:
-        """Return the features (B, F, *G) of the student's pass, None without FeCL."""
-        return self.taps[p.pair.ending].take() if self.taps else None
+        """Return the features (B, F, *G) of the student's pass in the frame of the patches, None without FeCL."""
+        return p.view.restore(self.taps[p.pair.ending].take()) if self.taps else None
 
     def _unlabeled_share(self, batch: Batch) -> float:
         """Return the unlabelled share of the patches, so that means over both halves are means over all patches."""

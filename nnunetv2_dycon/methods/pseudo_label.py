@@ -6,7 +6,7 @@ FixMatch (Sohn et al., NeurIPS 2020) and UniMatch (Yang et al., CVPR 2023), with
 
 from dataclasses import dataclass
 
-from nnunetv2_dycon.losses.voxels import hard_targets, soft_ce_dice
+from nnunetv2_dycon.losses.voxels import hard_targets
 from nnunetv2_dycon.methods.settings import TeacherSettings, ViewSettings
 from nnunetv2_dycon.options import option
 from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, agreement, full_resolution
@@ -28,8 +28,8 @@ class PseudoLabel(Method[PseudoLabelSettings]):
     settings_type = PseudoLabelSettings
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
-        """Return cross-entropy plus Dice against the pseudo-labels of voxels that pass the gate."""
+        """Return cross-entropy plus Dice (or option `ga`) against the pseudo-labels of voxels that pass the gate."""
         logits, target = full_resolution(outputs), answer.target
         hard = hard_targets(target, self.settings.gate)
-        term = Term(self.settings.w * batch.now["ramp"], soft_ce_dice(logits, hard.one_hot, hard.weight))
+        term = Term(self.settings.w * batch.now["ramp"], self.pseudo_loss(logits, hard, hard.weight))
         return Cost({"pseudo": term}, {"agreement": agreement(logits, target), "voxels_kept": hard.weight.mean()})

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nnunetv2_dycon.checkpoint import KEY
+from nnunetv2_dycon.data.checked_cases import folder_reader
 from nnunetv2_dycon.data.datasets import dataset_number
 from nnunetv2_dycon.data.manifest import unlabeled_status
-from nnunetv2_dycon.data.reading import folder_reader
 from nnunetv2_dycon.data.ready import UnlabeledCases
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.folders import environment_folder

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_dycon.data.checked_cases import CaseReader, folder_reader
 from nnunetv2_dycon.data.datasets import dataset_number
-from nnunetv2_dycon.data.reading import CaseReader, folder_reader
 from nnunetv2_dycon.data.ready import UnlabeledCases, ready_cases
 from nnunetv2_dycon.data.roles import read_roles
 from nnunetv2_dycon.data.splits import (

@@ -20,6 +20,7 @@ from torch import nn
 
 import nnunetv2_dycon
 from nnunetv2_dycon.checkpoint import KEY, write_checkpoint
+from nnunetv2_dycon.data.processes import ending_with_this_process
 from nnunetv2_dycon.data.ready import UnlabeledCases
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.networks import unwrap
@@ -32,6 +33,7 @@ from nnunetv2_dycon.trainers.cases import check_cases, find_unlabeled, labeled_r
 from nnunetv2_dycon.trainers.history import History, class_names, epoch_means, unseen_classes
 from nnunetv2_dycon.trainers.loaders import dataloaders
 from nnunetv2_dycon.trainers.lock import lock_training
+from nnunetv2_dycon.trainers.planned import check_fingerprint, check_plans
 from nnunetv2_dycon.trainers.results import GO_ON
 from nnunetv2_dycon.trainers.resume import checkpoint_file, choose_checkpoint, end_guard, guard_files, take_over
 from nnunetv2_dycon.trainers.snapshots import keep_snapshot
@@ -54,6 +56,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         check_machine(device)
+        check_plans(plans, configuration, dataset_json)
         self.continues = plans.get("continue_training", False)
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -96,7 +99,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         self.dataset_class = reader
         seed = seed_from_here("method") if self.settings.seed is None else self.settings.seed
         labels = self.label_manager
-        data = DataInfo(labels.num_segmentation_heads, labels.ignore_label, labels.has_regions, self.is_cascaded)
+        data = DataInfo(
+            classes=labels.num_segmentation_heads,
+            ignore_label=labels.ignore_label,
+            regions=labels.has_regions,
+            cascaded=self.is_cascaded,
+            patch=tuple(self.configuration_manager.patch_size),
+            names=tuple(self.class_names),
+        )
         self.method = self.method_type(self.settings, data, seed)
         self.method.build(unwrap(self.network))
         self.method.to(self.device)
@@ -119,6 +129,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             autocast=autocast_of(self.device, bf16=self.settings.bf16),
             scaler=self.grad_scaler,
             warn=self.print_to_log_file,
+            weights=getattr(self.loss, "weight_factors", () if self.enable_deep_supervision else (1.0,)),
         )
         guard_files()
 
@@ -160,6 +171,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         if self.local_rank == 0:
             lock_training(Path(self.output_folder))
             check_start(self)
+            check_fingerprint(Path(self.preprocessed_dataset_folder_base))
         self.unlabeled = find_unlabeled(self, default_num_processes)
         super().on_train_start()
         end_guard()
@@ -171,10 +183,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     def _describe(self) -> None:
         unlabeled = f"{len(self.unlabeled.names)} unlabelled images" if self.unlabeled else "no unlabelled images"
-        self.print_to_log_file(
-            f"nnunetv2_dycon {nnunetv2_dycon.__version__}: {self.method_type.__name__}, {unlabeled}, "
-            f"settings {asdict(self.settings)}"
-        )
+        parts = [self.method_type.__name__, unlabeled, self.method.describe(), f"settings {asdict(self.settings)}"]
+        self.print_to_log_file(f"nnunetv2_dycon {nnunetv2_dycon.__version__}: {', '.join(filter(None, parts))}")
 
     def on_train_epoch_start(self) -> None:
         """As stock; the method's optimiser follows the same learning rate."""
@@ -223,12 +233,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """As stock; the series go into the log, the CSV and the picture, before the checkpoint that holds them."""
         self.history.add(self.current_epoch, self.epoch_row)
         self._log_series()
-        for name in unseen_classes(self.history, self.class_names) if self.method_type.uses_unlabeled else ():
-            self.print_to_log_file(
-                f"WARNING: the teacher does not show class '{name}' (pseudo Dice 0). Its unlabelled targets now "
-                "teach the student that this class is absent. Where this stays, train anew with a slower start: "
-                "_rampup0p6 in the name (BCP: _pretrain0p4)."
-            )
+        if self.method_type.uses_unlabeled:
+            self._report_classes()
         if self.local_rank == 0 and self.settings.snapshots:
             keep_snapshot(self)
         super().on_epoch_end()
@@ -236,6 +242,22 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             folder = Path(self.output_folder)
             self.history.write_csv(folder / "ssl_history.csv")
             self.history.plot(folder / "ssl_progress.png")
+
+    def _report_classes(self) -> None:
+        """Name the classes that unlabelled images do not teach yet, and warn of those that they may teach away."""
+        learned = dict(zip(self.class_names, self.method.learned.learned[1:].tolist(), strict=True))
+        waiting = [name for name, is_learned in learned.items() if not is_learned]
+        if waiting:
+            self.print_to_log_file(
+                f"Not learnt from the labels yet, so that unlabelled images do not teach it: {', '.join(waiting)} "
+                f"({len(waiting)} of {len(learned)} classes; Dice on labelled patches below {self.settings.learned})"
+            )
+        for name in unseen_classes(self.history, [name for name in self.class_names if learned[name]]):
+            self.print_to_log_file(
+                f"WARNING: the teacher does not show class '{name}' (pseudo Dice 0). Its unlabelled targets now "
+                "teach the student that this class is absent. Where this stays, train anew with a slower start: "
+                "_rampup0p6 in the name (BCP: _pretrain0p4)."
+            )
 
     def _log_series(self) -> None:
         """Give every figure to nnU-Net's logger (and through it to W&B), one value per epoch."""
@@ -251,14 +273,15 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """As stock for the student; then for the method's other models, each in a sub-folder of its name."""
         if self.local_rank == 0:
             lock_training(Path(self.output_folder))  # --val has no training that did it
-        super().perform_actual_validation(save_probabilities)
+        with ending_with_this_process():
+            super().perform_actual_validation(save_probabilities)
         folders = self.output_folder, self.output_folder_base
         for name, network in self.method.models(unwrap(self.network)).items():
             self.print_to_log_file(f"Final validation, {name}:")
             # Both, since a cascade's first stage writes its predictions below the second.
             self.output_folder = self.output_folder_base = os.path.join(folders[0], name)
             try:
-                with self._as_network(network):
+                with self._as_network(network), ending_with_this_process():
                     super().perform_actual_validation(save_probabilities)
             finally:
                 self.output_folder, self.output_folder_base = folders

@@ -81,6 +81,7 @@ SHARES = (
     "ramp",
     "beta",
     "threshold",
+    "classes_learned",
     "agreement",
     "voxels_kept",
     "patches_kept",

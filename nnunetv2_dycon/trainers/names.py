@@ -13,10 +13,13 @@ from nnunetv2_dycon import options
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
+from nnunetv2_dycon.methods.dhc import DHC, DHCSettings
 from nnunetv2_dycon.methods.dycon import PAPER, DyCON, DyCONSettings
 from nnunetv2_dycon.methods.dycon_bcp import DyCONBCP, DyCONBCPSettings
 from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
+from nnunetv2_dycon.methods.dycon_magicnet import DyCONMagicNet, DyCONMagicNetSettings
 from nnunetv2_dycon.methods.labeled_only import LabeledOnly
+from nnunetv2_dycon.methods.magicnet import MagicNet, MagicNetSettings
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunetv2_dycon.methods.pseudo_label import PseudoLabel, PseudoLabelSettings
 from nnunetv2_dycon.methods.settings import TeacherSettings
@@ -33,10 +36,15 @@ TRAINERS: dict[str, tuple[type[Method], options.Settings]] = {
     "nnUNetTrainerPseudoLabel": (PseudoLabel, PseudoLabelSettings()),
     "nnUNetTrainerBCP": (BCP, BCPSettings()),
     "nnUNetTrainerCPS": (CPS, CPSSettings()),
+    "nnUNetTrainerDHC": (DHC, DHCSettings()),
+    "nnUNetTrainerMagicNet": (MagicNet, MagicNetSettings()),
+    "nnUNetTrainerGAMagicNet": (MagicNet, MagicNetSettings(ga=True)),
     "nnUNetTrainerDyCON": (DyCON, DyCONSettings()),
     "nnUNetTrainerDyCONPaper": (DyCON, PAPER),
     "nnUNetTrainerDyCONCPS": (DyCONCPS, DyCONCPSSettings()),
     "nnUNetTrainerDyCONBCP": (DyCONBCP, DyCONBCPSettings()),
+    "nnUNetTrainerDyCONMagicNet": (DyCONMagicNet, DyCONMagicNetSettings()),
+    "nnUNetTrainerDyCONGAMagicNet": (DyCONMagicNet, DyCONMagicNetSettings(ga=True)),
 }
 
 

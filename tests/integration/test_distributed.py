@@ -19,7 +19,8 @@ from tests.training import METHODS, at_once, begin, same
 pytestmark = pytest.mark.slow
 
 BOXES = "nnUNetTrainerDyCON_viewcopy_paste"  # of many sizes
-RUNS = [(at_once(name), deep) for name in (*METHODS, BOXES) for deep in (True, False)]
+LEARNING = "nnUNetTrainerBCP_learned0p1"  # what is learnt is counted over all processes
+RUNS = [(at_once(name), deep) for name in (*METHODS, BOXES, LEARNING) for deep in (True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +83,14 @@ def test_ranks_hold_the_same_to_the_bit_after_twenty_steps_of_any_method(root: P
         assert one[run]["steps"] == (20, 0), run
 
 
+# Each rank keeps the tenth of its own voxels that GACE takes with labels, which is not the tenth of all.
+ALIKE = [run for run in RUNS if "GA" not in run[0]]
+
+
 def three_steps(rank: int | None) -> dict[str, Any]:
     """Train each method on given patches: a rank on its own, or one process (None) on those of all ranks."""
     left = {}
-    for name, deep in RUNS:
+    for name, deep in ALIKE:
         trainer = trainer_of(f"{name}_epochs1_iters3_valiters1_seed1_lr0p1", deep_supervision=deep)
         trainer.initialize()
         with torch.no_grad():  # sure enough for gates and thresholds
@@ -97,6 +102,7 @@ def three_steps(rank: int | None) -> dict[str, Any]:
         trainer.step.generator = tuple(draws) if rank is None else draws[rank]
         if rank is None and deep:
             trainer.loss.weight_factors = (1 / (1 + 1e-6), 1e-6 / (1 + 1e-6))  # nnU-Net's where there are ranks
+            trainer.step.weights = trainer.loss.weight_factors
         losses = []
         for number in range(3):
             each = [patches(number, r, deep_supervision=deep) for r in range(RANKS)]
@@ -109,15 +115,16 @@ def test_two_processes_are_one_with_the_double_batch(here: Path) -> None:
     one, other = run_ranks(three_steps, here)
     with by_halves():
         double = three_steps(None)
-    for run in RUNS:
+    for run in ALIKE:
         mean = [(a + b) / 2 for a, b in zip(one[run]["losses"], other[run]["losses"], strict=True)]
-        assert mean == pytest.approx(double[run]["losses"], abs=1e-4), run
+        # DHC's Dice has one voxel of smoothing in each process
+        assert mean == pytest.approx(double[run]["losses"], rel=1e-4, abs=1e-4), run
         for part in ("student", "method"):
             for name, wanted in double[run][part].items():
                 # Without deep supervision nothing uses the coarser outputs; where there are ranks they decay.
                 if run[1] or "seg_layers.0" not in name:
                     torch.testing.assert_close(one[run][part][name], wanted, atol=1e-4, rtol=0, msg=f"{run} {name}")
-    moved = {run: double[run]["losses"][0] - double[run]["losses"][2] for run in RUNS}
+    moved = {run: double[run]["losses"][0] - double[run]["losses"][2] for run in ALIKE}
     assert min(moved.values()) > 1e-2
 
 
@@ -131,6 +138,8 @@ STOPPED = (
     ("nnUNetTrainerBCP_pretrain0_seed1", None),
     ("nnUNetTrainerCPS_seed1", 1),
     ("nnUNetTrainerDyCONCPS", 0),
+    ("nnUNetTrainerDyCONGAMagicNet_seed1", 1),
+    ("nnUNetTrainerDHC", 0),
 )
 
 

@@ -198,7 +198,7 @@ def test_a_reader_that_nnunet_would_pass_over_fails(raw: Path) -> None:
 
 def test_an_ending_that_nnunet_cannot_read_is_one_line(raw: Path) -> None:
     entries(overwrite_image_reader_writer=None, file_ending=".dcm")(raw)
-    with pytest.raises(DataError, match=r'nnU-Net reads no \.dcm files; correct "file_ending"'):
+    with pytest.raises(DataError, match=r'nnU-Net has no reader for \.dcm; correct "file_ending"'):
         check(4, processes=1)
 
 

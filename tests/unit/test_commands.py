@@ -4,11 +4,13 @@ import inspect
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nnunetv2_dycon import commands
+from nnunetv2_dycon.conversion.job import Conversion
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.options import Settings, describe
 
@@ -36,7 +38,7 @@ REQUIRED = {
 
 
 FINDINGS = [types.SimpleNamespace(name="a", ok=True, text="b")]
-CONVERSION = types.SimpleNamespace(folder=Path("raw/Dataset604_X"), state="written")
+CONVERSION = Conversion(Path("raw/Dataset604_X"), "written", "X", rows=())
 RESULTS = {
     "doctor": FINDINGS,
     "check": FINDINGS,
@@ -196,13 +198,14 @@ def test_doctor_exits_with_1_where_something_is_wrong(called, monkeypatch, capsy
 def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
     assert commands.main(["trainers"]) == 0
     printed = capsys.readouterr().out
+    common, _, _ = printed.partition("\nnnUNetTrainerLabeledOnly")  # a preset names what it changes once more
     for row in describe(Settings):
-        assert sum(line.split()[:1] == [row.option] for line in printed.splitlines()) == 1
+        assert sum(line.split()[:1] == [row.option] for line in common.splitlines()) == 1
     from nnunetv2_dycon.trainers.names import TRAINERS
 
     for name in TRAINERS:
         assert f"\n{name}: " in printed
-    assert printed.count("0p5to0p05") == 3  # beta of DyCON in its three frameworks
+    assert printed.count("0p5to0p05") == 4  # beta of DyCON in four frameworks
     assert printed.count("5to0p5 ") == 1  # beta of the preset
 
 
@@ -238,7 +241,7 @@ def test_a_verb_ends_with_what_to_type_next_apart_from_its_result(called, monkey
 
 
 def test_after_a_dry_run_the_same_command_is_next(called, monkeypatch, capsys):
-    planned = types.SimpleNamespace(folder=CONVERSION.folder, state="planned")
+    planned = replace(CONVERSION, state="planned")
     monkeypatch.setattr(sys.modules["nnunetv2_dycon.conversion.split"], "split", lambda **_: planned)
     commands.main(["split", *REQUIRED["split"], "--dry_run"])
     assert capsys.readouterr().err == "next: the same command without --dry_run\n"

@@ -29,6 +29,9 @@ METHODS = (
     "nnUNetTrainerBCP",
     "nnUNetTrainerCPS",
     "nnUNetTrainerDyCONCPS",
+    "nnUNetTrainerMagicNet",
+    "nnUNetTrainerDyCONGAMagicNet",
+    "nnUNetTrainerDHC",
 )
 HIDDEN = ("l_03", "l_04")
 VALIDATION = ("l_02",)

@@ -12,6 +12,12 @@ from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.options import Schedule
 from nnunetv2_dycon.trainers import names
 
+PRESETS = {
+    "nnUNetTrainerDyCONPaper": "nnUNetTrainerDyCON",
+    "nnUNetTrainerGAMagicNet": "nnUNetTrainerMagicNet",
+    "nnUNetTrainerDyCONGAMagicNet": "nnUNetTrainerDyCONMagicNet",
+}
+
 
 class StandInEngine:
     """Takes the place of the engine, whose import takes nnU-Net's ten seconds."""
@@ -142,7 +148,7 @@ def test_the_list_names_every_trainer_with_all_its_options():
     assert [info.name for info in listed] == list(names.TRAINERS)
     for info in listed:
         method, settings = names.TRAINERS[info.name]
-        assert info.preset_of == ("nnUNetTrainerDyCON" if info.name == "nnUNetTrainerDyCONPaper" else None)
+        assert info.preset_of == PRESETS.get(info.name)
         assert info.summary
         assert info.summary in method.__doc__
         assert [row.option for row in info.options] == [field.name for field in dataclasses.fields(settings)]

@@ -214,6 +214,7 @@ def test_the_options_of_every_trainer_have_nnunets_defaults():
         "seed": None,
         "bf16": False,
         "nomirror": False,
+        "ga": False,
     }
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2_dycon.losses.patches import (
+    covered_share,
     fecl,
     labels_from_probabilities,
     labels_from_truth,
@@ -216,3 +217,20 @@ def test_anchors_differ_carry_their_labels_and_leave_no_class_short(n, wanted, c
         assert drawn.pop(-1, 0) == max(0, len(row) - sum(have.values()))
         most = max(drawn.values(), default=0)
         assert all(drawn.get(c, 0) >= min(have[c], most - 1) for c in have)
+
+
+@pytest.mark.parametrize("space", [(6, 8), (4, 6, 6)])
+def test_the_covered_share_of_a_class_is_that_of_its_voxels_in_its_own_patches(space: tuple[int, ...]) -> None:
+    grid, classes = tuple(s // 2 for s in space), 4
+    generator = torch.Generator().manual_seed(4)
+    truth = torch.randint(-1, classes + 1, (2, 1, *space), generator=generator)
+    truth[truth == 3] = 0  # a class without a voxel; 4 stands for the ignore label
+    labels = torch.randint(-1, classes, (2, math.prod(grid)), generator=generator)
+    found = covered_share(truth, labels, grid, classes).tolist()
+    for c in range(classes):
+        inside = total = 0
+        for b in range(2):
+            for k, cell in enumerate(oracles.cells(space, grid)):
+                number = int((truth[b, 0][cell] == c).sum())
+                total, inside = total + number, inside + (number if labels[b, k] == c else 0)
+        assert math.isnan(found[c]) if total == 0 else found[c] == pytest.approx(inside / total)

@@ -108,13 +108,17 @@ def test_the_reader_is_that_of_the_plans_then_of_dataset_json_then_of_nnunets_ru
 
 def test_the_first_file_decides_between_readers_of_one_ending(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     content = {"file_ending": ".nii.gz"}
-    assert find_reader(content, header(tmp_path / "a.nii.gz", 1, 1)) is SimpleITKIO
-    assert find_reader(content, sheared(tmp_path / "b.nii.gz")) is NibabelIO
-    (tmp_path / "c.nii.gz").write_bytes(b"broken")
-    assert find_reader(content, tmp_path / "c.nii.gz") is SimpleITKIO
+    assert find_reader(content, [header(tmp_path / "a.nii.gz", 1, 1)]) is SimpleITKIO
+    oblique = sheared(tmp_path / "b.nii.gz")
+    assert find_reader(content, [oblique]) is NibabelIO
+    broken = tmp_path / "c.nii.gz"
+    broken.write_bytes(b"broken")
+    assert find_reader(content, [broken]) is SimpleITKIO
+    assert find_reader(content, [broken, oblique]) is NibabelIO
+    assert find_reader(content, iter([broken] * 5 + [oblique])) is SimpleITKIO  # five broken files are enough
     as_tif(tmp_path / "d.tif", label_map(0))
     as_picture(tmp_path / "e.tif", label_map(0)[0])
-    assert [find_reader({"file_ending": ".tif"}, tmp_path / f"{n}.tif") for n in "de"] == [Tiff3DIO, NaturalImage2DIO]
+    assert [find_reader({"file_ending": ".tif"}, [tmp_path / f"{n}.tif"]) for n in "de"] == [Tiff3DIO, NaturalImage2DIO]
     assert capfd.readouterr() == ("", "")
     with pytest.raises(DataError, match=r'no reader for \.xyz; correct "file_ending"'):
         find_reader({"file_ending": ".xyz"})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_dycon.losses.patches import covered_share
 from nnunetv2_dycon.losses.voxels import entropy_weight, hard_targets, soft_ce_dice
 from nnunetv2_dycon.methods import dycon as dycon_module
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
@@ -92,6 +93,12 @@ def test_fecl_takes_every_option_of_its_name(rule: str) -> None:
         assert found[name].terms[name].weight == pytest.approx(0.35)
     kept = torch.tensor(rows["fecl_unlabeled"])
     assert found["fecl_unlabeled"].logged["patches_kept"].item() == pytest.approx((kept >= 0).float().mean().item())
+    marked = [torch.tensor(rows[name]) for name in rows]
+    for c in (1, 2):
+        wanted = sum(int((row == c).sum()) for row in marked)
+        assert found["fecl_labeled"].logged[f"anchors_{c}"].item() == wanted
+        share = covered_share(labels, marked[1], GRID, CLASSES)[c].item()
+        assert found["fecl_labeled"].logged[f"covered_{c}"].item() == pytest.approx(share)
     foreground = (kept > 0).float().mean().item()
     assert found["fecl_unlabeled"].logged["foreground_patches"].item() == pytest.approx(foreground)
 

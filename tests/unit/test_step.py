@@ -277,10 +277,15 @@ def test_both_networks_of_co_training_see_the_same_inputs() -> None:
 
 def test_a_batch_on_the_device_has_no_field_for_labels_of_unlabelled_patches() -> None:
     step = made(MeanTeacher, MeanTeacherSettings(**SMALL), Net(), loss=lambda outputs, target: (outputs, target))
+    step.weights = (0.8, 0.2)
     loaded = loader_batch()
     coarse = loaded["target"][..., ::2]
     moved = step.moved({**loaded, "target": [loaded["target"], coarse], "unlabeled_target": loaded["target"]})
-    assert set(vars(moved)) == {"x_l", "y_l", "x_u", "supervised", "now", "generator"}
+    assert set(vars(moved)) == {"x_l", "y_l", "x_u", "supervised", "now", "generator", "levels"}
+    assert [(w, y.data_ptr()) for w, y in moved.levels] == [
+        (0.8, loaded["target"].data_ptr()),
+        (0.2, coarse.data_ptr()),
+    ]
     assert torch.equal(moved.x_l, loaded["data"])
     assert torch.equal(moved.x_u, loaded["unlabeled"])
     assert torch.equal(moved.y_l, loaded["target"])  # the finest of deep supervision
@@ -362,7 +367,7 @@ def test_the_hook_of_region_losses_changes_them_everywhere(
     step = made(kind, settings, Net())
     asked = []
     monkeypatch.setattr(
-        step.method, "region_loss", lambda logits, labels, region, weight=None: asked.append(region) or logits.sum() * 0
+        step.method, "region_loss", lambda logits, labels, region, *_, **__: asked.append(region) or logits.sum() * 0
     )
     step(loader_batch())
     assert len(asked) == regions

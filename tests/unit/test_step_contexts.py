@@ -179,6 +179,8 @@ def test_a_real_loss_scale_that_overflows_leaves_the_networks_alone_and_falls(na
             parameter.register_hook(lambda gradient: gradient * torch.inf)
     step(loader_batch())
     assert equal(before[0], copied(step.plain))
-    assert equal(before[1], copied(step.method))
+    counted = "learned.counts"  # of answers, whatever the weights did with them
+    kept, after = ({k: v for k, v in state.items() if k != counted} for state in (before[1], copied(step.method)))
+    assert equal(kept, after)
     assert scaler.get_scale() == 2.0**19
     assert (step.number, step.log[0]["skipped_steps"]) == (1, 0.0)  # the scale's own matter: the loss is finite

@@ -11,6 +11,7 @@ from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.evaluation import tables
 from nnunetv2_dycon.evaluation.comparison import make_comparison
 from nnunetv2_dycon.evaluation.facts import Facts
+from nnunetv2_dycon.evaluation.forms import latex
 from nnunetv2_dycon.evaluation.runs import Run
 from nnunetv2_dycon.evaluation.tables import (
     choose_published,
@@ -106,6 +107,58 @@ def test_classes_have_a_column_each_and_one_class_has_no_table(compared):
     table = class_table(make_comparison([(a_run("a"), both), (a_run("b"), both)], "a (student)"))
     assert table.header[1:] == ("Average Dice (%) ↑", "Average ASD (mm) ↓", "name 1 (%) ↑", "name 2 (%) ↑")
     assert texts(table)[0] == ["a", "58.75", "1.00", "67.50", "50.00"]
+
+
+ORGANS = (
+    *("spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta"),
+    *("inferior_vena_cava", "portal_and_splenic_vein", "pancreas", "right_adrenal_gland", "left_adrenal_gland"),
+)
+
+
+def organ_scores(shift=0.0):
+    """Scores of two cases with 13 organs."""
+    return [
+        replace(score(f"c{case}", dice=0.3 + 0.05 * number + shift), label=str(number), name=name.replace("_", " "))
+        for case in range(2)
+        for number, name in enumerate(ORGANS, 1)
+    ]
+
+
+def test_many_classes_fit_a_page_next_to_the_published_rows_of_the_same_organs():
+    """The form of the supplement's Table 2; seeds have a spread, which the columns of organs leave out."""
+    runs = [(a_run("a", seed=seed), organ_scores(0.01 * seed)) for seed in (0, 1)]
+    compared = make_comparison([*runs, (a_run("b"), organ_scores(0.02))], "a (student)")
+    table = class_table(compared, choose_published("BTCV", [4]))
+    short = ["Sp", "RK", "LK", "Ga", "Es", "Li", "St", "Ao", "IVC", "PSV", "Pa", "RAG", "LAG"]
+    assert list(table.header) == ["Method", "Average Dice (%) ↑", "Average ASD (mm) ↓", *short]
+    rows = texts(table)
+    assert rows[0][:3] == ["a", "65.50 ± 0.71", "1.00 ± 0.00"]
+    assert rows[0][3:6] == ["35.5", "40.5", "45.5"]
+    published = {row[0]: row for row in rows if row[0].endswith(tables.OTHER_PROTOCOL)}
+    assert list(published) == ["DHC ‡", "GA+MagicNet ‡", "DyCON+GA+MagicNet ‡"]
+    assert published["GA+MagicNet ‡"][1:6] == ["68.40", "3.10", "81.4", "92.4", "90.8"]
+    assert published["DyCON+GA+MagicNet ‡"][-1] == "39.6"
+    assert "PSV portal and splenic vein" in table.notes[0]
+    assert "not comparable with the rows above" in table.notes[1]
+    text = latex(table)
+    assert r"\footnotesize" in text
+    assert all(row.count(" & ") == 15 for row in text.splitlines() if row.endswith(r"\\"))
+
+
+def test_published_rows_without_these_organs_are_not_in_the_table_of_classes():
+    both = [*scores(DICE), *scores([0.5] * 8, "2")]
+    compared = make_comparison([(a_run("a"), both), (a_run("b"), both)], "a (student)")
+    table = class_table(compared, choose_published("BTCV", [4]))
+    assert [row[0] for row in texts(table)] == ["a", "b"]
+    assert len(table.notes) == 1
+
+
+def test_published_classes_have_the_mean_that_was_published_with_them():
+    rows = [row for row in read_published() if "classes" in row]
+    assert len(rows) == 3
+    for row in rows:
+        assert set(row["classes"]) == set(ORGANS)
+        assert sum(row["classes"].values()) / 13 == pytest.approx(row["dice"], abs=0.6)
 
 
 def test_classes_have_the_marks_of_their_own_differences():

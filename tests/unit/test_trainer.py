@@ -72,6 +72,11 @@ TERMS = {
     "nnUNetTrainerCPS_viewcopy_paste": 4,
     "nnUNetTrainerDyCONCPS": 8,
     "nnUNetTrainerDyCONCPS_onall_lossguarded": 12,
+    "nnUNetTrainerMagicNet": 5,
+    "nnUNetTrainerGAMagicNet": 5,
+    "nnUNetTrainerDyCONMagicNet": 7,
+    "nnUNetTrainerMagicNet_noacross_noblend": 4,
+    "nnUNetTrainerDHC": 6,
 }
 
 
@@ -144,6 +149,8 @@ def test_teacher_follows_the_closed_form_and_never_has_a_gradient(trainer, metho
         "CPS_w0",
         "DyCONCPS_w0_wfecl0",
         "DyCONCPS_lossliteral_w0_wuncl0_wfecl0",
+        "MagicNet_w0_wcubes0_wlocation0",
+        "DyCONMagicNet_w0_wcubes0_wlocation0_wfecl0",
     ],
 )
 def test_zero_weights_reduce_a_method_to_the_control(trainer, method: str) -> None:
@@ -329,14 +336,17 @@ def test_distributed_training_stops_with_the_command_instead(trainer, unprepared
 
 
 @pytest.mark.parametrize(
-    ("before", "ramp", "said"),
+    ("before", "ramp", "learned", "said"),
     [
-        (0.6, 0.0, True),  # learnt and lost
-        (0.0, 0.9, True),  # not learnt, and the teacher teaches
-        (0.0, 0.2, False),  # early: the student has time to find it
+        (0.6, 0.0, True, True),  # shown and lost
+        (0.0, 0.9, True, True),  # not shown, and the teacher teaches
+        (0.0, 0.2, True, False),  # early: the student has time to find it
+        (0.6, 0.9, False, False),  # no unlabelled term speaks of the class
     ],
 )
-def test_a_class_that_the_teacher_does_not_show_is_said_in_the_log(trainer, capsys, before, ramp, said) -> None:
+def test_a_class_that_the_teacher_does_not_show_is_said_in_the_log(
+    trainer, capsys, before, ramp, learned, said
+) -> None:
     t = trainer(named("nnUNetTrainerDyCON"))
     t.on_train_start()
     run_epochs(t, 1)
@@ -351,5 +361,10 @@ def test_a_class_that_the_teacher_does_not_show_is_said_in_the_log(trainer, caps
         output["teacher_tp_hard"] = np.zeros_like(output["teacher_tp_hard"])
         t.on_validation_epoch_end([output])
     t.epoch_row["ramp"] = ramp
+    t.method.learned.counts[:, 0] = torch.tensor([9.0, 9.0, 9.0 if learned else 0.0])
+    t.method.learned.counts[:, 1:] = torch.tensor([1.0, 1.0, 1.0])
     t.on_epoch_end()
-    assert ("the teacher does not show class 'class2'" in capsys.readouterr().out) == said
+    log = capsys.readouterr().out
+    assert ("the teacher does not show class 'class2'" in log) == said
+    waits = "do not teach it: class2 (1 of 2 classes; Dice on labelled patches below 0.4)"
+    assert (waits in log) == (not learned)

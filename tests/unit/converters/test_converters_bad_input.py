@@ -326,7 +326,11 @@ def test_the_command_ends_with_2_and_one_line(raw, source, capsys) -> None:
     lay_out("la-h5", source)
     code = run_script(module.convert_la, module.parser(), [str(source), "--labeled", "8", "-np", "1", "-d", "12"])
     assert code == 0
-    assert "next: nnUNetv2_dycon check -d 12" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert [line for line in printed.err.splitlines() if line.startswith("next")] == [
+        "next: nnUNetv2_dycon check -d 12"
+    ]
+    assert "next" not in printed.out
     with pytest.raises(ConfigError, match="no converter is called 'Hippocampus'"):
         converter("Hippocampus")
 

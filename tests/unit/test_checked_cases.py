@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
-from nnunetv2_dycon.data.reading import CaseReader, CheckedCases, check_properties, folder_reader
+from nnunetv2_dycon.data.checked_cases import CaseReader, CheckedCases, check_properties, folder_reader
 from nnunetv2_dycon.errors import DataError
 from tests.datasets import environment, make_dataset, plan_and_preprocess, write_splits
 from tests.training import begin, make_trainer, steps
@@ -172,7 +172,7 @@ def test_too_little_memory_is_no_fault_of_a_case(folder: Path, monkeypatch: pyte
     def refuse(path: Path) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("nnunetv2_dycon.data.reading.check_properties", refuse)
+    monkeypatch.setattr("nnunetv2_dycon.data.checked_cases.check_properties", refuse)
     with pytest.raises(MemoryError):
         CaseReader(nnUNetDatasetBlosc2, "x")(str(folder)).load_case("l_00")
 
@@ -181,7 +181,7 @@ def test_a_file_that_may_not_be_read_is_not_prepared_again(folder: Path, monkeyp
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("nnunetv2_dycon.data.reading.check_properties", refuse)
+    monkeypatch.setattr("nnunetv2_dycon.data.checked_cases.check_properties", refuse)
     with pytest.raises(DataError, match=r"l_00\.pkl: Permission denied; mend that, and train on with --c") as caught:
         CaseReader(nnUNetDatasetBlosc2, "command CASE")(str(folder)).load_case("l_00")
     assert "command" not in one_line(caught)

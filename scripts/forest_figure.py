@@ -1,0 +1,204 @@
+"""What DyCON's losses add to a framework: a forest plot and a table of the paired difference, per data set.
+
+For each data set, framework and weights: Dice with DyCON's losses minus Dice without, all other options equal. One
+value per test case (the mean over the runs with equal seeds and labelled draws, then over classes), then mean, 95 %
+bootstrap interval and Wilcoxon's p with Holm's correction over all rows. A difference is established if the interval
+excludes 0, p is below 0.05 and every pair of runs has its sign. Cost: seconds. The script reads every scores.json below
+the given folders, as `evaluate`, `compare` and the workflow write it, and writes forest.png, forest.csv and forest.md.
+
+    python scripts/forest_figure.py experiments/hippocampus/scores experiments/mouse_brain/scores -o figures
+"""
+
+import argparse
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from nnunetv2_dycon.errors import DataError, UserError
+from nnunetv2_dycon.evaluation import scores as score_files
+from nnunetv2_dycon.evaluation.figures import COLORS, MARKERS
+from nnunetv2_dycon.evaluation.statistics import Paired, holds, holm, paired
+from scripts.sweep_figures import FRAMEWORKS, Score, read_scores
+
+SEED = 20251
+TITLES = ("data set", "framework", "weights", "runs", "cases", "difference", "95 % interval", "p", "established")
+
+
+class Row(NamedTuple):
+    """DyCON's losses in a framework, on a data set.
+
+    Attributes
+    ----------
+    data, framework, weights : str
+        Data set with the labelled number, framework with its options, student or teacher.
+    difference : Paired
+        Dice in % with DyCON's losses minus without, over cases.
+    of_runs : tuple of float
+        The mean difference of each pair of runs.
+    p : float or None
+        p with Holm's correction over all rows.
+    """
+
+    data: str
+    framework: str
+    weights: str
+    difference: Paired
+    of_runs: tuple[float, ...]
+    p: float | None
+
+    @property
+    def established(self) -> bool:
+        """Whether interval, p and every pair of runs agree."""
+        return holds(self.difference, self.p, self.of_runs)
+
+
+def find_rows(scores: Sequence[Score]) -> list[Row]:
+    """Return a row for each data set, framework and weights that has runs with and without DyCON's losses.
+
+    Raises
+    ------
+    DataError
+        If runs of one pair were scored on other cases, or their seeds and draws do not match.
+    """
+    found: list[Row] = []
+    for framework, trainers in FRAMEWORKS.items():
+        pairs: dict[tuple[str, str, str], tuple[dict[tuple[str, str], Score], ...]] = defaultdict(lambda: ({}, {}))
+        for one in scores:
+            if one.base in trainers:
+                rest = one.without("seed").partition("_")[2]
+                key = one.folder.parent.name, one.trainer.replace(one.base, "", 1)  # draw, options with the seed
+                pairs[one.data, rest, one.weights][trainers.index(one.base)][key] = one
+        for (data, _, weights), (alone, with_dycon) in sorted(pairs.items()):
+            if alone and with_dycon:
+                found.append(_row(data, framework, weights, alone, with_dycon))
+    adjusted = holm([row.difference.p for row in found])
+    return [row._replace(p=p) for row, p in zip(found, adjusted, strict=True)]
+
+
+def _row(
+    data: str,
+    framework: str,
+    weights: str,
+    alone: dict[tuple[str, str], Score],
+    with_dycon: dict[tuple[str, str], Score],
+) -> Row:
+    if alone.keys() != with_dycon.keys():
+        odd = sorted(option for _, option in alone.keys() ^ with_dycon.keys())
+        raise DataError(f"{framework} on {data}: {', '.join(odd)} has no partner; train both with the same seeds")
+    by_case: dict[str, list[float]] = defaultdict(list)
+    of_runs = []
+    for key in sorted(alone):
+        differences = case_differences(with_dycon[key].folder, alone[key].folder)
+        of_runs.append(float(np.mean(list(differences.values()))))
+        for case, value in differences.items():
+            by_case[case].append(value)
+    each = [float(np.mean(by_case[case])) for case in sorted(by_case)]
+    difference = paired(each, np.random.default_rng(SEED))
+    if difference is None:
+        raise DataError(f"{framework} on {data}: every case is empty in truth and prediction; there is no Dice")
+    return Row(data, framework, weights, difference, tuple(of_runs), None)
+
+
+def case_differences(ours: Path, theirs: Path) -> dict[str, float]:
+    """Return for each case the mean over classes of our Dice minus theirs, in %, from two folders with scores.csv.
+
+    A structure that is empty in the truth and in one prediction alone has Dice 1 there; one that is empty in the truth
+    and in both is left out.
+    """
+    read = [{(s.case, s.label): s for s in score_files.read_scores(folder / "scores.csv")} for folder in (ours, theirs)]
+    if read[0].keys() != read[1].keys():
+        raise DataError(f"{ours} and {theirs} were scored on other cases or classes; score both again")
+    by_case: dict[str, list[float]] = defaultdict(list)
+    for unit, own in read[0].items():
+        values = [1.0 if s.status == "both_empty" else s.dice for s in (own, read[1][unit])]
+        if own.status == read[1][unit].status == "both_empty" or None in values:
+            continue
+        by_case[unit[0]].append(100 * (values[0] - values[1]))
+    return {case: float(np.mean(of_classes)) for case, of_classes in by_case.items()}
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Return the forest plot: a line per row, grouped by data set; a filled marker is an established difference."""
+    data_sets = list(dict.fromkeys(row.data for row in rows))
+    ordered = [row for data in data_sets for row in rows if row.data == data]
+    frameworks = list(FRAMEWORKS)
+    figure = Figure(figsize=(9.0, 1.6 + 0.34 * (len(ordered) + len(data_sets))), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.axvline(0, color="black", linewidth=1)
+    place, ticks = 0.0, []
+    for data in data_sets:
+        axis.text(0.0, place, data, transform=axis.get_yaxis_transform(), fontweight="bold", va="center")
+        place -= 1
+        for row in (one for one in ordered if one.data == data):
+            at, d = frameworks.index(row.framework), row.difference
+            color, marker = COLORS[at % len(COLORS)], MARKERS[at % len(MARKERS)]
+            if d.low is not None and d.high is not None:
+                axis.plot([d.low, d.high], [place, place], color=color, linewidth=2)
+            face = color if row.established else "white"
+            axis.plot([d.mean], [place], marker, color=color, markerfacecolor=face, markersize=9, zorder=3)
+            axis.plot(row.of_runs, [place] * len(row.of_runs), "|", color="black", markersize=9, zorder=4)
+            ticks.append((place, f"{row.framework} ({row.weights}, {len(row.of_runs)} runs)"))
+            place -= 1
+    axis.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
+    axis.set_ylim(place + 0.4, 0.7)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("Dice (points) with DyCON's losses minus without   → DyCON better")
+    figure.supxlabel(
+        "Lines: 95 % bootstrap interval over test cases. Strokes: single runs. Filled: established.", fontsize=8
+    )
+    return figure
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Return the texts of a row, in the order of `TITLES`."""
+    d = row.difference
+    interval = "too few cases" if d.low is None or d.high is None else f"{d.low:+.2f} to {d.high:+.2f}"
+    p = "too few cases" if row.p is None else f"{row.p:.3f}"
+    runs, established = str(len(row.of_runs)), "yes" if row.established else "no"
+    return row.data, row.framework, row.weights, runs, str(d.n), f"{d.mean:+.2f}", interval, p, established
+
+
+def write(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write forest.png, forest.csv and forest.md into a folder, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"forest{ending}" for ending in (".png", ".csv", ".md")]
+    draw(rows).savefig(paths[0])
+    table = [TITLES, *map(cells, rows)]
+    with open(paths[1], "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(table)
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    lines.insert(1, "|" + "---|" * len(TITLES))
+    paths[2].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return paths
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    """Write plot and tables; return 2 where no framework has runs with and without DyCON's losses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders with scores.json, at any depth")
+    parser.add_argument("-o", dest="output", type=Path, required=True, help="folder to write")
+    arguments = parser.parse_args(None if argv is None else list(argv))
+    try:
+        rows = find_rows(read_scores(arguments.folders))
+        if not rows:
+            names = "; ".join(" and ".join(pair) for pair in FRAMEWORKS.values())
+            raise DataError(f"no data set has runs of both trainers of a framework with equal options: {names}")
+        for path in write(rows, arguments.output):
+            print(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

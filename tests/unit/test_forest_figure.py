@@ -1,0 +1,108 @@
+"""What DyCON's losses add to a framework: pairs of runs, values per case, and the files that are written."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.scores import evaluate
+from nnunetv2_dycon.evaluation.statistics import bootstrap_interval
+from scripts import forest_figure, sweep_figures
+from tests.madeup_runs import CASES, make_dataset, make_predictions, write_volume
+
+HOME = "Dataset501_Made_labeled4_draw0"
+LONG = "Dataset502_Made_labeled4_draw1"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Return a function that scores predictions moved by some voxels as a run of a trainer."""
+    raw = make_dataset(tmp_path, monkeypatch)
+
+    def scored(trainer: str, shift: int, *, home: str = HOME, cases: tuple = CASES) -> Path:
+        folder = make_predictions(tmp_path / "predictions" / home / trainer, shift, cases)
+        output = tmp_path / "scores" / home / f"nnUNetTrainer{trainer}_student"
+        output.mkdir(parents=True)
+        evaluate(raw / "labelsTs", folder, raw / "dataset.json", output, 1, chill=True)
+        return output
+
+    scored.raw = raw
+    return scored
+
+
+def dice(folder: Path) -> dict[tuple[str, str], float]:
+    with open(folder / "scores.csv", newline="") as file:
+        return {(row["case"], row["label"]): float(row["dice"]) for row in csv.DictReader(file)}
+
+
+def test_a_row_is_the_mean_over_seeds_and_classes_of_each_case(run, tmp_path):
+    folders = [(run(f"BCP_epochs3_seed{seed}", 2 + seed), run(f"DyCONBCP_epochs3_seed{seed}", 1)) for seed in (0, 1)]
+    run("DyCON_epochs3_seed0", 0)  # without mean teacher
+    (row,) = forest_figure.find_rows(sweep_figures.read_scores([tmp_path / "scores"]))
+    tables = [(dice(alone), dice(with_dycon)) for alone, with_dycon in folders]
+    wanted = [
+        100 * np.mean([with_dycon[case, label] - alone[case, label] for alone, with_dycon in tables for label in "12"])
+        for case in CASES
+    ]
+    assert (row.data, row.framework, row.weights, row.difference.n) == ("Made, 4 labelled", "copy-paste", "student", 10)
+    assert row.difference.mean == pytest.approx(np.mean(wanted))
+    interval = bootstrap_interval(np.array(wanted), np.random.default_rng(forest_figure.SEED))
+    assert (row.difference.low, row.difference.high) == pytest.approx(interval)
+    of_runs = [100 * np.mean([with_dycon[unit] - alone[unit] for unit in alone]) for alone, with_dycon in tables]
+    assert row.of_runs == pytest.approx(of_runs)
+    assert row.established
+
+
+def test_a_run_that_disagrees_keeps_a_difference_from_being_established(run, tmp_path):
+    for seed, (alone, with_dycon) in enumerate([(4, 1), (1, 2)]):
+        run(f"CPS_seed{seed}", alone)
+        run(f"DyCONCPS_seed{seed}", with_dycon)
+    (row,) = forest_figure.find_rows(sweep_figures.read_scores([tmp_path / "scores"]))
+    assert row.difference.low > 0 > row.of_runs[1]
+    assert not row.established
+
+
+def test_draws_and_seeds_have_to_match(run, tmp_path):
+    for home in (HOME, LONG):
+        run("BCP_seed0", 1, home=home)
+    run("DyCONBCP_seed0", 0)
+    with pytest.raises(DataError, match="copy-paste on Made, 4 labelled: _seed0 has no partner; train both"):
+        forest_figure.find_rows(sweep_figures.read_scores([tmp_path / "scores"]))
+
+
+def test_other_cases_are_refused(run, tmp_path):
+    run("BCP_seed0", 1)
+    run("DyCONBCP_seed0", 0, cases=CASES[:5])
+    with pytest.raises(DataError, match="were scored on other cases or classes; score both again"):
+        forest_figure.find_rows(sweep_figures.read_scores([tmp_path / "scores"]))
+
+
+def test_a_false_alarm_counts_against_a_correct_silence(run, tmp_path):
+    """The truth of one case is empty: Dice 1 where nothing is predicted, 0 where something is."""
+    for case in CASES[:2]:
+        write_volume(run.raw / "labelsTs" / f"{case}.nii.gz", np.zeros((16, 14, 12), np.uint8))
+    silent, loud = run("DyCONBCP_seed0", 0), run("BCP_seed0", 0)
+    before = forest_figure.case_differences(silent, loud)
+    assert before[CASES[0]] == 0  # both are loud
+    predictions = tmp_path / "predictions" / HOME / "DyCONBCP_seed0"
+    write_volume(predictions / f"{CASES[0]}.nii.gz", np.zeros((16, 14, 12), np.uint8))
+    evaluate(run.raw / "labelsTs", predictions, run.raw / "dataset.json", silent, 1)
+    assert forest_figure.case_differences(silent, loud)[CASES[0]] == 100
+    write_volume(tmp_path / "predictions" / HOME / "BCP_seed0" / f"{CASES[0]}.nii.gz", np.zeros((16, 14, 12), np.uint8))
+    evaluate(run.raw / "labelsTs", tmp_path / "predictions" / HOME / "BCP_seed0", run.raw / "dataset.json", loud, 1)
+    assert CASES[0] not in forest_figure.case_differences(silent, loud)
+
+
+def test_picture_and_tables_are_written_and_nothing_to_pair_is_one_line(run, tmp_path, capsys):
+    run("MeanTeacher_seed0", 2)
+    out = str(tmp_path / "figures")
+    assert forest_figure.main([str(tmp_path / "scores"), "-o", out]) == 2
+    assert "no data set has runs of both trainers of a framework" in capsys.readouterr().err
+    run("DyCON_seed0", 1)
+    assert forest_figure.main([str(tmp_path / "scores"), "-o", out]) == 0
+    assert {path.name for path in Path(out).iterdir()} == {"forest.png", "forest.csv", "forest.md"}
+    lines = (Path(out) / "forest.md").read_text().splitlines()
+    assert lines[0].startswith("| data set | framework |")
+    assert lines[2].startswith("| Made, 4 labelled | mean teacher | student | 1 | 10 | +")
