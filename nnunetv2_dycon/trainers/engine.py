@@ -46,6 +46,13 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     method_type: ClassVar[type[Method]]
     settings: ClassVar[Settings]
+    # stock's, which makes them late
+    network: nn.Module
+    output_folder: str
+    output_folder_base: str
+    # ours, made by `initialize`
+    method: Method
+    step: Step
 
     def __init__(
         self,
@@ -74,9 +81,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             s.valiters,
         )
         self.save_every, self.initial_lr = s.save, s.lr
-        self.method: Method | None = None
         self.method_optimizer: torch.optim.Optimizer | None = None
-        self.step: Step | None = None
         self.unlabeled: UnlabeledCases | None = None
         self.fold_cases: dict[str, list[str]] = {}
         self.history = History()
@@ -246,11 +251,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):
     def _report_classes(self) -> None:
         """Name the classes that unlabelled images do not teach yet, and warn of those that they may teach away."""
         learned = dict(zip(self.class_names, self.method.learned.learned[1:].tolist(), strict=True))
+        threshold = self.method.settings.learned
         waiting = [name for name, is_learned in learned.items() if not is_learned]
         if waiting:
             self.print_to_log_file(
                 f"Not learnt from the labels yet, so that unlabelled images do not teach it: {', '.join(waiting)} "
-                f"({len(waiting)} of {len(learned)} classes; Dice on labelled patches below {self.settings.learned})"
+                f"({len(waiting)} of {len(learned)} classes; Dice on labelled patches below {threshold})"
             )
         for name in unseen_classes(self.history, [name for name in self.class_names if learned[name]]):
             self.print_to_log_file(
@@ -294,7 +300,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
     def _as_network(self, network: nn.Module) -> Iterator[None]:
         """Put a plain network in the student's place, to predict; it is left as it was."""
         student, training = self.network, network.training
-        decoder = getattr(network, "decoder", None)
+        decoder: Any = getattr(network, "decoder", None)
         deep = getattr(decoder, "deep_supervision", None)
         self.network = network.eval()
         if deep is not None:
