@@ -1,12 +1,14 @@
-"""Start-up: tell nnU-Net's trainer search where our trainers are.
+"""Start-up: tell nnU-Net's trainer search where our trainers are, and let its processes end with our trainings.
 
-Runs at every start of the interpreter (setup.py explains how), so it imports `os` alone.
+Runs at every start of the interpreter (setup.py explains how), so it imports `os` alone; more in processes that one of
+our trainings starts.
 """
 
 import os
 
 VARIABLE = "nnUNet_extTrainer"
 SWITCH_OFF = "NNUNETV2_DYCON_NO_AUTOREGISTER"
+TRAINING = "NNUNETV2_DYCON_TRAINING"  # its process id, in the processes that it starts
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_nnunet_ext")
 
 
@@ -15,6 +17,10 @@ def register() -> None:
 
     Does nothing where the folder is already listed or NNUNETV2_DYCON_NO_AUTOREGISTER=1 is set.
     """
+    if os.environ.get(TRAINING) == str(os.getppid()):
+        from nnunetv2_dycon.parallel import follow_starter
+
+        follow_starter()
     before = os.environ.get(VARIABLE, "")
     if os.environ.get(SWITCH_OFF) == "1" or FOLDER in before.split(os.pathsep):
         return

@@ -6,21 +6,24 @@ leaves nothing behind.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_dycon.errors import DataError, UserError, WriteError
+from nnunetv2_dycon.locks import lock_if_free
 
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quota
 ELSEWHERE = "or choose another folder"  # ends errors about writing
 PART = ".part"  # ends temporary names, which begin with a dot: nnU-Net and our own listings pass over them
+_OLD = ".old"  # in its place in the name of a folder that is being replaced
 
 
 @contextmanager
@@ -55,7 +58,8 @@ def whole_file(path: Path, elsewhere: str = ELSEWHERE) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give an empty temporary folder next to `path`; on leaving without an error it becomes `path`.
 
-    A folder that is there stays until the new one is complete, and is replaced then.
+    A folder that is there stays until the new one is complete, and is replaced then. What killed processes left of the
+    same path is removed first, as by `scratch_folder`.
 
     Parameters
     ----------
@@ -67,10 +71,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     WriteError
         If the disk is full, or the parent cannot be written.
     """
-    part, old = temporary_name(path), temporary_name(path)
-    with writing(path):
+    with writing(path), scratch_folder(path) as part:
+        old = part.with_name(part.name.replace(PART, _OLD, 1))
         try:
-            part.mkdir(parents=True)
             yield part
             for inner in (*part.rglob("*"), part):
                 sync(inner)
@@ -83,8 +86,56 @@ def whole_folder(path: Path) -> Iterator[Path]:
         finally:
             if old.exists() and not path.exists():
                 os.rename(old, path)
-            for folder in (part, old):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Give an empty hidden folder next to `path`, which is removed in the end.
+
+    Those that killed processes left for the same path are removed first; the lock on a folder tells whether its process
+    lives. A folder that such a process was replacing gets its name back.
+
+    Parameters
+    ----------
+    path : Path
+        What the folder is for; its parent is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_dead(path)
+    with ExitStack() as stack:
+        part = _claimed_folder(path, stack)
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _claimed_folder(path: Path, stack: ExitStack) -> Path:
+    while True:  # another process may take it for a dead one's before it is locked
+        part = temporary_name(path)
+        part.mkdir()
+        with suppress(FileNotFoundError):
+            if stack.enter_context(lock_if_free(part)) is not False and part.exists():
+                return part
+        stack.close()
+
+
+def _remove_dead(path: Path) -> None:
+    name = glob.escape(path.name)
+    for part in path.parent.glob(f".????????{PART}.{name}"):
+        if part.is_dir():
+            with suppress(FileNotFoundError), lock_if_free(part) as held:
+                if held:
+                    shutil.rmtree(part, ignore_errors=True)
+    for old in path.parent.glob(f".????????{_OLD}.{name}"):
+        if old.with_name(old.name.replace(_OLD, PART, 1)).exists():  # being replaced right now
+            continue
+        with suppress(FileNotFoundError):
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(old, path)
 
 
 def place(part: Path, path: Path) -> None:

@@ -29,6 +29,32 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
+def lock_if_free(path: Path) -> Iterator[bool | None]:
+    """Hold the lock of an existing file or folder if no other process does.
+
+    Gives whether it is held; None where there are no locks, so that nobody can know.
+    """
+    if fcntl is None:
+        yield None
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    _held.add(handle)
+    held: bool | None = True
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        except OSError:  # some network file systems have no locks
+            held = None
+        yield held
+    finally:
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)
+
+
+@contextmanager
 def locked(path: Path, busy: str, *, wait: bool = False) -> Iterator[int | None]:
     """Hold the lock of an existing file or folder; gives its handle, or None on Windows.
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -170,12 +171,28 @@ def end_with_parent() -> None:
 
     A killed process cannot stop its workers, and a worker that waits for work, or for room in a queue, waits for ever.
     """
-    parent = multiprocessing.parent_process()
+    parent: Any = multiprocessing.parent_process()
     direct = os.getppid() == parent.pid  # otherwise a fork server stands between them
+    # Forked workers hold the other end of each other's pipe to the parent, so the pipe alone would not tell.
+    _end_unless(lambda: parent.is_alive() and (not direct or os.getppid() == parent.pid))
 
+
+def follow_starter() -> None:
+    """Let a process of multiprocessing, at its very start, end with the one that started it, and pass over Ctrl-C.
+
+    For processes that nnU-Net starts: until they have imported what they need they would not notice that it is gone,
+    and each would print where Ctrl-C met it.
+    """
+    if "--multiprocessing-fork" not in sys.orig_argv:  # the one that tidies up after all others
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    starter = os.getppid()
+    _end_unless(lambda: os.getppid() == starter)
+
+
+def _end_unless(alive: Callable[[], bool]) -> None:
     def watch() -> None:
-        # Forked workers hold the other end of each other's pipe to the parent, so the pipe alone would not tell.
-        while parent.is_alive() and (not direct or os.getppid() == parent.pid):
+        while alive():
             time.sleep(1)
         os._exit(1)
 

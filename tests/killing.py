@@ -1,10 +1,12 @@
-"""Trainings as processes that are killed at random moments, taken up again, and compared with one that was not."""
+"""Trainings and commands as processes: killed at random moments, typed again, compared with one that was not killed.
+
+NNUNETV2_DYCON_KILLS is the number of kills per kind of moment, 1 by default.
+"""
 
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,10 @@ from typing import Any, NamedTuple
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
 from nnunetv2_dycon.files import PART
 from tests.datasets import environment
+from tests.processes import kill_alone, left_in
 from tests.training import same
+
+KILLS = int(os.environ.get("NNUNETV2_DYCON_KILLS", "1"))
 
 NAMES = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 PHASES = ("training", "checkpoint", "validation")
@@ -83,8 +88,9 @@ def kill(training: Training, phase: str, draw: random.Random) -> Kill | None:
             assert process.returncode == 0, (training.root / "said.txt").read_text()[-3000:]
             return None
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # and its loaders: they are not the subject here
+        sessions = kill_alone(process.pid) if process.poll() is None else {process.pid}
         process.wait()
+    assert not left_in(sessions), "processes outlive the training"
     begun = max(map(int, re.findall(r": Epoch (\d+)", training.log())), default=0)
     kept = max((content["current_epoch"] for content in training.checkpoints().values()), default=0)
     assert kept >= begun, f"epoch {begun} had begun, and the newest checkpoint is of epoch {kept}"
@@ -128,7 +134,7 @@ def _wait_for(event: Callable[[], bool], process: subprocess.Popen) -> bool:
 
 
 def kill_often(training: Training, kills: int, seed: int) -> list[Kill]:
-    """Kill a training in random phases, let it end, and compare with one that was not killed.
+    """Kill a training so often in each phase, let it end, and compare with one that was not killed.
 
     Returns what was found after each kill.
     """
@@ -137,7 +143,7 @@ def kill_often(training: Training, kills: int, seed: int) -> list[Kill]:
     whole, folders = training.checkpoints(), _summaries(training.fold)
     shutil.rmtree(training.fold)
     found: list[Kill] = []
-    while len(found) < kills:
+    while len(found) < kills * len(PHASES):
         one = kill(training, PHASES[len(found) % len(PHASES)], draw)
         if one is None:  # it ended first: begin anew
             assert_equal(training, whole, folders)
@@ -150,9 +156,23 @@ def kill_often(training: Training, kills: int, seed: int) -> list[Kill]:
 
 
 def assert_equal(training: Training, whole: dict[str, dict[str, Any]], summaries: list[str]) -> None:
-    """Compare with an uninterrupted run: every entry of every checkpoint but times, and the validation."""
+    """Compare with an uninterrupted run: every entry of every checkpoint but times, and the validation.
+
+    Batches of loader processes come in no certain order, so that with these only what a training consists of is equal.
+    """
     again = training.checkpoints()
     assert again.keys() == whole.keys() == {NAMES[0], NAMES[2]}
+    assert not list(training.fold.rglob(f".*{PART}.*"))
+    final = again[NAMES[0]]
+    best = [value for value in final["logging"]["ema_fg_dice"] if value == value]
+    assert final["_best_ema"] == max(best)
+    if training.loaders:
+        assert final["current_epoch"] == whole[NAMES[0]]["current_epoch"]
+        assert final[KEY]["step"] == whole[NAMES[0]][KEY]["step"]
+        assert {key: len(value) for key, value in final["logging"].items()} == {
+            key: len(value) for key, value in whole[NAMES[0]]["logging"].items()
+        }
+        return
     for name, content in whole.items():
         for key in content.keys() - {"logging", KEY}:
             assert same(content[key], again[name][key]), (name, key)
@@ -162,8 +182,90 @@ def assert_equal(training: Training, whole: dict[str, dict[str, Any]], summaries
         for key in timeless:
             assert same(content["logging"][key], again[name]["logging"][key]), (name, key)
     assert _summaries(training.fold) == summaries
-    assert not list(training.fold.glob(f".*{PART}.*"))
 
 
 def _summaries(fold: Path) -> list[str]:
     return [(fold / folder / "validation" / "summary.json").read_text() for folder in (".", "teacher")]
+
+
+class Command(NamedTuple):
+    """A command of ours on a copy of `template` in `root`; files like `begun` appear when it begins to write."""
+
+    template: Path
+    root: Path
+    words: tuple[str, ...]
+    begun: str
+
+    def start(self) -> subprocess.Popen:
+        """Type it in a session of its own."""
+        script = "from nnunetv2_dycon.commands import main; raise SystemExit(main())"
+        with open(self.root.with_suffix(".said"), "w") as said:
+            return subprocess.Popen(
+                [sys.executable, "-c", script, *self.words],
+                env={**os.environ, **environment(self.root), **QUIET},
+                cwd=self.root,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+
+    def wait_for_work(self, process: subprocess.Popen) -> float:
+        """Return when it began to write, or ended."""
+        while process.poll() is None and not list(self.root.glob(self.begun)):
+            time.sleep(0.001)
+        return time.monotonic()
+
+    def finish(self) -> float:
+        """Let it end well; returns the seconds in which it writes."""
+        process = self.start()
+        begin = self.wait_for_work(process)
+        assert process.wait(_PATIENCE) == 0, self.root.with_suffix(".said").read_text()[-3000:]
+        return time.monotonic() - begin
+
+    def is_killed(self, after: float) -> bool:
+        """Kill it, and nothing that it started, some seconds after it began to write; False if it had ended."""
+        process = self.start()
+        self.wait_for_work(process)
+        try:
+            process.wait(after)
+        except subprocess.TimeoutExpired:
+            sessions = kill_alone(process.pid)
+            process.wait()
+            assert not left_in(sessions), "processes outlive the command"
+            return True
+        return False
+
+    def anew(self) -> None:
+        """Put the folder back to what it was before the command."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        shutil.copytree(self.template, self.root, symlinks=True)
+
+
+def kill_and_type_again(command: Command, content: Callable[[Path], Any], seed: int) -> None:
+    """Kill a command at random moments; typed again it must end in what one leaves that was not killed.
+
+    Parameters
+    ----------
+    command : Command
+        The command.
+    content : callable
+        What is compared of its folder, hidden files too.
+    seed : int
+        Of the moments.
+    """
+    draw = random.Random(seed)
+    command.anew()
+    seconds = command.finish()
+    whole = content(command.root)
+    left = KILLS
+    for _ in range(20 * KILLS):
+        command.anew()
+        if command.is_killed(draw.uniform(0, seconds)):
+            left -= 1
+            command.finish()
+            assert content(command.root) == whole
+        else:
+            seconds *= 0.8  # the machine does less else than before
+        if not left:
+            break
+    assert not left

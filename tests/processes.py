@@ -1,5 +1,6 @@
 """Processes of this machine, those that tests start and those that these leave."""
 
+import os
 import signal
 import subprocess
 import time
@@ -38,6 +39,38 @@ def children_of(process: int) -> set[int]:
         for child in map(int, task.read_text().split()):
             found |= {child} | children_of(child)
     return found
+
+
+def kill_alone(*processes: int) -> set[int]:
+    """Kill processes, and nothing that they started; returns the sessions of all of them, to look for what is left."""
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)  # it starts no more
+    families = {one for process in processes for one in (process, *children_of(process))}
+    sessions = {_session(one) for one in families} - {None, os.getsid(0)}
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    return sessions
+
+
+def left_in(sessions: set[int], seconds: float = 10) -> set[int]:
+    """Processes of these sessions that still run when so many seconds have passed, or none as soon as none does."""
+    end = time.monotonic() + seconds
+    while left := {one for one in running(_all()) if _session(one) in sessions}:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+    return left
+
+
+def _all() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+
+
+def _session(process: int) -> int | None:
+    try:
+        return os.getsid(process)
+    except (ProcessLookupError, PermissionError):
+        return None
 
 
 def with_shared_memory(size: str) -> list[str]:

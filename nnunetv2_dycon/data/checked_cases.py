@@ -131,10 +131,13 @@ class CheckedCases:
                 raise ValueError("image and segmentation differ in shape")
             if "class_locations" not in properties:
                 raise ValueError("it has no class_locations")
-        data, seg, previous = (None if a is None else _Array(a, lambda: self._reading(case)) for a in arrays)
+        data, seg, previous = (self._watched(case, array) for array in arrays)
         return data, seg, previous, properties
 
     __getitem__ = load_case
+
+    def _watched(self, case: str, array: Any) -> Any:
+        return None if array is None else _Array(array, lambda: self._reading(case))
 
     def _look_at_properties(self, case: str) -> None:
         """Refuse properties that run code, once for each file: large ones take as long as a patch of a small image."""

@@ -90,8 +90,14 @@ def compare_manifest(
         found[kind].append(case)
     on_disk = {re.sub(r"(_seg)?\.(b2nd|pkl)$", "", name) for name in files if name.endswith((".b2nd", ".pkl"))}
     removed = sorted((on_disk | recorded.keys()) - expected.keys())
-    lists = (found[kind] for kind in ("missing", "changed", "damaged"))
-    return Difference(entries, *map(tuple, lists), tuple(removed), tuple(found["unsure"]))
+    return Difference(
+        plans=entries,
+        new=tuple(found["missing"]),
+        changed=tuple(found["changed"]),
+        damaged=tuple(found["damaged"]),
+        removed=tuple(removed),
+        unsure=tuple(found["unsure"]),
+    )
 
 
 def _text(value: object) -> str:

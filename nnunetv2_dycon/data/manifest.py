@@ -295,7 +295,8 @@ def expected_cases(config: Configuration) -> dict[str, dict[str, Any]]:
     SplitError
         If a case has two roles, or an "unlabeled" list is wrong.
     """
-    raw, ending = config.raw, config.dataset_json["file_ending"]
+    raw: Any = config.raw  # it was asked for
+    ending = config.dataset_json["file_ending"]
     images = raw / "imagesUn"
     roles = read_roles(raw, config.dataset_json)
     listed = benchmark_cases(read_splits(config.preprocessed, raw), roles.labeled)

@@ -54,8 +54,9 @@ def state_of_case(case: str, files: Files, record: Any) -> Literal["whole", "mis
     record : object
         As `describe` returned it. With other times, or without a record (as in older manifests), a case is 'unsure'.
     """
-    stats = [files.get(case + suffix) for suffix in SUFFIXES]
-    if not all(stats):
+    there = [files.get(case + suffix) for suffix in SUFFIXES]
+    stats = [stat for stat in there if stat is not None]
+    if len(stats) < len(there):
         return "missing"
     if not isinstance(record, dict):
         return "unsure"

@@ -1,25 +1,38 @@
-"""Loader processes: nnU-Net's, but that they end with the training and hand their errors over.
+"""Processes of a training: nnU-Net's, but that they end with it, and that loaders hand their errors over.
 
 Left alone, a loader process outlives a killed training, and one that finds no shared memory prints for ever.
 """
 
 import atexit
 import gc
+import os
 import signal
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
+from nnunetv2_dycon._register import TRAINING
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.parallel import end_with_parent
 from nnunetv2_dycon.shared_memory import FOLDER, REMEDY, free_bytes, in_words, pages
 
 _ERROR = "error"  # the only key of a batch that is none
+
+
+@contextmanager
+def ending_with_this_process() -> Iterator[None]:
+    """Let the processes that nnU-Net starts anew within the block, as its final validation does, end with this one."""
+    os.environ[TRAINING] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[TRAINING]
 
 
 class LoaderProcesses(NonDetMultiThreadedAugmenter):

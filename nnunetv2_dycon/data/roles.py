@@ -69,7 +69,7 @@ def read_roles(raw_folder: str | Path, dataset_json: Mapping[str, Any]) -> Roles
             raise SplitError(f"{case!r} is in two roles: {one[case]} and {other[case]}{more}; remove or rename one")
     files = {**labeled, **unlabeled, **test}
     check_case_names(files, raw)
-    return Roles(*(tuple(sorted(d)) for d in (labeled, unlabeled, test)), files=files)
+    return Roles(tuple(sorted(labeled)), tuple(sorted(unlabeled)), tuple(sorted(test)), files)
 
 
 def _training_cases(raw: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[str, tuple[Path, ...]], dict[str, Path]]:

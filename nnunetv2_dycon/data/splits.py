@@ -42,7 +42,7 @@ def read_splits(preprocessed_folder: str | Path, raw_folder: str | Path | None =
             found.append((path, _load_splits(path)))
     if len(found) == 2:
         (used, splits), (other, others) = found
-        pairs = zip_longest(splits[: len(others)], others, fillvalue={})
+        pairs: Iterable[tuple[dict, dict]] = zip_longest(splits[: len(others)], others, fillvalue={})
         if any(fold.get(UNLABELED) != passed_over.get(UNLABELED) for fold, passed_over in pairs):
             raise SplitError(
                 f'the "unlabeled" lists of {used} and {other} differ and training reads the first; '
@@ -74,10 +74,12 @@ def check_copies(preprocessed_folder: Path, raw_folder: Path) -> None:
     SplitError
         If a fold of the raw folder's file has other cases in the preprocessed folder's, or is not in it.
     """
-    used, other = (folder / SPLITS_FILE for folder in (preprocessed_folder, raw_folder))
+    used, other = preprocessed_folder / SPLITS_FILE, raw_folder / SPLITS_FILE
     if not (used.is_file() and other.is_file()):
         return
-    pairs = zip_longest(read_splits(preprocessed_folder), read_splits(raw_folder), fillvalue={})
+    pairs: Iterable[tuple[dict, dict]] = zip_longest(
+        read_splits(preprocessed_folder), read_splits(raw_folder), fillvalue={}
+    )
     for number, (fold, copy) in enumerate(pairs):
         if copy and any(set(fold.get(key, ())) != set(copy.get(key, ())) for key in _LISTS):
             raise SplitError(

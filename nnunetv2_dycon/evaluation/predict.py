@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.facts import FINAL, write_run_file
 from nnunetv2_dycon.evaluation.runs import Run
-from nnunetv2_dycon.files import whole_folder, writing
+from nnunetv2_dycon.files import scratch_folder, whole_folder, writing
 
 # Its workers are a group with it, which ends when this process is killed: nobody would read what it still predicts.
 _WATCH = """
@@ -59,10 +58,11 @@ def predict(
     model, checkpoint = run.training.parent, str(run.facts.checkpoint)
     options = ["-f", str(run.facts.fold), "-device", device or _best_device(), "-npp", "1", "-nps", "1"]
     options += [*([] if mirroring else ["--disable_tta"]), *(["--save_probabilities"] if save_probabilities else [])]
-    with writing(run.predictions), _scratch(run.predictions.parent) as scratch, whole_folder(run.predictions) as out:
-        by_hand = _ByHand({out: str(run.predictions), Path(scratch): "."})
+    place = run.predictions
+    with writing(place), scratch_folder(place.with_name("predict")) as scratch, whole_folder(place) as out:
+        by_hand = _ByHand({out: str(place), scratch: "."})
         if run.facts.weights == "teacher":
-            model = _export_teacher(run, Path(scratch, "model"), by_hand)
+            model = _export_teacher(run, scratch / "model", by_hand)
             checkpoint = FINAL
         words = ["-i", str(images), "-o", str(out), "-m", str(model), "-chk", checkpoint, *options]
         _call(_PREDICT, ["nnUNetv2_predict_from_modelfolder", *words], run, by_hand)
@@ -91,11 +91,6 @@ def _best_device() -> str:
     import torch  # imported when the run was read
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _scratch(folder: Path) -> tempfile.TemporaryDirectory:
-    folder.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=".predict.", dir=folder)
 
 
 def _export_teacher(run: Run, model: Path, by_hand: _ByHand) -> Path:

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -107,6 +108,12 @@ def _cell(value: Any) -> Any:
 def shown(text: str) -> str:
     """Return a name as matplotlib shows it: no formula between dollars, no legend entry hidden for an underscore."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def wrapped(text: str, width: int = 26) -> str:
+    """Return a name as `shown`, in lines that fit above a panel, broken after underscores if possible."""
+    spaced = textwrap.fill(text.replace("_", "_ "), width, break_long_words=True, break_on_hyphens=False)
+    return shown(spaced.replace("_ ", "_"))
 
 
 def show_gray(axis: Axes, image: NDArray, aspect: float) -> None:

@@ -26,7 +26,7 @@ from nnunetv2_dycon.evaluation.label_files import (
 from nnunetv2_dycon.evaluation.overlays import box_of, colored, kinds, legend_handles, outline
 from nnunetv2_dycon.evaluation.predict import predict as predict_run
 from nnunetv2_dycon.evaluation.runs import Place, Run, find_runs
-from nnunetv2_dycon.pictures.canvas import Drawn, make_folder, new_figure, save_pages, show_gray, shown, write_rows
+from nnunetv2_dycon.pictures.canvas import Drawn, make_folder, new_figure, save_pages, show_gray, wrapped, write_rows
 from nnunetv2_dycon.pictures.slices import Plane, as_volume, plane_of
 from nnunetv2_dycon.pictures.surface import draw_surface, surface_of
 
@@ -273,12 +273,12 @@ def _slices(row: Sequence, one: Shown) -> None:
     for axis, (name, predicted) in zip(row, [("truth", None), *maps.items()], strict=True):
         show_gray(axis, image[box], plane.aspect)
         if predicted is None:
-            axis.set_title(f"{shown(one.case)}\nslice {at}, truth", fontsize=8)
+            axis.set_title(f"{wrapped(one.case)}\nslice {at}, truth", fontsize=8)
             axis.imshow(colored(true[box], true[box]), aspect=plane.aspect)
         else:
             axis.imshow(colored(true[box], predicted[box]), aspect=plane.aspect)
             outline(axis, predicted[box] > 0, "black", "dashed")
             wrong = sum(int(mask.sum()) for mask in kinds(one.true, one.predicted[name])[1:])
             dice = 100 * _dice(one.true, one.predicted[name])
-            axis.set_title(f"{shown(name)}\nDice {dice:.1f} %, {wrong} voxels wrong", fontsize=8)
+            axis.set_title(f"{wrapped(name)}\nDice {dice:.1f} %, {wrong} voxels wrong", fontsize=8)
         outline(axis, true[box] > 0, "white", "solid")

@@ -86,5 +86,5 @@ def draw_surface(axis: Any, surface: Surface | None) -> None:
     axis.add_collection3d(Poly3DCollection(triangles, facecolors=colors, edgecolors="none", rasterized=True))
     low, high = triangles.min((0, 1)), triangles.max((0, 1))
     axis.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
-    axis.set_box_aspect(np.maximum(high - low, 1e-3), zoom=1.4)
+    axis.set_box_aspect(np.maximum(high - low, 1e-3), zoom=1.15)
     axis.view_init(elev=20, azim=-60)

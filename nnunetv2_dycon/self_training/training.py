@@ -160,7 +160,7 @@ class Training:
         bad = _not_whole(seen)
         if bad:
             raise DataError(f"{bad[0]} was not predicted ({len(bad)} such cases); see above, then type this again")
-        self._note({case: seen[path] for case, path in files.items()})
+        self._note({case: counts for case, path in files.items() if (counts := seen[path]) is not None})
 
     def _look(self, files: Sequence[Path]) -> dict[Path, dict[str, int] | None]:
         tasks = [(path, self.experiment.labels) for path in files]

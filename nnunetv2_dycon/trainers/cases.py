@@ -38,7 +38,9 @@ def find_unlabeled(trainer: "nnUNetTrainerSSL", processes: int) -> UnlabeledCase
     raw = raw_folder(trainer.plans_manager.dataset_name)
     if raw is not None:
         read_roles(raw, trainer.dataset_json)
-    if adopt_splits(preprocessed, raw):  # stock copies it when it plans, and passes over one that came later
+    if raw is not None and adopt_splits(
+        preprocessed, raw
+    ):  # stock copies it when it plans, and passes over one that came later
         trainer.print_to_log_file(f"Copied {raw / SPLITS_FILE} to {preprocessed}")
     _check_fold(trainer)  # preparing the images may take hours
     if not trainer.method_type.uses_unlabeled:
@@ -117,9 +119,9 @@ def check_cases(trainer: "nnUNetTrainerSSL", train: Sequence[str], val: Sequence
         Cases of its fold.
     """
     raw = raw_folder(trainer.plans_manager.dataset_name)
-    unlabeled, test = (() if trainer.unlabeled is None else trainer.unlabeled.names), ()
+    unlabeled, test = set(() if trainer.unlabeled is None else trainer.unlabeled.names), set[str]()
     if raw is not None:
         roles = read_roles(raw, trainer.dataset_json)
-        unlabeled, test = {*unlabeled, *roles.unlabeled}, roles.test
+        unlabeled, test = unlabeled | {*roles.unlabeled}, {*roles.test}
     number = dataset_number(trainer.plans_manager.dataset_name)
     check_training_cases({*train, *val}, unlabeled, test, number, Path(trainer.preprocessed_dataset_folder_base))

@@ -20,6 +20,7 @@ from torch import nn
 
 import nnunetv2_dycon
 from nnunetv2_dycon.checkpoint import KEY, write_checkpoint
+from nnunetv2_dycon.data.processes import ending_with_this_process
 from nnunetv2_dycon.data.ready import UnlabeledCases
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.networks import unwrap
@@ -32,6 +33,7 @@ from nnunetv2_dycon.trainers.cases import check_cases, find_unlabeled, labeled_r
 from nnunetv2_dycon.trainers.history import History, class_names, epoch_means, unseen_classes
 from nnunetv2_dycon.trainers.loaders import dataloaders
 from nnunetv2_dycon.trainers.lock import lock_training
+from nnunetv2_dycon.trainers.planned import check_fingerprint, check_plans
 from nnunetv2_dycon.trainers.results import GO_ON
 from nnunetv2_dycon.trainers.resume import checkpoint_file, choose_checkpoint, end_guard, guard_files, take_over
 from nnunetv2_dycon.trainers.snapshots import keep_snapshot
@@ -44,6 +46,13 @@ class nnUNetTrainerSSL(nnUNetTrainer):
 
     method_type: ClassVar[type[Method]]
     settings: ClassVar[Settings]
+    # stock's, which makes them late
+    network: nn.Module
+    output_folder: str
+    output_folder_base: str
+    # ours, made by `initialize`
+    method: Method
+    step: Step
 
     def __init__(
         self,
@@ -54,6 +63,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         check_machine(device)
+        check_plans(plans, configuration, dataset_json)
         self.continues = plans.get("continue_training", False)
         try:
             super().__init__(plans, configuration, fold, dataset_json, device)
@@ -71,9 +81,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             s.valiters,
         )
         self.save_every, self.initial_lr = s.save, s.lr
-        self.method: Method | None = None
         self.method_optimizer: torch.optim.Optimizer | None = None
-        self.step: Step | None = None
         self.unlabeled: UnlabeledCases | None = None
         self.fold_cases: dict[str, list[str]] = {}
         self.history = History()
@@ -126,7 +134,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             autocast=autocast_of(self.device, bf16=self.settings.bf16),
             scaler=self.grad_scaler,
             warn=self.print_to_log_file,
-            weights=getattr(self.loss, "weight_factors", (1.0,)),  # of nnU-Net's deep supervision
+            weights=getattr(self.loss, "weight_factors", () if self.enable_deep_supervision else (1.0,)),
         )
         guard_files()
 
@@ -168,6 +176,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         if self.local_rank == 0:
             lock_training(Path(self.output_folder))
             check_start(self)
+            check_fingerprint(Path(self.preprocessed_dataset_folder_base))
         self.unlabeled = find_unlabeled(self, default_num_processes)
         super().on_train_start()
         end_guard()
@@ -242,11 +251,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):
     def _report_classes(self) -> None:
         """Name the classes that unlabelled images do not teach yet, and warn of those that they may teach away."""
         learned = dict(zip(self.class_names, self.method.learned.learned[1:].tolist(), strict=True))
+        threshold = self.method.settings.learned
         waiting = [name for name, is_learned in learned.items() if not is_learned]
         if waiting:
             self.print_to_log_file(
                 f"Not learnt from the labels yet, so that unlabelled images do not teach it: {', '.join(waiting)} "
-                f"({len(waiting)} of {len(learned)} classes; Dice on labelled patches below {self.settings.learned})"
+                f"({len(waiting)} of {len(learned)} classes; Dice on labelled patches below {threshold})"
             )
         for name in unseen_classes(self.history, [name for name in self.class_names if learned[name]]):
             self.print_to_log_file(
@@ -269,14 +279,15 @@ class nnUNetTrainerSSL(nnUNetTrainer):
         """As stock for the student; then for the method's other models, each in a sub-folder of its name."""
         if self.local_rank == 0:
             lock_training(Path(self.output_folder))  # --val has no training that did it
-        super().perform_actual_validation(save_probabilities)
+        with ending_with_this_process():
+            super().perform_actual_validation(save_probabilities)
         folders = self.output_folder, self.output_folder_base
         for name, network in self.method.models(unwrap(self.network)).items():
             self.print_to_log_file(f"Final validation, {name}:")
             # Both, since a cascade's first stage writes its predictions below the second.
             self.output_folder = self.output_folder_base = os.path.join(folders[0], name)
             try:
-                with self._as_network(network):
+                with self._as_network(network), ending_with_this_process():
                     super().perform_actual_validation(save_probabilities)
             finally:
                 self.output_folder, self.output_folder_base = folders
@@ -289,7 +300,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
     def _as_network(self, network: nn.Module) -> Iterator[None]:
         """Put a plain network in the student's place, to predict; it is left as it was."""
         student, training = self.network, network.training
-        decoder = getattr(network, "decoder", None)
+        decoder: Any = getattr(network, "decoder", None)
         deep = getattr(decoder, "deep_supervision", None)
         self.network = network.eval()
         if deep is not None:

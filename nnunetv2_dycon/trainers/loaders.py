@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
@@ -27,7 +27,7 @@ from nnunetv2_dycon.shared_memory import file_shortage, free_bytes, memory_short
 if TYPE_CHECKING:
     from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
 
-Augmenter = SingleThreadedAugmenter | LoaderProcesses
+Augmenter: TypeAlias = SingleThreadedAugmenter | LoaderProcesses
 _PROCESSES = "nnUNet_n_proc_DA"
 _OPENING = 1.0  # s in which labelled cases are opened before a training; the rest is opened when it is drawn
 
@@ -124,7 +124,8 @@ def unlabeled_patches(trainer: "nnUNetTrainerSSL", labeled: DataLoader) -> Isola
     size = trainer.batch_size if not wanted else len(range(trainer.local_rank, wanted, world_size()))
     if size == 0:
         raise ConfigError(f"option unlabeledbatch{wanted} leaves no unlabelled patch for each of the GPUs.")
-    dataset = trainer.unlabeled.dataset()
+    unlabeled: Any = trainer.unlabeled  # asked for where there are some
+    dataset = unlabeled.dataset()
     return unlabeled_loader(labeled, dataset, size, seed_from_here("unlabeled"), trainer.label_manager)
 
 

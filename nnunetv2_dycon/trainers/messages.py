@@ -12,13 +12,16 @@ from traceback import walk_tb
 from types import TracebackType
 
 from nnunetv2_dycon.checkpoint import read_checkpoint
+from nnunetv2_dycon.data.dataset_json import FILE
 from nnunetv2_dycon.errors import UserError
 from nnunetv2_dycon.files import cannot_write, first_few
 from nnunetv2_dycon.trainers.names import nearest_trainer
+from nnunetv2_dycon.trainers.planned import copy_again, unreadable
 from nnunetv2_dycon.trainers.results import GO_ON
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
+_STOPPED = "stopped by Ctrl-C; to go on, type the same command with --c"
 # How errors of nnU-Net begin that are understood as they are; only their traceback goes.
 _CLEAR = (
     "Requested configuration",
@@ -39,13 +42,15 @@ def end_in_one_line() -> None:
 
 
 def _show(before: Hook, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    line = explain(error)
+    stopped = isinstance(error, KeyboardInterrupt)
+    line = _STOPPED if stopped else explain(error)
     if line is None:
         before(kind, error, traceback)
-    else:
-        sys.stderr.write(f"error: {line}\n")
-        # As the process ends, threads of nnU-Net's loaders complain that their workers are gone.
-        threading.excepthook = lambda _: None
+        return
+    sys.stdout.flush()  # what a training prints would follow in a file that has both
+    sys.stderr.write(f"{'' if stopped else 'error: '}{line}\n")
+    # As the process ends, threads of nnU-Net's loaders complain that their workers are gone.
+    threading.excepthook = lambda _: None
 
 
 def explain(error: BaseException) -> str | None:
@@ -63,7 +68,18 @@ def explain(error: BaseException) -> str | None:
         return text
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return str(cannot_write(Path(error.filename or os.environ.get("nnUNet_results", "")), error, GO_ON))
-    return _of_pretrained_weights(error, text) or _of_names(error, text)
+    return _of_planning(error) or _of_pretrained_weights(error, text) or _of_names(error, text)
+
+
+def _of_planning(error: BaseException) -> str | None:
+    """Return what is wrong with the plans or dataset.json, which nnU-Net's command reads before it makes a trainer."""
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    if isinstance(error, FileNotFoundError):  # of a name that was mistyped, or of what was not planned
+        return None
+    traceback = walk_tb(error.__traceback__)
+    frames = [frame for frame, _ in traceback if frame.f_code is get_trainer_from_args.__code__]
+    return unreadable(Path(frames[0].f_locals["plans_file"])) if frames and "plans_file" in frames[0].f_locals else None
 
 
 def _of_pretrained_weights(error: BaseException, text: str) -> str | None:
@@ -112,7 +128,10 @@ def _of_plans(path: Path, preprocessed: Path) -> str:
         Path(os.environ.get(name) or "none", dataset).is_dir() for name in ("nnUNet_raw", "nnUNet_preprocessed")
     ):
         return f"there is no data set {dataset}; {_data_sets()}"
-    plans = [other.stem for other in sorted(path.parent.glob("*.json")) if '"plans_name"' in other.read_text()]
+    files = sorted(path.parent.glob("*.json"))
+    plans = [file.stem for file in files if '"plans_name"' in file.read_text(errors="replace")]
+    if path.name == FILE and plans:
+        return f"{path} does not exist; {copy_again(path.parent)}"
     if path.suffix == ".json" and plans:
         return f"{path} does not exist; the plans there are {first_few(plans)}: give -p one of them"
     return f"{path} does not exist; type: nnUNetv2_plan_and_preprocess -d {int(number[1])}"

@@ -128,7 +128,7 @@ def nearest_trainer(name: str) -> str | None:
 
 def list_trainers() -> list[TrainerInfo]:
     """Return every trainer name with its summary and its options, in the canonical order of a name."""
-    first = {}  # of each method
+    first: dict[type[Method], str] = {}  # of each method
     found = []
     for name, (method, base) in TRAINERS.items():
         summary = (method.__doc__ or "").strip().split("\n")[0]

@@ -41,10 +41,12 @@ def end_guard() -> None:
 @contextmanager
 def checkpoint_file(file_or_content: dict[str, Any] | str) -> Iterator[Path]:
     """Give the file of a checkpoint; nnU-Net's signature takes its content too, but its body reads files alone."""
-    with TemporaryDirectory() if isinstance(file_or_content, dict) else nullcontext() as folder:
-        path = Path(file_or_content) if folder is None else Path(folder, "checkpoint.pth")
-        if folder is not None:
+    with TemporaryDirectory() if isinstance(file_or_content, dict) else nullcontext("") as folder:
+        if isinstance(file_or_content, dict):
+            path = Path(folder, "checkpoint.pth")
             torch.save(file_or_content, path)
+        else:
+            path = Path(file_or_content)
         try:
             yield path
         finally:

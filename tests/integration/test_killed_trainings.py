@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.datasets import make_dataset, plan_and_preprocess, write_splits
-from tests.killing import Training, kill_often
+from tests.killing import KILLS, Training, kill_often
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_training_killed_in_each_phase_ends_in_the_checkpoints_of_one_that_was_not(root: Path) -> None:
-    training = Training(root, "nnUNetTrainerDyCON_epochs4_iters2_valiters1_save1_seed80")
-    found = kill_often(training, kills=4, seed=0)
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_a_training_killed_in_each_phase_ends_in_the_checkpoints_of_one_that_was_not(root: Path, loaders: int) -> None:
+    training = Training(root, f"nnUNetTrainerDyCON_epochs4_iters2_valiters1_save1_seed8{loaders}", loaders)
+    found = kill_often(training, KILLS, seed=loaders)
     assert {kill.phase for kill in found} == {"training", "checkpoint", "validation"}

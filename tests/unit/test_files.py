@@ -3,11 +3,15 @@
 import errno
 import os
 import re
+import signal
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 
-from nnunetv2_dycon import files
+from nnunetv2_dycon import files, locks
 from nnunetv2_dycon.errors import DataError, SplitError, WriteError
 from tests.small_disk import run_on_small_disk
 
@@ -68,7 +72,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch)
 FILL = """
 import os, sys
 from pathlib import Path
-from nnunetv2_dycon import files
+from nnunetv2_dycon import files, locks
 from nnunetv2_dycon.errors import WriteError
 
 disk, how = Path(sys.argv[1]), sys.argv[2]
@@ -189,3 +193,116 @@ def test_a_folders_files_reach_the_disk_before_it_is_renamed(tmp_path: Path, mon
         (part / "fold_0").mkdir()
         (part / "fold_0" / "a").write_text("text")
     assert events == ["fold_0", "a", "model", "rename", tmp_path.name]
+
+
+# ---- folders that killed processes left ------------------------------------------------------------------------
+
+REPLACE = """
+import os, signal, sys
+from pathlib import Path
+from nnunetv2_dycon import files, locks
+path, moment = Path(sys.argv[1]), sys.argv[2]
+rename, renamed = os.rename, []
+def die_after(*paths):
+    rename(*paths)
+    renamed.append(paths)
+    if moment == str(len(renamed)):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.rename = die_after
+with files.whole_folder(path) as part:
+    (part / "new").write_text("")
+    print("filling", flush=True)
+    if moment == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def fill(path: Path, moment: str) -> subprocess.Popen:
+    """Start a process that writes a folder, and is killed after so many renames."""
+    words = [sys.executable, "-c", REPLACE, str(path), moment]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "filling\n"
+    return process
+
+
+def write_folder(path: Path) -> None:
+    with files.whole_folder(path) as part:
+        (part / "newest").write_text("")
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_folder_that_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path, moment: int) -> None:
+    path = tmp_path / "model [1]"  # a name that means something to glob
+    path.mkdir()
+    (path / "previous").write_text("")
+    process = fill(path, str(moment))
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 2
+    with files.scratch_folder(path):  # the one that was there is back, or the new one in its place; nothing is lost
+        assert os.listdir(path) == (["new"] if moment == 2 else ["previous"])
+    assert os.listdir(tmp_path) == [path.name]
+    write_folder(path)
+    assert os.listdir(path) == ["newest"]
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_the_folder_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with fill(path, "never") as living:
+        (part,) = tmp_path.iterdir()
+        write_folder(path)
+        assert {entry.name for entry in tmp_path.iterdir()} == {part.name, "model"}
+        assert os.listdir(part) == ["new"]
+        living.communicate()
+    assert os.listdir(path) == ["new"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_other_folders_and_files_of_such_names_are_left_alone(tmp_path: Path) -> None:
+    others = {".01234567.part.model_2", ".01234567.part.my model", ".0123.part.model", "model.part"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".01234567.part.model").write_text("a file that is being written")
+    write_folder(tmp_path / "model")
+    assert {entry.name for entry in tmp_path.iterdir()} == {*others, ".01234567.part.model", "model"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, None])
+def test_without_locks_nobody_knows_whether_a_process_lives(tmp_path: Path, monkeypatch, code: int | None) -> None:
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    if code is None:
+        monkeypatch.setattr(locks, "fcntl", None)
+    else:
+        monkeypatch.setattr(locks.fcntl, "flock", no_locks)
+    (tmp_path / ".01234567.part.model").mkdir()
+    write_folder(tmp_path / "model")
+    assert sorted(os.listdir(tmp_path)) == [".01234567.part.model", "model"]
+
+
+def test_a_folder_that_is_taken_for_a_dead_ones_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    """Another process may look at it before it is locked, and may hold the lock or have removed it."""
+    names: list[Path] = []
+    temporary_name = files.temporary_name
+
+    def noted(path: Path) -> Path:
+        names.append(temporary_name(path))
+        return names[-1]
+
+    def lock_if_free(path: Path) -> AbstractContextManager:
+        if len(names) == 1:  # it holds the lock, to remove it
+            return nullcontext(False)
+        if len(names) == 2:  # it was quicker
+            path.rmdir()
+        return locks.lock_if_free(path)
+
+    monkeypatch.setattr(files, "temporary_name", noted)
+    monkeypatch.setattr(files, "lock_if_free", lock_if_free)
+    with files.scratch_folder(tmp_path / "model") as part:
+        assert part == names[2]
+        assert part.is_dir()
+    assert not part.exists()
+    assert len(names) == 3

@@ -15,12 +15,12 @@ import pytest
 
 from nnunetv2_dycon import locks
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.locks import locked
+from nnunetv2_dycon.locks import lock_if_free, locked
 
 HOLD = """
 import sys
 from pathlib import Path
-from nnunetv2_dycon.locks import locked
+from nnunetv2_dycon.locks import lock_if_free, locked
 with locked(Path(sys.argv[1]), "busy"):
     print("held", flush=True)
     sys.stdin.read()
@@ -87,7 +87,7 @@ def test_waiting_says_so_and_gets_the_lock(place: Path, caplog: pytest.LogCaptur
 FORK = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
-from nnunetv2_dycon.locks import locked
+from nnunetv2_dycon.locks import lock_if_free, locked
 def live(ready):
     ready.set()  # before it runs for the first time, nobody can have closed anything in it
     time.sleep(60)
@@ -138,3 +138,27 @@ def test_without_fcntl_there_is_no_lock(place: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(locks, "fcntl", None)
     with locked(place, "busy") as handle:
         assert handle is None
+
+
+def test_a_lock_that_another_process_holds_is_told_from_one_that_is_free_and_from_none(
+    place: Path, monkeypatch
+) -> None:
+    with holder(place), lock_if_free(place) as held:
+        assert held is False
+    with lock_if_free(place) as held:
+        assert held is True
+        with lock_if_free(place) as again:
+            assert again is False
+    with lock_if_free(place) as held:
+        assert held is True
+
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks.fcntl, "flock", no_locks)
+        with lock_if_free(place) as held:
+            assert held is None
+    monkeypatch.setattr(locks, "fcntl", None)
+    with lock_if_free(place) as held:
+        assert held is None

@@ -1,12 +1,14 @@
 """Commands of nnU-Net as a new user mistypes them: the line that answers, and what it says to type."""
 
 import errno
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nnunetv2.run.run_training as stock
@@ -113,6 +115,86 @@ def test_weights_of_another_network_are_named_without_their_numbers(typed: Typed
     assert "(it has no network_weights); give -pretrained_weights another file" in line
 
 
+@contextmanager
+def changed(path: Path, content: str | None) -> Iterator[None]:
+    """A file with another content, or none, for a while: the data set is that of all tests."""
+    before = path.read_bytes()
+    path.unlink() if content is None else path.write_text(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def without(path: Path, *keys: str) -> str:
+    """The JSON of a file that lacks an entry."""
+    content = json.loads(path.read_text())
+    inner = content
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    return json.dumps(content)
+
+
+PLAN = "type: nnUNetv2_plan_experiment -d 901$"
+COPY = r"type: cp \S+/nnUNet_raw/Dataset901_Tiny/dataset.json \S+/nnUNet_preprocessed/Dataset901_Tiny/dataset.json$"
+EXTRACT = "type: nnUNetv2_extract_fingerprint -d 901 --clean$"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("nnUNetPlans.json", '{"plans_name": "nnU', rf"nnUNetPlans.json cannot be read \(not JSON: .*; {PLAN}"),
+        ("nnUNetPlans.json", "", rf"nnUNetPlans.json cannot be read \(not JSON: .*; {PLAN}"),
+        ("nnUNetPlans.json", "[]", rf"nnUNetPlans.json is not a JSON object; {PLAN}"),
+        ("nnUNetPlans.json", "{}", r"None.json cannot be used \(KeyError: .*restore it, or plan again"),
+        ("dataset.json", None, f"dataset.json does not exist; {COPY}"),
+        ("dataset.json", "{", rf"dataset.json cannot be read \(not JSON: .*; {COPY}"),
+        ("dataset.json", "[]", "dataset.json must be {...} with labels, channel_names and file_ending; mend it"),
+        ("dataset.json", "{}", 'dataset.json has no "labels"; add '),
+        ("dataset_fingerprint.json", None, rf"fingerprint.json cannot be read \(No such file.*\); {EXTRACT}"),
+        ("dataset_fingerprint.json", '{"spacings": [', rf"fingerprint.json cannot be read \(not JSON: .*; {EXTRACT}"),
+    ],
+)
+def test_a_file_of_the_planning_that_is_missing_or_broken_is_named_with_the_command_that_restores_it(
+    typed: Typed, tiny: Path, name: str, content: str | None, said: str
+) -> None:
+    path = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny" / name
+    with changed(path, content):
+        line = typed(*words())
+    assert re.search(said, line), line
+    assert "\n" not in line
+    assert not list(Path(os.environ["nnUNet_results"]).rglob("*.pth"))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("transpose_forward",),
+        ("image_reader_writer",),
+        ("configurations",),
+        ("configurations", "3d_fullres", "batch_size"),
+        ("configurations", "3d_fullres", "architecture", "arch_kwargs"),
+        ("configurations", "3d_fullres", "resampling_fn_probabilities"),
+    ],
+)
+def test_plans_that_lack_an_entry_are_named_before_anything_is_written(
+    typed: Typed, tiny: Path, keys: tuple[str, ...]
+) -> None:
+    path = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny" / "nnUNetPlans.json"
+    with changed(path, without(path, *keys)):
+        line = typed(*words())
+    assert re.search(rf"^{path} cannot be used \(KeyError: '{keys[-1]}'\); {PLAN}", line), line
+    assert not any(Path(os.environ["nnUNet_results"]).iterdir())
+
+
+def test_a_data_set_without_its_raw_one_is_told_to_restore_dataset_json(typed: Typed, tiny: Path, monkeypatch) -> None:
+    monkeypatch.delenv("nnUNet_raw")
+    path = tiny / "nnUNet_preprocessed" / "Dataset901_Tiny" / "dataset.json"
+    with changed(path, None):
+        assert typed(*words(dataset="Dataset901_Tiny")) == f"{path} does not exist; restore it"
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     skip = ("training_log", ".training.lock")
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[:12] not in skip}
@@ -210,6 +292,7 @@ import atexit, sys, threading
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.trainers.messages import end_in_one_line
 sys.excepthook = lambda kind, error, traceback: print("before:", error)
+print("what a training printed")
 before = sys.excepthook
 end_in_one_line()
 end_in_one_line()
@@ -225,13 +308,29 @@ def loader():
 thread = threading.Thread(target=loader, daemon=True)
 thread.start()
 atexit.register(lambda: (ends.set(), thread.join()))
-raise DataError("mend it")
+raise {error}
 """
 
 
-def test_a_program_ends_in_the_line_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "before: 'unforeseen'\n", "error: mend it\n")
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("DataError('mend it')", "error: mend it"),
+        ("KeyboardInterrupt", "stopped by Ctrl-C; to go on, type the same command with --c"),
+    ],
+)
+def test_a_program_ends_in_the_line_alone_below_all_that_it_printed(error: str, line: str) -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.replace("{error}", error)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env=buffered,
+    )
+    assert done.stdout == f"what a training printed\nbefore: 'unforeseen'\n{line}\n"
+    assert done.returncode  # after Ctrl-C 1 with stock nnU-Net too: its imports make it that
 
 
 def test_nnunets_search_for_trainers_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

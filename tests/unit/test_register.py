@@ -61,17 +61,28 @@ def test_one_variable_switches_it_off(monkeypatch):
     assert "nnUNet_extTrainer" not in os.environ
 
 
-def test_the_start_of_an_interpreter_imports_nothing_more_than_the_two_modules():
+def modules_at_start(*words: str, **variables: str) -> str:
+    """What the start of an interpreter imports."""
     script = (
         "import os, sys; before = set(sys.modules); import nnunetv2_dycon._register as r; r.register();"
-        "print(sorted(set(sys.modules) - before))"
+        "print(sorted(name for name in set(sys.modules) - before if name.startswith('nnunetv2') or not words))"
     )
     root = Path(nnunetv2_dycon.__file__).parents[1]
     # -S: no start-up file may have imported it before; the path is given instead
-    command = [sys.executable, "-S", "-c", script]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['nnunetv2_dycon', 'nnunetv2_dycon._register']"
+    command = [sys.executable, "-S", "-c", f"words = {words!r}; {script}", *words]
+    environment = {**os.environ, "PYTHONPATH": str(root), **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_start_of_an_interpreter_imports_nothing_more_than_the_two_modules():
+    two = "['nnunetv2_dycon', 'nnunetv2_dycon._register']"
+    assert modules_at_start() == two
+    assert modules_at_start(**{_register.TRAINING: "1"}) == two  # a process that another one started
+
+
+def test_a_process_that_a_training_starts_follows_it():
+    found = modules_at_start("--multiprocessing-fork", **{_register.TRAINING: str(os.getpid())})
+    assert found == "['nnunetv2_dycon', 'nnunetv2_dycon._register', 'nnunetv2_dycon.errors', 'nnunetv2_dycon.parallel']"
 
 
 def test_the_shim_hands_names_on(monkeypatch):
