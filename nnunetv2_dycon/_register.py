@@ -17,11 +17,25 @@ def register() -> None:
 
     Does nothing where the folder is already listed or NNUNETV2_DYCON_NO_AUTOREGISTER=1 is set.
     """
-    if os.environ.get(TRAINING) == str(os.getppid()):
+    starter = os.environ.get(TRAINING)
+    if starter and (int(starter) == os.getppid() or _is_gone(int(starter))):
         from nnunetv2_dycon.parallel import follow_starter
 
-        follow_starter()
+        follow_starter(int(starter))
     before = os.environ.get(VARIABLE, "")
     if os.environ.get(SWITCH_OFF) == "1" or FOLDER in before.split(os.pathsep):
         return
     os.environ[VARIABLE] = f"{before}{os.pathsep}{FOLDER}" if before else FOLDER
+
+
+def _is_gone(process: int) -> bool:
+    """Return whether a process was killed before one that it started came here."""
+    if not hasattr(os, "getpgid"):  # Windows
+        return False
+    try:
+        os.getpgid(process)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

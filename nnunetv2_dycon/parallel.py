@@ -177,17 +177,32 @@ def end_with_parent() -> None:
     _end_unless(lambda: parent.is_alive() and (not direct or os.getppid() == parent.pid))
 
 
-def follow_starter() -> None:
+def follow_starter(starter: int) -> None:
     """Let a process of multiprocessing, at its very start, end with the one that started it, and pass over Ctrl-C.
 
     For processes that nnU-Net starts: until they have imported what they need they would not notice that it is gone,
     and each would print where Ctrl-C met it.
+
+    Parameters
+    ----------
+    starter : int
+        The process that started this one; it may have ended since.
     """
     if "--multiprocessing-fork" not in sys.orig_argv:  # the one that tidies up after all others
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    starter = os.getppid()
     _end_unless(lambda: os.getppid() == starter)
+
+
+def end_forks_with_this_process() -> None:
+    """Let every process that this one forks from now on end within a second or two of it."""
+
+    def follow() -> None:
+        starter = os.getppid()
+        _end_unless(lambda: os.getppid() == starter)
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=follow)
 
 
 def _end_unless(alive: Callable[[], bool]) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,21 +36,33 @@ def left_after(processes: Iterable[int], seconds: float) -> set[int]:
 def children_of(process: int) -> set[int]:
     """All processes that a process started, and those that these started."""
     found = set()
+    for child in started_by(process):
+        found |= {child} | children_of(child)
+    return found
+
+
+def started_by(process: int) -> set[int]:
+    """The processes that a process started itself."""
+    found: set[int] = set()
     for task in Path(f"/proc/{process}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found |= {child} | children_of(child)
+        with suppress(OSError):  # the thread has ended
+            found.update(map(int, task.read_text().split()))
     return found
 
 
 def kill_alone(*processes: int) -> set[int]:
     """Kill processes, and nothing that they started; returns the sessions of all of them, to look for what is left."""
-    for process in processes:
-        os.kill(process, signal.SIGSTOP)  # it starts no more
+    _send(processes, signal.SIGSTOP)  # they start no more
     families = {one for process in processes for one in (process, *children_of(process))}
     sessions = {_session(one) for one in families} - {None, os.getsid(0)}
-    for process in processes:
-        os.kill(process, signal.SIGKILL)
+    _send(processes, signal.SIGKILL)
     return sessions
+
+
+def _send(processes: Iterable[int], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def left_in(sessions: set[int], seconds: float = 10) -> set[int]:

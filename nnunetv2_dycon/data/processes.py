@@ -28,11 +28,15 @@ _ERROR = "error"  # the only key of a batch that is none
 @contextmanager
 def ending_with_this_process() -> Iterator[None]:
     """Let the processes that nnU-Net starts anew within the block, as its final validation does, end with this one."""
+    before = os.environ.get(TRAINING)
     os.environ[TRAINING] = str(os.getpid())
     try:
         yield
     finally:
-        del os.environ[TRAINING]
+        if before is None:
+            del os.environ[TRAINING]
+        else:
+            os.environ[TRAINING] = before
 
 
 class LoaderProcesses(NonDetMultiThreadedAugmenter):

@@ -14,7 +14,7 @@ from nnunetv2_dycon.folders import VARIABLES, environment_folder
 _LITTLE = 2  # GB; a checkpoint that did not fit is deleted again, so that some space is free
 
 # A command of nnU-Net by its name, whatever is in PATH. It inherits the lock, so that nothing else works on its files
-# when this process is killed; its loader processes do not, since they may outlive it.
+# when this process is killed; the processes that it starts do not. These end with it, since nobody would wait for them.
 _COMMAND = """
 import os, sys
 from importlib.metadata import entry_points
@@ -23,8 +23,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [os.close(held.pop()) for _ in held[:]])
 sys.argv.pop(0)
 (command,) = {e.value: e for e in entry_points(group="console_scripts", name=sys.argv[0])}.values()
+from nnunetv2_dycon.data.processes import ending_with_this_process
 from nnunetv2_dycon.exit_codes import exit_code
-sys.exit(exit_code(lambda: command.load()() or 0))
+from nnunetv2_dycon.parallel import end_forks_with_this_process
+end_forks_with_this_process()
+with ending_with_this_process():
+    sys.exit(exit_code(lambda: command.load()() or 0))
 """
 
 

@@ -1,6 +1,7 @@
 """A command that is killed at any moment and typed again leaves what it leaves otherwise, and nothing else."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,8 @@ def test_a_comparison_that_predicts(template: Path, tmp_path: Path) -> None:
     plan_and_preprocess(root=template)
     training = Training(template, "nnUNetTrainerDyCON_epochs1_iters1_valiters1_seed0")
     training.finish()
-    words = ("compare", "-d", "901", "--runs", training.trainer, "--weights", "student", "teacher", "-o", "report")
+    shutil.copytree(template / "nnUNet_raw" / names.dataset / "labelsTs", template / "other")
+    words = ("compare", "-d", "901", "--runs", "other", training.trainer, "--weights", "teacher", "-o", "report")
     words += ("--predict", "--disable_tta", "-np", "1", "-device", "cpu")
     command = Command(template, tmp_path / "data", words, "nnUNet_results/*/*/*/test/.*.part.*")
 

@@ -17,7 +17,15 @@ import pytest
 import torch
 from batchgenerators.dataloading.data_loader import DataLoader
 
-from nnunetv2_dycon.data.processes import LoaderProcesses, _death, share, shared_bytes, tensors_of
+from nnunetv2_dycon._register import TRAINING
+from nnunetv2_dycon.data.processes import (
+    LoaderProcesses,
+    _death,
+    ending_with_this_process,
+    share,
+    shared_bytes,
+    tensors_of,
+)
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.randomness import global_states
 from nnunetv2_dycon.shared_memory import file_shortage, memory_shortage, waiting_batches
@@ -363,3 +371,12 @@ def test_a_full_shared_memory_ends_a_training_with_one_line(tmp_path: Path) -> N
     assert re.search(r"DataError: no shared memory for a batch of 392 kB, \d+ kB are free in /dev/shm", done.stderr)
     assert done.stderr.strip().splitlines()[-1].endswith("export nnUNet_n_proc_DA=0")
     assert done.stderr.count("No space left") == 1
+
+
+def test_processes_follow_until_the_outermost_block_ends() -> None:
+    assert TRAINING not in os.environ
+    with ending_with_this_process():
+        with pytest.raises(KeyError, match="inside"), ending_with_this_process():
+            raise KeyError("inside")
+        assert os.environ[TRAINING] == str(os.getpid())
+    assert TRAINING not in os.environ

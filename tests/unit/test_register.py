@@ -80,6 +80,16 @@ def test_the_start_of_an_interpreter_imports_nothing_more_than_the_two_modules()
     assert modules_at_start(**{_register.TRAINING: "1"}) == two  # a process that another one started
 
 
+def test_a_process_whose_training_was_killed_as_it_started_ends():
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    script = "from nnunetv2_dycon import _register; _register.register(); import time; time.sleep(60)"
+    words = [sys.executable, "-S", "-c", script, "--multiprocessing-fork"]
+    root = str(Path(nnunetv2_dycon.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, _register.TRAINING: str(gone.pid)}
+    assert subprocess.run(words, env=environment, check=False, timeout=30).returncode == 1
+
+
 def test_a_process_that_a_training_starts_follows_it():
     found = modules_at_start("--multiprocessing-fork", **{_register.TRAINING: str(os.getpid())})
     assert found == "['nnunetv2_dycon', 'nnunetv2_dycon._register', 'nnunetv2_dycon.errors', 'nnunetv2_dycon.parallel']"

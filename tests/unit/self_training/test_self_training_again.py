@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 
 from nnunetv2_dycon import parallel
+from nnunetv2_dycon.checkpoint import read_checkpoint
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.self_training import running
 from tests.datasets import environment
+from tests.processes import children_of, kill_alone, left_in, started_by
 from tests.rounds import (
     CASES,
     NAME,
@@ -25,13 +28,13 @@ from tests.rounds import (
     Killed,
     checkpoint,
     copy_data,
-    family,
     first_fold,
     raw,
     send,
     start,
     tree,
 )
+from tests.training import same
 
 # ---- going on ------------------------------------------------------------------------------------------------
 
@@ -157,6 +160,31 @@ def test_a_command_whose_output_nobody_reads_ends_the_run_as_such(monkeypatch, r
         running.call(["nnUNetv2_train"], 7)
 
 
+STARTING = """
+import multiprocessing, os, signal, time
+from nnunetv2_dycon.self_training import running
+
+def start():
+    for how in ("fork", "spawn"):
+        multiprocessing.get_context(how).Process(target=time.sleep, args=(600,)).start()
+    print("started", flush=True)
+    signal.pause()
+
+if __name__ == "__main__":
+    exec(running._COMMAND.replace("command.load()", "start"))
+"""
+
+
+def test_what_a_killed_command_started_ends_with_it(tmp_path):
+    (tmp_path / "starting.py").write_text(STARTING)
+    words = [sys.executable, str(tmp_path / "starting.py"), "", "nnUNetv2_predict"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "started\n"
+        assert len(children_of(process.pid)) >= 2
+        sessions = kill_alone(process.pid)
+    assert not left_in(sessions)
+
+
 def test_a_dry_run_writes_nothing_and_says_what_is_done(monkeypatch, root, caplog):
     caplog.set_level(logging.INFO)
     before = tree(root)
@@ -208,40 +236,52 @@ def wait_for(root, process, text, seconds=900):
         time.sleep(0.02)
 
 
-def weights(root):
-    import torch
-
+def final_checkpoint(root):
     (path,) = (root / "nnUNet_results" / ROUNDS[0]).glob("*/fold_0/checkpoint_final.pth")
-    return torch.load(path, weights_only=False, map_location="cpu")["network_weights"]
+    return read_checkpoint(path)
+
+
+def whole_names(root):
+    """What a run leaves, hidden files too, but for the logs: each run has its own."""
+    paths = (str(path.relative_to(root)) for path in root.rglob("*"))
+    return sorted(path for path in paths if "training_log" not in path and path != "log.txt")
+
+
+STAGES = ("Epoch 1", "Predicting u_01", "Preprocessing cases", "This split has 6 training", "Epoch 3")
 
 
 @pytest.mark.slow
 def test_real_commands_killed_at_every_stage_end_in_the_weights_of_a_clean_run(root, tmp_path_factory):
+    """The run and the command that it started are killed, alone: the command's processes must end by themselves."""
     clean = tmp_path_factory.mktemp("clean")
     shutil.copytree(root, clean, dirs_exist_ok=True)
     process = launch(clean)
     assert process.wait() == 0, (clean / "log.txt").read_text(errors="replace")[-3000:]
 
-    for text in ("Epoch 1", "Predicting u_01", "Preprocessing cases", "This split has 6 training", "Epoch 3"):
+    draw = random.Random(7)
+    for text in STAGES:
         (root / "log.txt").write_text("")
         process = launch(root)
         wait_for(root, process, text)
-        all_of_it = family(process.pid)
+        time.sleep(draw.uniform(0, 0.3))
+        commands = started_by(process.pid)
         if text == "This split has 6 training":
-            send(all_of_it, signal.SIGSTOP)  # or the short training could end before the second command looks
+            send(commands, signal.SIGSTOP)  # or the short training could end before the second run looks
             process.kill()  # it alone: the training lives, and keeps others out
             process.wait()
             second = launch(root)
             assert second.wait() == 2
             assert "is working on" in (root / "log.txt").read_text(errors="replace")
-        send(all_of_it, signal.SIGKILL)
+        sessions = kill_alone(process.pid, *commands)
         process.wait()
+        assert not left_in(sessions), text
     process = launch(root)
     assert process.wait() == 0, (root / "log.txt").read_text(errors="replace")[-3000:]
 
-    ours, theirs = weights(root), weights(clean)
-    assert ours.keys() == theirs.keys()
-    assert all(bool((ours[key] == theirs[key]).all()) for key in ours)
+    ours, theirs = final_checkpoint(root), final_checkpoint(clean)
+    assert ours["_best_ema"] == theirs["_best_ema"]
+    assert same(ours["network_weights"], theirs["network_weights"])
+    assert whole_names(root) == whole_names(clean)
     for case in CASES:
         one, other = (nib.load(raw(where) / f"labelsTr/{case}.nii.gz") for where in (root, clean))
         assert np.array_equal(np.asarray(one.dataobj), np.asarray(other.dataobj))
