@@ -1,13 +1,15 @@
 """README and docs: links lead somewhere, tables are those of the code, the first page is short."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nnunetv2_dycon.commands import VERBS
 from nnunetv2_dycon.trainers.names import TRAINERS
-from scripts import trainer_tables
+from scripts import build_site, trainer_tables
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -66,3 +68,32 @@ def test_the_first_page_is_short_and_names_every_trainer_and_verb() -> None:
     missing = [name for name in TRAINERS if name not in text and "GA" not in name and "Paper" not in name]
     assert not missing
     assert not [verb for verb in VERBS if f"`{verb.split()[0]}`" not in text]
+
+
+def test_the_site_has_every_page_in_its_navigation(tmp_path: Path) -> None:
+    build_site.gather(tmp_path)
+    listed = set(re.findall(r": ([\w.]+\.md)$", (build_site.SITE / "mkdocs.yml").read_text(), flags=re.M))
+    assert listed == {path.name for path in tmp_path.glob("*.md")}
+
+
+def test_the_page_of_commands_has_the_help_of_every_verb() -> None:
+    page = build_site.commands_page()
+    for verb in VERBS:
+        assert f"\n## {verb}\n\n```text\nusage: nnUNetv2_dycon {verb} [-h]" in page
+
+
+def test_source_files_are_text_in_the_site() -> None:
+    text = "[a](docs/data.md#x) [b](nnunetv2_dycon/step.py) [c](CONTRIBUTING.md)"
+    assert build_site.with_links(text, first=True) == "[a](data.md#x) b [c](CONTRIBUTING.md)"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    words = [sys.executable, "scripts/build_site.py", "-o", str(tmp_path / "site")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
+    assert {"index.html", "trainers.html", "commands.html", "api.html", "results.html"} <= pages
+    assert "entropy_weight" in (tmp_path / "site" / "api.html").read_text()
+    loaded = re.findall(r'(?:src|href)="(https?://[^"]+)"', (tmp_path / "site" / "index.html").read_text())
+    assert not [link for link in loaded if link.endswith((".js", ".css"))]
