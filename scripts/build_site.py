@@ -18,10 +18,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from nnunetv2_dycon import commands
 
+ROOT = Path(__file__).parents[1]
 SITE = ROOT / "scripts" / "site"
 WIDTH = "100"
 API = {
