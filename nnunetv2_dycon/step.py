@@ -92,6 +92,8 @@ class Batch:
 
     def at_each_level(self, loss: Callable[[Tensor, Tensor], Tensor], outputs: Outputs) -> Tensor:
         """Return the weighted sum of a loss of each output (B_l, C, *G) and its labels, as nnU-Net weighs its own."""
+        if not self.levels:
+            raise ConfigError("the trainer's loss has no weight_factors, as nnU-Net's has: leave _ga out.")
         each = [outputs] if isinstance(outputs, Tensor) else outputs
         values = [w * loss(output, y) for output, (w, y) in zip(each, self.levels, strict=True) if w]
         return torch.stack(values).sum()
@@ -373,7 +375,7 @@ class Step:
     warn : callable
         Takes a line for the log.
     weights : sequence of float
-        Those of the outputs in the loss, the finest first.
+        Those of the outputs in the loss, the finest first; empty where it does not tell them.
 
     `number` counts the steps done; `log` has the logged numbers of each, whoever reads it empties it.
     """
@@ -449,7 +451,9 @@ class Step:
             supervised=lambda outputs: self.loss(outputs, target),
             now=now,
             generator=self.generator,
-            levels=tuple(zip(self.weights, target if isinstance(target, list) else [target], strict=True)),
+            levels=tuple(
+                zip(self.weights, target if isinstance(target, list) else [target], strict=bool(self.weights))
+            ),
         )
 
     def _run(self, p: Pass, data: Batch, before: Any, log: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -31,7 +31,7 @@ class UnlabeledSettings(Settings):
     """Options of every method that learns from unlabelled patches."""
 
     learned: float = option(
-        0.4,
+        0.8,
         low=0.0,
         high=1.0,
         neutral=0.0,

@@ -255,11 +255,15 @@ def draw_landscape(surfaces: Sequence[Surface], grid: NDArray) -> Figure:
         for axis, surface in zip(row, surfaces, strict=True):
             values = surface.losses[name]
             low, high = float(np.nanmin(values)), float(np.nanmax(values))
-            floor = low - 0.35 * max(high - low, 1e-9)
+            flat = high - low <= 1e-9 * max(1.0, abs(high))
+            floor = low - (1.0 if flat else 0.35 * (high - low))
             axis.plot_surface(first, second, values, cmap="viridis", linewidth=0, rasterized=True, alpha=0.9)
-            axis.contour(first, second, values, 8, zdir="z", offset=floor, cmap="viridis", linewidths=0.8)
+            if not flat:
+                axis.contour(first, second, values, 8, zdir="z", offset=floor, cmap="viridis", linewidths=0.8)
             axis.plot([0, 0], [0, 0], [floor, values[middle, middle]], "k:", linewidth=1)
-            axis.plot([0], [0], [values[middle, middle]], "k^", markersize=5, zorder=10)
+            axis.plot(
+                [0], [0], [values[middle, middle]], "^", color="black", markeredgecolor="white", markersize=7, zorder=10
+            )
             axis.set_zlim(floor, high)
             axis.tick_params(labelsize=6, pad=-1)
             axis.set_xlabel("direction 1", fontsize=7, labelpad=-6)

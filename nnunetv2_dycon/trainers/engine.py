@@ -134,7 +134,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):
             autocast=autocast_of(self.device, bf16=self.settings.bf16),
             scaler=self.grad_scaler,
             warn=self.print_to_log_file,
-            weights=getattr(self.loss, "weight_factors", (1.0,)),  # of nnU-Net's deep supervision
+            weights=getattr(self.loss, "weight_factors", () if self.enable_deep_supervision else (1.0,)),
         )
         guard_files()
 

@@ -60,7 +60,7 @@ def arrays(counts: dict[str, list[int]]) -> dict[str, np.ndarray]:
 
 
 def test_the_series_are_means_over_the_steps_of_each_epoch(trainer) -> None:
-    t = trainer(named("nnUNetTrainerDyCON", "epochs4_iters3_valiters1_rampup0p5_delay0"))
+    t = trainer(named("nnUNetTrainerDyCON", "epochs4_iters3_valiters1_rampup0p5_delay0_learned0"))
     t.on_train_start()
     logs, clear = [], t.on_train_epoch_end
     t.on_train_epoch_end = lambda outputs: logs.append([dict(log) for log in t.step.log]) or clear(outputs)
@@ -129,7 +129,7 @@ def test_the_second_network_trains_on_after_it_was_scored(trainer) -> None:
 
 
 def test_a_number_that_comes_later_has_a_value_for_every_epoch(trainer) -> None:
-    t = trainer(named("nnUNetTrainerBCP", "epochs3_iters1_valiters1_pretrain0p3"))
+    t = trainer(named("nnUNetTrainerBCP", "epochs3_iters1_valiters1_pretrain0p3_learned0"))
     t.on_train_start()
     run_epochs(t, 3)
     store = t.logger.local_logger.my_fantastic_logging

@@ -32,7 +32,7 @@ setattr(fake, name, function)
 sys.modules[module] = fake
 show = lambda result: print(result) or 0
 commands.VERBS[verb] = commands.VERBS[verb]._replace(show=show, next=lambda typed, result: None)
-sys.exit(commands.main([verb, *{arguments!r}]))
+sys.exit(commands.main([*verb.split(), *{arguments!r}]))
 """
 
 

@@ -56,7 +56,7 @@ def test_every_level_of_deep_supervision_has_the_weight_of_nnunet() -> None:
     fine = torch.randn(2, CLASSES, *data.y_l.shape[2:], dtype=torch.float64, requires_grad=True)
     coarse, labels = fine[..., ::2].detach(), data.y_l[..., ::2]
     data = replace(data, levels=((0.75, data.y_l), (0.25, labels), (0.0, labels[..., :1])))
-    value = method.supervised_loss([fine, coarse, coarse[..., :1]], data)
+    value = method.supervised_loss([fine, coarse, coarse[..., :1] * torch.nan], data)  # weight 0 asks for no loss
     reference = 0.75 * wanted(fine, data.y_l[:, 0], 0.1) + 0.25 * wanted(coarse, labels[:, 0], 0.1)
     assert relative_error(value, reference) <= 1e-12
 

@@ -290,6 +290,17 @@ def test_each_network_weighs_classes_in_its_own_way(ga: bool) -> None:
             assert found.terms[f"supervised{ending}"].weight == 1.0
 
 
+def test_neither_network_teaches_the_other_a_class_that_is_not_learnt() -> None:
+    method, student = dhc()
+    method.learned.counts.zero_()
+    groups = costs_of(method, student, batch())
+    second = method.teacher.network
+    names = ("cps", "cps_second", "cps_labeled_second", "cps_labeled")
+    for group, name, network in zip(groups, names, (student, second, second, student), strict=True):
+        value = group().terms[name].value
+        assert not any(slope.any() for slope in torch.autograd.grad(value, list(network.parameters())))
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_class_weights_follow_dice_and_shares_over_steps(delay: float) -> None:
     """Shares are those of the labels first, then of the second network's labels; against both written out."""

@@ -93,10 +93,13 @@ def test_fecl_takes_every_option_of_its_name(rule: str) -> None:
         assert found[name].terms[name].weight == pytest.approx(0.35)
     kept = torch.tensor(rows["fecl_unlabeled"])
     assert found["fecl_unlabeled"].logged["patches_kept"].item() == pytest.approx((kept >= 0).float().mean().item())
+    first, last = costs_of(method, student, data)
+    first()
+    again = last().logged  # of the second step alone
     marked = [torch.tensor(rows[name]) for name in rows]
     for c in (1, 2):
         wanted = sum(int((row == c).sum()) for row in marked)
-        assert found["fecl_labeled"].logged[f"anchors_{c}"].item() == wanted
+        assert found["fecl_labeled"].logged[f"anchors_{c}"].item() == again[f"anchors_{c}"].item() == wanted
         share = covered_share(labels, marked[1], GRID, CLASSES)[c].item()
         assert found["fecl_labeled"].logged[f"covered_{c}"].item() == pytest.approx(share)
     foreground = (kept > 0).float().mean().item()

@@ -166,7 +166,7 @@ def test_cutmix_with_one_unlabeled_patch(tiny: Path) -> None:
     assert "unlabeledbatch2" in one_line(error)
 
 
-@pytest.mark.parametrize("name", ["LabeledOnly_paste0p5", "BCP"])
+@pytest.mark.parametrize("name", ["LabeledOnly_paste0p5", "BCP_pretrain0p2"])
 def test_pastes_among_labelled_patches_with_one_of_them(tiny: Path, name: str) -> None:
     t = begin(make_trainer(f"nnUNetTrainer{name}_batch1"))
     with pytest.raises(ConfigError) as error:

@@ -366,5 +366,5 @@ def test_a_class_that_the_teacher_does_not_show_is_said_in_the_log(
     t.on_epoch_end()
     log = capsys.readouterr().out
     assert ("the teacher does not show class 'class2'" in log) == said
-    waits = "do not teach it: class2 (1 of 2 classes; Dice on labelled patches below 0.4)"
+    waits = "do not teach it: class2 (1 of 2 classes; Dice on labelled patches below 0.8)"
     assert (waits in log) == (not learned)

@@ -1,0 +1,99 @@
+"""README and docs: links lead somewhere, tables are those of the code, the first page is short."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_dycon.commands import VERBS
+from nnunetv2_dycon.trainers.names import TRAINERS
+from scripts import build_site, trainer_tables
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")) if not path.name.startswith("comparison_")
+)
+LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", without_code(path.read_text(encoding="utf-8")), flags=re.M)
+    found: set[str] = set()
+    for title in titles:
+        slug = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()).replace(" ", "-")
+        found.add(slug if slug not in found else f"{slug}-1")
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    broken = []
+    for target in LINK.findall(without_code(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path)):
+            broken.append(target)
+    assert not broken
+
+
+def test_every_page_is_linked_from_the_first_one_or_one_that_it_links() -> None:
+    reached, new = set(), {ROOT / "README.md"}
+    while new:
+        reached |= new
+        text = "".join(without_code(page.read_text(encoding="utf-8")) + "\0" for page in new)
+        links = {link.partition("#")[0] for link in LINK.findall(text) if link.partition("#")[0].endswith(".md")}
+        places = {(base / link).resolve() for link in links for base in (ROOT, ROOT / "docs")}
+        new = {path for path in places if path.is_file()} - reached
+    assert {path for path in PAGES if path.parent.name == "docs"} <= reached
+
+
+def test_the_tables_of_options_are_those_of_the_code() -> None:
+    text = trainer_tables.PAGE.read_text(encoding="utf-8")
+    assert trainer_tables.page(text) == text
+
+
+def test_the_first_page_is_short_and_names_every_trainer_and_verb() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 130
+    missing = [name for name in TRAINERS if name not in text and "GA" not in name and "Paper" not in name]
+    assert not missing
+    assert not [verb for verb in VERBS if f"`{verb.split()[0]}`" not in text]
+
+
+def test_the_site_has_every_page_in_its_navigation(tmp_path: Path) -> None:
+    build_site.gather(tmp_path)
+    listed = set(re.findall(r": ([\w.]+\.md)$", (build_site.SITE / "mkdocs.yml").read_text(), flags=re.M))
+    assert listed == {path.name for path in tmp_path.glob("*.md")}
+
+
+def test_the_page_of_commands_has_the_help_of_every_verb() -> None:
+    page = build_site.commands_page()
+    for verb in VERBS:
+        assert f"\n## {verb}\n\n```text\nusage: nnUNetv2_dycon {verb} [-h]" in page
+
+
+def test_source_files_are_text_in_the_site() -> None:
+    text = "[a](docs/data.md#x) [b](nnunetv2_dycon/step.py) [c](CONTRIBUTING.md)"
+    assert build_site.with_links(text, first=True) == "[a](data.md#x) b [c](CONTRIBUTING.md)"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    words = [sys.executable, "scripts/build_site.py", "-o", str(tmp_path / "site")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
+    assert {"index.html", "trainers.html", "commands.html", "api.html", "results.html"} <= pages
+    assert "entropy_weight" in (tmp_path / "site" / "api.html").read_text()
+    loaded = re.findall(r'(?:src|href)="(https?://[^"]+)"', (tmp_path / "site" / "index.html").read_text())
+    assert not [link for link in loaded if link.endswith((".js", ".css"))]
