@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_dycon import commands
+from nnunetv2_dycon.exit_codes import exit_code
 from tests.processes import hear_ctrl_c
 from tests.unit.test_commands import REQUIRED
 
@@ -106,6 +107,13 @@ def test_help_and_a_real_list_into_a_closed_pipe_end_quietly(arguments: list[str
     assert (process.returncode, said) == (code, "")  # argparse itself passes over what it cannot print
 
 
+def test_a_short_output_that_waits_in_a_buffer_ends_quietly_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    process = into_a_closed_pipe(of_verb("check", "return 'x'"), "stdout")
+    _, said = process.communicate()
+    assert (process.returncode, said) == (141, "")
+
+
 def test_errors_that_nobody_reads_end_quietly_too() -> None:
     body = "from nnunetv2_dycon.errors import DataError; raise DataError('x')"
     process = into_a_closed_pipe(of_verb("check", body), "stdout", "stderr")
@@ -120,6 +128,16 @@ def test_a_broken_pipe_of_another_kind_is_an_error_of_ours() -> None:
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------
+
+
+def test_a_command_gives_ctrl_c_back_to_python_however_it_ends() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for ends, code in ((lambda: 0, 0), (lambda: os.kill(os.getpid(), signal.SIGINT) or 0, 130)):
+            assert exit_code(ends) == code
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("verb", commands.VERBS)
