@@ -278,6 +278,19 @@ def test_a_folder_that_is_being_replaced_is_left_to_the_process_that_does_it(tmp
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_a_folder_that_a_living_process_is_replacing_right_now_is_not_put_back(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with fill(path, "never") as living:
+        (part,) = tmp_path.iterdir()
+        old = part.with_name(part.name.replace(".part.", ".old."))
+        old.mkdir()
+        with files.scratch_folder(path):
+            assert old.is_dir()
+            assert not path.exists()
+        living.communicate()
+    assert sorted(os.listdir(tmp_path)) == ["model"]
+
+
 def test_other_folders_and_files_of_such_names_are_left_alone(tmp_path: Path) -> None:
     others = {".01234567.part.model_2", ".01234567.part.my model", ".0123.part.model", "model.part"}
     for name in others:
@@ -302,7 +315,7 @@ def test_without_locks_nobody_knows_whether_a_process_lives(tmp_path: Path, monk
 
 
 def test_a_folder_that_is_taken_for_a_dead_ones_is_made_again(tmp_path: Path, monkeypatch) -> None:
-    """Another process may look at it before it is locked, and may hold the lock or have removed it."""
+    """Another process may look at it before it is locked, and may hold the lock or remove it around that moment."""
     names: list[Path] = []
     temporary_name = files.temporary_name
 
@@ -315,12 +328,15 @@ def test_a_folder_that_is_taken_for_a_dead_ones_is_made_again(tmp_path: Path, mo
             return nullcontext(False)
         if len(names) == 2:  # it was quicker
             path.rmdir()
+        if len(names) == 3:  # as quick
+            path.rmdir()
+            return nullcontext(True)
         return locks.lock_if_free(path)
 
     monkeypatch.setattr(files, "temporary_name", noted)
     monkeypatch.setattr(files, "lock_if_free", lock_if_free)
     with files.scratch_folder(tmp_path / "model") as part:
-        assert part == names[2]
+        assert part == names[3]
         assert part.is_dir()
     assert not part.exists()
-    assert len(names) == 3
+    assert len(names) == 4

@@ -8,6 +8,7 @@ import pytest
 
 import nnunetv2_dycon
 from nnunetv2_dycon import _register
+from tests.processes import hear_ctrl_c
 
 SHIM = Path(nnunetv2_dycon.__file__).parent / "_nnunet_ext" / "nnunetv2_dycon_trainers.py"
 
@@ -102,7 +103,8 @@ def test_a_worker_follows_its_starter_and_passes_over_ctrl_c_but_what_tidies_up_
         "follow_starter(os.getppid());"
         "print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, threading.active_count())"
     )
-    run = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", script, *words]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, preexec_fn=hear_ctrl_c)
     assert run.stdout.split() == ([str(True), "2"] if follows else [str(False), "1"])
 
 
