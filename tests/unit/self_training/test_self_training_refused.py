@@ -237,3 +237,13 @@ def test_images_are_tried_once(monkeypatch, root):
 def test_ids_of_rounds_are_their_own(root, ids):
     with pytest.raises(ConfigError, match="--as"):
         self_train(901, ids, epochs=(250,) * (len(ids) + 1))
+
+
+def test_a_command_that_ends_well_without_its_results_stops_the_run(monkeypatch, root):
+    class Idle(Commands):
+        def train(self, words):
+            """Do nothing, as a training whose results go elsewhere."""
+
+    with pytest.raises(DataError, match="train on the labelled cases: no error, but the results are missing"):
+        start(monkeypatch, root, commands=(commands := Idle(root)))
+    assert len(commands.seen) == 1
