@@ -109,7 +109,8 @@ def test_help_and_a_real_list_into_a_closed_pipe_end_quietly(arguments: list[str
 
 def test_a_short_output_that_waits_in_a_buffer_ends_quietly_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    process = into_a_closed_pipe(of_verb("check", "return 'x'"), "stdout")
+    script = "import sys; from nnunetv2_dycon.exit_codes import exit_code; sys.exit(exit_code(lambda: print('x') or 0))"
+    process = into_a_closed_pipe(script, "stdout")
     _, said = process.communicate()
     assert (process.returncode, said) == (141, "")
 

@@ -185,6 +185,36 @@ def test_what_a_killed_command_started_ends_with_it(tmp_path):
     assert not left_in(sessions)
 
 
+FORKING = """
+import os, sys
+from nnunetv2_dycon.self_training import running
+
+lock = int(sys.argv[1])
+
+def is_open():
+    try:
+        return bool(os.fstat(lock))
+    except OSError:
+        return False
+
+def start():
+    child = os.fork()
+    if not child:
+        os._exit(is_open())
+    print(is_open(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+exec(running._COMMAND.replace("command.load()", "start"))
+"""
+
+
+def test_a_command_holds_the_lock_and_what_it_forks_does_not(tmp_path):
+    lock = os.open(tmp_path, os.O_RDONLY)
+    words = [sys.executable, "-c", FORKING, str(lock), "nnUNetv2_train"]
+    done = subprocess.run(words, pass_fds=(lock,), capture_output=True, text=True, check=True)
+    os.close(lock)
+    assert done.stdout == "True 0\n"
+
+
 def test_a_dry_run_writes_nothing_and_says_what_is_done(monkeypatch, root, caplog):
     caplog.set_level(logging.INFO)
     before = tree(root)
