@@ -278,19 +278,6 @@ def test_a_folder_that_is_being_replaced_is_left_to_the_process_that_does_it(tmp
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_a_folder_that_a_living_process_is_replacing_right_now_is_not_put_back(tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    with fill(path, "never") as living:
-        (part,) = tmp_path.iterdir()
-        old = part.with_name(part.name.replace(".part.", ".old."))
-        old.mkdir()
-        with files.scratch_folder(path):
-            assert old.is_dir()
-            assert not path.exists()
-        living.communicate()
-    assert sorted(os.listdir(tmp_path)) == ["model"]
-
-
 def test_other_folders_and_files_of_such_names_are_left_alone(tmp_path: Path) -> None:
     others = {".01234567.part.model_2", ".01234567.part.my model", ".0123.part.model", "model.part"}
     for name in others:
