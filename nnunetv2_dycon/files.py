@@ -102,7 +102,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         What the folder is for; its parent is made where it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_dead(path)
+    remove_dead(path)
     with ExitStack() as stack:
         part = _claimed_folder(path, stack)
         try:
@@ -121,7 +121,14 @@ def _claimed_folder(path: Path, stack: ExitStack) -> Path:
         stack.close()
 
 
-def _remove_dead(path: Path) -> None:
+def remove_dead(path: Path) -> None:
+    """Remove the hidden folders that killed processes left for `path`; one that was being replaced has its name again.
+
+    Parameters
+    ----------
+    path : Path
+        As for `scratch_folder`.
+    """
     name = glob.escape(path.name)
     for part in path.parent.glob(f".????????{PART}.{name}"):
         if part.is_dir():

@@ -21,7 +21,7 @@ from nnunetv2_dycon.evaluation.report import REPORT_FILE, write_report
 from nnunetv2_dycon.evaluation.runs import Place, Run, find_runs
 from nnunetv2_dycon.evaluation.scores import check_writable, evaluate
 from nnunetv2_dycon.evaluation.tables import choose_published
-from nnunetv2_dycon.files import whole_folder
+from nnunetv2_dycon.files import remove_dead, whole_folder
 from nnunetv2_dycon.folders import environment_folder
 
 logger = logging.getLogger(__name__)
@@ -188,6 +188,7 @@ def _predict(
 
 def _check_output(output: Path, overwrite: bool) -> None:
     check_writable(output.parent)
+    remove_dead(output)  # the report that a killed run was replacing is a report again
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / REPORT_FILE).is_file():

@@ -80,6 +80,17 @@ def test_folders_of_predictions_alone_can_be_compared_and_replace_a_report(root,
     assert not (root / "report" / "old").exists()
 
 
+def test_the_report_that_a_killed_run_was_replacing_is_not_replaced_unasked(root, monkeypatch):
+    monkeypatch.setattr(module, "write_report", lambda folder, *_: (folder / "report.html").write_text("new"))
+    runs = [str(make_predictions(root / name, shift)) for name, shift in (("a", 0), ("b", 1))]
+    report(root, *runs)
+    (root / "report").rename(root / ".01234567.old.report")
+    with pytest.raises(DataError, match="holds a report; type --overwrite"):
+        report(root, *runs)
+    assert (root / "report" / "report.html").read_text() == "new"
+    assert not list(root.glob(".*"))
+
+
 def test_the_baseline_is_the_first_run_unless_one_is_named(root, monkeypatch):
     found = []
     monkeypatch.setattr(module, "write_report", lambda folder, title, comparison, *_: found.append(comparison))

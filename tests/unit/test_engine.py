@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_dycon._register import TRAINING
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.networks import unwrap
 from nnunetv2_dycon.randomness import global_states
@@ -160,6 +162,16 @@ def test_the_final_validation_is_of_every_model_in_a_folder_of_its_own(trainer, 
     assert (t.output_folder, t.output_folder_base, t.network) == (folder, base, student)  # even after an error
     if "mean" in models:
         assert list(done[2][0].networks) == [unwrap(student), t.method.teacher.network]
+
+
+def test_processes_of_the_final_validation_of_every_model_end_with_the_training(trainer, monkeypatch) -> None:
+    t = trainer(named("nnUNetTrainerMeanTeacher"))
+    t.initialize()
+    seen = []
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: seen.append(os.environ.get(TRAINING)))
+    t.perform_actual_validation()
+    assert seen == [str(os.getpid())] * 2
+    assert TRAINING not in os.environ
 
 
 @pytest.mark.parametrize(("wanted", "sizes"), [(3, [2, 1]), (1, [1, None]), (0, [2, 2])])

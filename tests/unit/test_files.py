@@ -260,6 +260,24 @@ def test_the_folder_of_a_process_that_lives_is_left_alone(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_a_folder_that_is_being_replaced_is_left_to_the_process_that_does_it(tmp_path: Path, monkeypatch) -> None:
+    path, rename, seen = tmp_path / "model", os.rename, []
+    path.mkdir()
+
+    def looked_at(*paths: Path) -> None:
+        rename(*paths)
+        before = sorted(os.listdir(tmp_path))
+        files.remove_dead(path)
+        seen.append(sorted(os.listdir(tmp_path)) == before)
+
+    monkeypatch.setattr(files.os, "rename", looked_at)
+    write_folder(path)
+    assert seen[0]
+    assert len(seen) == 2
+    assert os.listdir(path) == ["newest"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
 def test_other_folders_and_files_of_such_names_are_left_alone(tmp_path: Path) -> None:
     others = {".01234567.part.model_2", ".01234567.part.my model", ".0123.part.model", "model.part"}
     for name in others:

@@ -95,6 +95,17 @@ def test_a_process_that_a_training_starts_follows_it():
     assert found == "['nnunetv2_dycon', 'nnunetv2_dycon._register', 'nnunetv2_dycon.errors', 'nnunetv2_dycon.parallel']"
 
 
+@pytest.mark.parametrize(("words", "follows"), [(("--multiprocessing-fork",), True), ((), False)])
+def test_a_worker_follows_its_starter_and_passes_over_ctrl_c_but_what_tidies_up_after_all_does_not(words, follows):
+    script = (
+        "import os, signal, threading; from nnunetv2_dycon.parallel import follow_starter;"
+        "follow_starter(os.getppid());"
+        "print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, threading.active_count())"
+    )
+    run = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ([str(True), "2"] if follows else [str(False), "1"])
+
+
 def test_the_shim_hands_names_on(monkeypatch):
     from nnunetv2_dycon.trainers import names
 

@@ -13,6 +13,7 @@ from nnunetv2_dycon.conversion.check import check
 from nnunetv2_dycon.data.splits import (
     adopt_splits,
     benchmark_cases,
+    check_copies,
     check_fold,
     check_planned_fold,
     check_splits,
@@ -277,3 +278,18 @@ def test_a_broken_splits_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "splits_final.json").write_text(text)
     with pytest.raises(SplitError, match=re.escape(str(tmp_path / "splits_final.json"))):
         read_splits(tmp_path)
+
+
+def test_a_copy_in_the_raw_folder_that_differs_is_named_with_both_ways_to_mend_it(tmp_path: Path) -> None:
+    used, other = (tmp_path / name / "splits_final.json" for name in ("preprocessed", "raw"))
+    for path in (used, other):
+        path.parent.mkdir()
+        path.write_text(json.dumps([GOOD]))
+    check_copies(used.parent, other.parent)
+    other.write_text(json.dumps([GOOD, fold(["l_00", "l_01"], ["l_02"])]))
+    said = (
+        f"fold 1 of {other} differs from that of {used}, which training reads and planning refuses; "
+        f"type: cp {other} {used} (this replaces the second), or: cp {used} {other}"
+    )
+    with pytest.raises(SplitError, match=f"^{re.escape(said)}$"):
+        check_copies(used.parent, other.parent)
