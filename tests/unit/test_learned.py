@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunetv2_dycon.learned import LearnedClasses, teach_learned
+from nnunetv2_dycon.learned import LearnedClasses, class_counts, teach_learned
 from nnunetv2_dycon.losses.gradient_aware import gradient_aware
 from nnunetv2_dycon.losses.mse import mse
 from nnunetv2_dycon.losses.voxels import hard_targets, region_ce_dice, soft_ce_dice, uncl
@@ -152,6 +152,22 @@ def test_classes_are_learnt_by_the_dice_of_recent_labelled_patches() -> None:
     assert torch.allclose(tracked.dice, dice, atol=1e-5)
     assert torch.equal(tracked.learned, (dice >= 0.4).all(0))
     assert tracked.learned.tolist() == [True, False, True, True, False]
+
+
+def test_counts_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one process with the patches of both counts."""
+    truth = [torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(rank)) for rank in range(2)]
+    said = [torch.randn(2, CLASSES, *SPACE, generator=seeded(10 + rank)) for rank in range(2)]
+    whole = LearnedClasses(CLASSES, 0.4)
+    whole.see(0, torch.cat(said), torch.cat(truth))
+    whole.update()
+    other = class_counts(said[1], truth[1], None).float()
+    monkeypatch.setattr("nnunetv2_dycon.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("nnunetv2_dycon.ranks.mean_everywhere", lambda mine: (mine + other) / 2)
+    first = LearnedClasses(CLASSES, 0.4)
+    first.see(0, said[0], truth[0])
+    first.update()
+    assert torch.equal(first.counts, whole.counts)
 
 
 def test_nothing_is_learnt_before_the_first_labelled_patch_unless_all_classes_count() -> None:

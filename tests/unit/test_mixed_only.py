@@ -17,7 +17,7 @@ from tests.steps import made as made_step
 
 
 class Coarse(nn.Module):
-    """A network with two outputs, the second of half the resolution."""
+    """A network with three outputs, the second of half the resolution, the last, which has no weight, not finite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Coarse(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         finest = self.net(x)
-        return [finest, nn.functional.avg_pool3d(finest, 2) * 1.5]
+        return [finest, nn.functional.avg_pool3d(finest, 2) * 1.5, finest[..., :1, :1, :1] * torch.nan]
 
 
 def pasting() -> Batch:
@@ -53,14 +53,14 @@ def slow_loss(logits: Tensor, labels: Tensor, region: Tensor) -> float:
 def test_labelled_regions_of_mixes_are_learnt_at_each_output() -> None:
     method, _ = made(BCP, BCPSettings(mixedonly=True, w=0.5))
     network, data = Coarse(), pasting()
-    data = replace(data, levels=((0.75, data.y_l), (0.25, data.y_l[..., ::2, ::2, ::2])))
+    data = replace(data, levels=((0.75, data.y_l), (0.25, data.y_l[..., ::2, ::2, ::2]), (0.0, data.y_l)))
     given = list(method.passes(network, data))
     assert [(p.view.name, p.final) for p in given] == [("in_", False), ("out_", True)]
     for p in given:
         cost, _ = run_pass(p, data)
         term = cost.terms[f"{p.view.name}labeled"]
         assert term.weight == 0.5  # of each of the two, and both are whole
-        finest, coarse = network(p.view.student)
+        finest, coarse, _ = network(p.view.student)
         labels, pasted = p.view.truth, p.view.pasted
         for axis, size in enumerate(coarse.shape[2:], 2):  # the voxels at whole multiples of the step
             at = torch.tensor([i * labels.shape[axis] // size for i in range(size)])
