@@ -105,7 +105,8 @@ def test_reports_of_one_page_are_kept_next_to_their_markdown(tmp_path: Path) -> 
     build_site.gather(tmp_path)
     reports = {path.name for path in (ROOT / "docs").glob("*.html")}
     assert reports == {path.name for path in (tmp_path / build_site.REPORTS).iterdir()}
-    assert f"]({build_site.REPORTS}/comparison_hippocampus.html)" in (tmp_path / "comparison_hippocampus.md").read_text()
+    page = (tmp_path / "comparison_hippocampus.md").read_text()
+    assert f"]({build_site.REPORTS}/comparison_hippocampus.html)" in page
 
 
 @pytest.mark.slow
