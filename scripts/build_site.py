@@ -1,6 +1,7 @@
-"""Build the documentation as a site. Cost: about half a minute; needs `pip install '.[docs]'` and no network.
+"""Build the documentation as a site. Cost: seconds; needs `pip install '.[docs]'` and no network.
 
     python scripts/build_site.py -o site
+    python -m http.server -d site      # optional: the search needs a server; all else works from the files
 
 The pages are README.md as the first one, those of docs/, CONTRIBUTING.md and CHANGELOG.md, and two that are made here:
 the commands, from their own --help, and the API, from docstrings. A broken link or heading ends the build.
