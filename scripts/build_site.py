@@ -78,7 +78,7 @@ def gather(folder: Path) -> None:
     """Write all pages and pictures of the site into a folder."""
     shutil.copytree(ROOT / "docs", folder, dirs_exist_ok=True)
     shutil.copy(SITE / "site.css", folder)
-    for page in folder.glob("*.md"):
+    for page in folder.rglob("*.md"):
         page.write_text(with_links(page.read_text(encoding="utf-8")), encoding="utf-8")
     for source, page in (("README", "index"), ("CONTRIBUTING", "CONTRIBUTING"), ("CHANGELOG", "CHANGELOG")):
         text = (ROOT / f"{source}.md").read_text(encoding="utf-8")
