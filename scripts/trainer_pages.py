@@ -15,7 +15,8 @@ from nnunetv2_dycon.trainers.names import TrainerInfo, list_trainers
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- from the code -->\n", "<!-- end -->\n"
-HEADER = "| option | default | allowed | meaning |\n|---|---|---|---|\n"
+START = "nnUNetTrainer"
+HEADER = "| option | default | meaning | allowed |\n|---|---|---|---|\n"
 # Where the equations of a trainer are; a preset is explained where its trainer is.
 EXPLAINED = {
     "nnUNetTrainerLabeledOnly": ("What is exact", "exactness.md#what-is-exact"),
@@ -36,7 +37,7 @@ EXPLAINED = {
 def table(rows: Sequence[Row]) -> str:
     """Return a Markdown table of options."""
     escaped = [[cell.replace("|", "or") for cell in row] for row in rows]
-    lines = (f"| `{name}` | {default} | {allowed} | {meaning} |" for name, default, allowed, meaning in escaped)
+    lines = (f"| `{name}` | {default} | {meaning} | {allowed} |" for name, default, allowed, meaning in escaped)
     return HEADER + "\n".join(lines) + "\n"
 
 
@@ -70,9 +71,10 @@ def trainer_page(trainer: TrainerInfo, by_name: dict[str, TrainerInfo]) -> str:
 
 def index(trainers: Sequence[TrainerInfo]) -> str:
     """Return the table of all trainers and the options of every one."""
-    rows = "\n".join(f"| [{one.name}](trainers/{one.name}.md) | {summary(one)} |" for one in trainers)
+    links = (f"[{one.name.removeprefix(START)}](trainers/{one.name}.md)" for one in trainers)
+    rows = "\n".join(f"| {link} | {summary(one)} |" for link, one in zip(links, trainers, strict=True))
     common = f"## Options of every trainer\n\n{table(describe(Settings))}"
-    return f"## All trainers\n\n| trainer | what it does |\n|---|---|\n{rows}\n\n{common}"
+    return f"## All trainers\n\n| {START}... | what it does |\n|---|---|\n{rows}\n\n{common}"
 
 
 def pages() -> dict[Path, str]:

@@ -13,9 +13,7 @@ from nnunetv2_dycon.trainers.names import TRAINERS, list_trainers
 from scripts import build_site, trainer_pages
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")) if not path.name.startswith("comparison_")
-)
+PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
 LINK = re.compile(r"(?<!`)!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -103,11 +101,30 @@ def test_source_files_are_text_in_the_site() -> None:
     assert build_site.with_links(text, first=True) == "[a](data.md#x) b [c](CONTRIBUTING.md)"
 
 
+def test_reports_of_one_page_are_kept_next_to_their_markdown(tmp_path: Path) -> None:
+    build_site.gather(tmp_path)
+    reports = {path.name for path in (ROOT / "docs").glob("*.html")}
+    assert reports == {path.name for path in (tmp_path / build_site.REPORTS).iterdir()}
+    page = (tmp_path / "comparison_hippocampus.md").read_text()
+    assert f"]({build_site.REPORTS}/comparison_hippocampus.html)" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["data.md#no-such-heading", "no_such_page.md"])
+def test_a_broken_link_ends_the_build(tmp_path: Path, link: str, capfd: pytest.CaptureFixture[str]) -> None:
+    pages = tmp_path / "docs"
+    build_site.gather(pages)
+    (pages / "index.md").write_text(f"# Home\n\n[somewhere]({link})\n")
+    assert build_site.build(pages, tmp_path / "site") != 0
+    assert f"contains a link '{link}'" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     words = [sys.executable, "scripts/build_site.py", "-o", str(tmp_path / "site")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert not done.stderr
     pages = {path.name for path in (tmp_path / "site").glob("*.html")}
     assert {"index.html", "trainers.html", "commands.html", "api.html", "results.html"} <= pages
     assert "entropy_weight" in (tmp_path / "site" / "api.html").read_text()
