@@ -67,7 +67,10 @@ def wait_for(text: str, root: Path, process: subprocess.Popen) -> None:
 
 
 def last_line(root: Path) -> str:
-    return (root / "log").read_text().strip().splitlines()[-1]
+    """The line in which a training ended that could not go on."""
+    line = (root / "log").read_text().strip().splitlines()[-1]
+    assert line.startswith("error: "), line
+    return line
 
 
 def test_a_killed_training_leaves_no_loader_process_and_goes_on(data: Path) -> None:
