@@ -50,6 +50,18 @@ def test_memory_on_a_gpu_is_the_peak_of_a_step(monkeypatch) -> None:
     assert gpu.calls == ["reset_peak_memory_stats", "step", "synchronize", "max_memory_allocated"]
 
 
+def test_every_class_counts_as_learnt_so_that_copy_paste_mixes(trainer, monkeypatch) -> None:
+    begun = trainer("nnUNetTrainerBCP_epochs1_iters1")
+    monkeypatch.setattr("nnunetv2.run.run_training.get_trainer_from_args", lambda *_, **__: begun)
+    args = types.SimpleNamespace(d="1", c="3d_fullres", p="nnUNetPlans", device="cpu", steps=1)
+    made, batches = benchmark.begin("nnUNetTrainerBCP", args)
+    assert len(batches) == 2
+    for batch in batches:
+        made.train_step(batch)
+        assert made.method.learned.share == 1
+        assert {"in_pseudo", "out_pseudo"} <= set(made.step.log[-1])
+
+
 def test_trainers_run_one_after_the_other_on_a_gpu_and_take_turns_on_a_cpu(monkeypatch, capsys) -> None:
     Gpu(monkeypatch)
     groups: list[list[str]] = []
