@@ -1,6 +1,7 @@
 """README and docs: links lead somewhere, tables are those of the code, the first page is short."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_dycon import commands
 from nnunetv2_dycon.commands import VERBS
 from nnunetv2_dycon.options import Settings, describe
-from nnunetv2_dycon.trainers.names import TRAINERS, list_trainers
+from nnunetv2_dycon.trainers.names import TRAINERS, list_trainers, read_name
 from scripts import build_site, trainer_pages
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,25 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         if not path.exists() or (anchor and path.suffix == ".md" and anchor not in anchors(path)):
             broken.append(target)
     assert not broken
+
+
+def written(pages: list[Path]) -> str:
+    return "\n".join(page.read_text(encoding="utf-8") for page in pages if not page.name.startswith("comparison_"))
+
+
+def test_every_trainer_name_in_the_pages_can_be_typed() -> None:
+    names = set(re.findall(r"\b(nnUNetTrainer[A-Z]\w+)(?!\w|\*|\.\.\.)", written(PAGES)))
+    assert {name.partition("_")[0] for name in names} == set(TRAINERS)
+    for name in names:
+        read_name(name)
+
+
+def test_every_command_of_ours_in_the_pages_is_understood() -> None:
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", written(PAGES), flags=re.S)).replace("\\\n", " ")
+    typed = re.findall(r"^nnUNetv2_dycon (.*)$", blocks, flags=re.M)
+    assert {words.split()[0] for words in typed} >= {"split", "check", "compare", "export", "rank", "annotate", "plot"}
+    for words in typed:
+        commands.parse(shlex.split(words.partition(" && ")[0], comments=True))
 
 
 def test_every_page_is_linked_from_the_first_one_or_one_that_it_links() -> None:
