@@ -377,7 +377,12 @@ class Step:
     weights : sequence of float
         Those of the outputs in the loss, the finest first; empty where it does not tell them.
 
-    `number` counts the steps done; `log` has the logged numbers of each, whoever reads it empties it.
+    Attributes
+    ----------
+    number : int
+        The steps done.
+    log : list of dict
+        The logged numbers of each step; whoever reads it empties it.
     """
 
     def __init__(

@@ -24,6 +24,7 @@ from nnunetv2_dycon import commands
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "scripts" / "site"
 WIDTH = "100"
+REPORTS = "reports"
 API = {
     "Losses": ["losses.voxels", "losses.patches", "losses.gradient_aware", "losses.class_weighted", "losses.mse"],
     "What a step is": ["step", "views", "learned", "schedules"],
@@ -51,10 +52,10 @@ def commands_page() -> str:
 
 def api_page() -> str:
     """Return the page of the API, which mkdocstrings fills from docstrings."""
-    parts = ["# API\n\nFunctions and classes that other code may use; shapes are in the docstrings.\n"]
+    parts = ["# API\n\nFunctions and classes that other code may use, by module of `nnunetv2_dycon`.\n"]
     for title, modules in API.items():
         parts.append(f"## {title}\n")
-        parts += [f"### nnunetv2_dycon.{name}\n\n::: nnunetv2_dycon.{name}\n" for name in modules]
+        parts += [f"### {name}\n\n::: nnunetv2_dycon.{name}\n" for name in modules]
     return "\n".join(parts)
 
 
@@ -70,6 +71,7 @@ def with_links(text: str, *, first: bool = False) -> str:
         text = text.replace("](docs/", "](")
     text = re.sub(r"\]\(\.\./((?:CONTRIBUTING|CHANGELOG)\.md)", r"](\1", text)
     text = re.sub(r"\]\((?:\.\./)?README\.md", "](index.md", text)
+    text = re.sub(r"\]\((\w+\.html)\)", rf"]({REPORTS}/\1)", text)
     sources = r"\[([^\]]+)\]\((?:\.\./)?(?:nnunetv2_dycon|scripts|dataset_conversion|tests)/[^)]*\)"
     return re.sub(sources, r"\1", text)
 
@@ -78,13 +80,33 @@ def gather(folder: Path) -> None:
     """Write all pages and pictures of the site into a folder."""
     shutil.copytree(ROOT / "docs", folder, dirs_exist_ok=True)
     shutil.copy(SITE / "site.css", folder)
-    for page in folder.glob("*.md"):
+    # A report as one page has the name that its Markdown page will get.
+    (folder / REPORTS).mkdir()
+    for report in folder.glob("*.html"):
+        report.rename(folder / REPORTS / report.name)
+    for page in folder.rglob("*.md"):
         page.write_text(with_links(page.read_text(encoding="utf-8")), encoding="utf-8")
     for source, page in (("README", "index"), ("CONTRIBUTING", "CONTRIBUTING"), ("CHANGELOG", "CHANGELOG")):
         text = (ROOT / f"{source}.md").read_text(encoding="utf-8")
         (folder / f"{page}.md").write_text(with_links(text, first=True), encoding="utf-8")
     (folder / "commands.md").write_text(commands_page(), encoding="utf-8")
     (folder / "api.md").write_text(api_page(), encoding="utf-8")
+
+
+def build(pages: Path, output: Path) -> int:
+    """Make the site of gathered pages; returns the exit code of mkdocs, which a warning makes 1."""
+    configuration = pages.with_name("mkdocs.yml")
+    configuration.write_text(f"docs_dir: {pages.name}\n{(SITE / 'mkdocs.yml').read_text(encoding='utf-8')}")
+    # Not --quiet: a warning that is not shown is not counted by --strict either.
+    words = ["build", "--strict", "-f", str(configuration), "-d", str(output.resolve())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", *words], env=environment, check=False, capture_output=True, text=True
+    )
+    for line in (done.stdout + done.stderr).splitlines():
+        if line and not line.startswith("INFO"):
+            print(line, file=sys.stderr)
+    return done.returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,14 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         pages = Path(temporary, "docs")
         gather(pages)
-        configuration = Path(temporary, "mkdocs.yml")
-        shutil.copy(SITE / "mkdocs.yml", configuration)
-        words = ["build", "--strict", "--quiet", "-f", str(configuration), "-d", str(arguments.output.resolve())]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
-        done = subprocess.run([sys.executable, "-m", "mkdocs", *words], env=environment, check=False)
-    if not done.returncode:
+        failed = build(pages, arguments.output)
+    if not failed:
         print(arguments.output / "index.html")
-    return done.returncode
+    return failed
 
 
 if __name__ == "__main__":

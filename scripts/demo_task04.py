@@ -15,6 +15,22 @@ from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import whole_folder, write_json
 
 
+def _unpack(archive: tarfile.TarFile, folder: Path) -> None:
+    """Unpack an archive of files and folders; DataError, and nothing is written, where it holds anything else.
+
+    Looked at here, since Python has a filter for this only from 3.10.12 and 3.11.4 on.
+    """
+    for info in archive.getmembers():
+        inside = (folder / info.name).resolve().is_relative_to(folder.resolve())
+        if not inside or not (info.isreg() or info.isdir()):
+            raise DataError(
+                f"--task04 {archive.name} is not the published archive: {info.name!r} in it is a link, a device or a "
+                "place outside; download it again. Nothing was written."
+            )
+    checked = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    archive.extractall(folder, **checked)
+
+
 @contextmanager
 def task04_files(path: Path) -> Iterator[dict[str, tuple[Path, Path]]]:
     """Image and label of every case of the Decathlon's Task04, from its folder or archive."""
@@ -22,11 +38,7 @@ def task04_files(path: Path) -> Iterator[dict[str, tuple[Path, Path]]]:
         if path.is_file():
             try:
                 with tarfile.open(path) as archive:
-                    archive.extractall(scratch, filter="data")
-            except tarfile.FilterError as error:
-                raise DataError(
-                    f"--task04 {path} is not the published archive: {error}. Nothing was written outside."
-                ) from None
+                    _unpack(archive, Path(scratch))
             except tarfile.TarError:
                 raise DataError(
                     f"--task04 {path} is not an archive: give Task04_Hippocampus.tar or its folder."

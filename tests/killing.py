@@ -263,7 +263,11 @@ def kill_and_type_again(command: Command, content: Callable[[Path], Any], seed: 
         if command.is_killed(draw.uniform(0, seconds)):
             left -= 1
             command.finish()
-            assert content(command.root) == whole
+            found = content(command.root)
+            if found != whole and isinstance(found, dict):
+                odd = sorted(name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name))
+                raise AssertionError(f"other than without a kill: {odd}")
+            assert found == whole
         else:
             seconds *= 0.8  # the machine does less else than before
         if not left:

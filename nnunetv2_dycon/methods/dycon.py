@@ -1,6 +1,6 @@
 """DyCON: uncertainty-aware consistency (UnCL) and focal entropy-aware contrast (FeCL), in any framework.
 
-Assefa et al., CVPR 2025, after its supplement; where we depart from the released code docs/method.md says why.
+Assefa et al., CVPR 2025, after its supplement; where we depart from the released code docs/authors_code.md says why.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What only a GPU can show. Written without one: never run by us; see README.md, Limits."""
+"""What only a GPU can show. Written without one: never run by us; see docs/exactness.md, Limits."""
 
 import os
 import subprocess

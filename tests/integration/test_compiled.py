@@ -43,4 +43,4 @@ def test_a_compiled_student_takes_the_steps_of_one_that_is_not(
         for name, wanted in plain.items():
             torch.testing.assert_close(compiled_too[name], wanted, atol=1e-5, rtol=0, msg=name)
     assert hooks_c == hooks
-    assert bool(hooks) == ("DyCON" in method)
+    assert bool(hooks) == ("DyCON" in method or "MagicNet" in method)  # FeCL, and cubes that tell their place

@@ -98,13 +98,19 @@ def test_a_verb_whose_output_nobody_reads_ends_quietly(verb: str) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["compare", "--help"], 0), (["convert", "LA", "--help"], 0), (["trainers"], 141)],
+    [
+        (["--help"], {0, 141}),  # argparse passes over what it cannot print from Python 3.11.4 on
+        (["compare", "--help"], {0, 141}),
+        (["convert", "LA", "--help"], {0, 141}),
+        (["trainers"], {141}),
+    ],
 )
-def test_help_and_a_real_list_into_a_closed_pipe_end_quietly(arguments: list[str], code: int) -> None:
+def test_help_and_a_real_list_into_a_closed_pipe_end_quietly(arguments: list[str], code: set[int]) -> None:
     script = f"import sys; from nnunetv2_dycon.commands import main; sys.exit(main({arguments}))"
     process = into_a_closed_pipe(script, "stdout")
     _, said = process.communicate()
-    assert (process.returncode, said) == (code, "")  # argparse itself passes over what it cannot print
+    assert said == ""
+    assert process.returncode in code
 
 
 def test_a_short_output_that_waits_in_a_buffer_ends_quietly_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_2d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> Non
     assert done[0]["unlabeled"].ndim == 4
 
 
-# Student passes (forward and backward) and passes without a gradient of a step, as docs/results.md counts them.
+# Student passes (forward and backward) and passes without a gradient of a step, as docs/costs.md counts them.
 PASSES = {
     "LabeledOnly": (1, 0),
     "LabeledOnly_paste0p5": (2, 0),
