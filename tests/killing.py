@@ -26,7 +26,7 @@ NAMES = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 PHASES = ("training", "checkpoint", "validation")
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "nnUNet_def_n_proc": "1"}
 _PROGRAM = "from nnunetv2.run.run_training import run_training_entry as run; run()"
-_PATIENCE = 600  # seconds for one training
+_PATIENCE = 1800  # seconds for one training; on a machine that does much else its validation alone took 6 minutes
 
 
 class Training(NamedTuple):
