@@ -426,8 +426,7 @@ class Step:
         for p in self.method.passes(self.network, data):
             loss, answer = self._run(p, data, answer, log)
             total += loss
-        if self._finite(total):
-            self._optimize()
+        if self._finite(total) and self._optimize():
             self.method.after_step(self.plain, self.number)
             self.method.learned.update()
             self.skipped_in_a_row = 0
@@ -481,7 +480,8 @@ class Step:
     def _finite(self, total: Tensor) -> bool:
         return bool(ranks.true_everywhere(torch.isfinite(total)))
 
-    def _optimize(self) -> None:
+    def _optimize(self) -> bool:
+        """Step all optimizers, or return False: a gradient is not finite, and no loss scale handles it."""
         if self.distributed:
             ranks.average_gradients(self.method.parameters())
         if self.scaler is not None:
@@ -490,22 +490,25 @@ class Step:
         for module in (self.network, *self.method.children()):  # each on its own: a joint norm would couple them
             parameters = list(module.parameters())
             if parameters:
-                nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+                norm = nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+                if self.scaler is None and not torch.isfinite(norm):
+                    return False
         for optimizer in self.optimizers:
             optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
         if self.scaler is not None:
             self.scaler.update()
+        return True
 
     def _skip(self, batch: Mapping[str, Any]) -> None:
         """Leave weights as they are; stop with the case ids when it does not pass."""
         self.method.learned.forget()
         self.skipped_in_a_row += 1
         cases = f"labelled {', '.join(batch['keys'])}; unlabelled {', '.join(batch.get('unlabeled_keys', ['none']))}"
-        self.warn(f"WARNING: loss not finite, step {self.number} skipped. Patches from {cases}")
+        self.warn(f"WARNING: loss or gradient not finite, step {self.number} skipped. Patches from {cases}")
         if self.skipped_in_a_row >= SKIPS_TO_STOP:
             raise DivergedError(
-                f"loss not finite in {SKIPS_TO_STOP} steps in a row, last with patches from {cases}. Look at these "
-                "images, or lower the learning rate, e.g. _lr0p001 in the trainer name."
+                f"loss or gradient not finite in {SKIPS_TO_STOP} steps in a row, last with patches from {cases}. Look "
+                "at these images, or lower the learning rate, e.g. _lr0p001 in the trainer name."
             )
 
 

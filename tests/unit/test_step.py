@@ -13,7 +13,7 @@ from nnunetv2_dycon.errors import DivergedError
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.methods.dycon import DyCON, DyCONSettings
-from nnunetv2_dycon.methods.dycon_cps import DyCONCPS
+from nnunetv2_dycon.methods.dycon_cps import DyCONCPS, DyCONCPSSettings
 from nnunetv2_dycon.methods.labeled_only import LabeledOnly
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunetv2_dycon.methods.settings import TeacherSettings
@@ -218,8 +218,26 @@ def test_a_skipped_step_changes_nothing_and_is_counted(kind: type[Method]) -> No
     assert all(bool(value.isfinite().all()) for value in copied(step.plain).values())  # no gradient of them stayed
     assert [log["skipped_steps"] for log in step.log] == [0.0, 1.0, 1.0, 0.0]
     assert step.number == 4
-    assert [line.split(". ")[0] for line in said] == [f"WARNING: loss not finite, step {n} skipped" for n in (1, 2)]
+    lines = [line.split(". ")[0] for line in said]
+    assert lines == [f"WARNING: loss or gradient not finite, step {n} skipped" for n in (1, 2)]
     assert all("labelled l_0, l_1; unlabelled u_0, u_1" in line for line in said)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_with_a_finite_loss_and_another_gradient_changes_nothing(number: int, value: float) -> None:
+    step = made(DyCONCPS, DyCONCPSSettings(**SMALL, **UNSURE, view="weak"), UNet(), warn=lambda line: None)
+    step(loader_batch())
+    kept = copied(step.plain), copied(step.method)
+    module = (step.plain, step.method)[number]
+    hook = next(p for p in module.parameters() if p.requires_grad).register_hook(lambda g: g * value)
+    assert math.isfinite(step(loader_batch())["loss"])
+    hook.remove()
+    assert equal(kept[0], copied(step.plain))
+    assert equal(kept[1], copied(step.method))
+    assert step.log[-1]["skipped_steps"] == 1.0
+    step(loader_batch())
+    assert not equal(kept[0], copied(step.plain))
 
 
 def test_five_skipped_steps_in_a_row_stop_and_a_good_one_begins_the_count_anew() -> None:
