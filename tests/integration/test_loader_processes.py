@@ -1,5 +1,6 @@
 """Trainings with loader processes: killed, without shared memory, with cases that go, with very many cases."""
 
+import gc
 import os
 import re
 import resource
@@ -157,25 +158,29 @@ def test_ten_thousand_unlabelled_cases_cost_two_seconds_and_no_memory(
 ) -> None:
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
     seconds, memory = [], []
+    gc.collect()
+    gc.freeze()  # what earlier tests left is not searched for rubbish again
     for number in (10, 10_000):
         make_many(tmp_path / str(number), number, monkeypatch)
         start = time.process_time()
         preprocess_unlabeled(901, processes=1)
         assert time.process_time() - start < 2  # nothing to do; with all imports at most 5
-        for repeat in range(2):  # the first one imports
+        took = []
+        for repeat in range(4):  # the first one imports; the fastest counts, for the others may have had to wait
             t = make_trainer(f"nnUNetTrainerMeanTeacher_epochs1_iters1_seed{repeat}")
             start = time.process_time()
             begin(t)
             t.train_step(next(t.dataloader_train))
-            took = time.process_time() - start
+            took.append(time.process_time() - start)
             loaders = [process.pid for process in t.dataloader_train._processes]
             own = max(unique_megabytes(process) for process in loaders)
             t.dataloader_train._finish()
             t.dataloader_val._finish()
-        seconds.append(took)
+        seconds.append(min(took))
         memory.append(own)
     assert seconds[1] - seconds[0] < 2
     assert memory[1] - memory[0] < 20
+    gc.unfreeze()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 1024**2  # kB
 
 
