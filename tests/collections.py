@@ -381,8 +381,11 @@ BTCV = {
 }
 
 
-def btcv(root: Path, layout: str = "raw", numbers: Iterable[str] | None = None) -> dict[str, Truth]:
-    """Synapse's tree ('raw', with RegData and Testing) or imagesTr and labelsTr; 0034 has no gallbladder."""
+def btcv(root: Path, layout: str = "raw", numbers: Iterable[str] | None = None, scale: int = 1) -> dict[str, Truth]:
+    """Synapse's tree ('raw', with RegData and Testing) or imagesTr and labelsTr; 0034 has no gallbladder.
+
+    The images have `scale` times (15, 9, 8) voxels.
+    """
     truth = {}
     top = root / "Abdomen" / "RawData"
     images = top / "Training" / "img" if layout == "raw" else root / "imagesTr"
@@ -395,6 +398,7 @@ def btcv(root: Path, layout: str = "raw", numbers: Iterable[str] | None = None) 
         for organ in range(1, 14):
             if (number, organ) != ("0034", 4):
                 label[organ, 1 : 2 + organ % 5, 2:5] = organ
+        image, label = (np.kron(array, np.ones((scale,) * 3, array.dtype)) for array in (image, label))
         write_nifti(images / f"img{number}.nii.gz", image, affine)
         write_nifti(labels / f"label{number}.nii.gz", label, affine, codes=(2, 1))
         truth[f"img{number}"] = Truth((image,), label, affine)
