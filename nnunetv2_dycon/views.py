@@ -242,8 +242,10 @@ def _cutmix(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
     return View(mix(x), x, mix, mixes=True)
 
 
-def _copy_paste(side: tuple[float, float], *, inverted: bool = False) -> ViewMaker:
+def _copy_paste(side: tuple[float, float], *, inverted: bool | None = False) -> ViewMaker:
     """Return a view in which a box of each patch comes from a labelled patch, with its true labels; inverted, all else.
+
+    With `inverted` None every other patch is inverted, the first of a batch or the second by a draw.
 
     Voxels without a true label (the ignore label, or below 0) are not pasted, image and target
     alike.
@@ -259,7 +261,13 @@ def _copy_paste(side: tuple[float, float], *, inverted: bool = False) -> ViewMak
         partner = order[torch.arange(len(x), device=x.device) % len(order)]
         truth = labeled.y[partner]
         box = random_box(x.shape, x.device, generator, side)
-        pasted = (~box if inverted else box) & _annotated(truth, labeled.ignore_label)
+        if inverted is None:
+            first = torch.randint(2, (), generator=generator, device=x.device)
+            others = (torch.arange(len(x), device=x.device) + first) % 2 == 0
+            around = others.view(-1, *[1] * (x.ndim - 1))
+        else:
+            around = inverted
+        pasted = (box != around) & _annotated(truth, labeled.ignore_label)
 
         def mix(logits: Tensor) -> Tensor:
             _check_same_grid(logits, x)
@@ -288,6 +296,7 @@ _MIXING: dict[str, dict[str, ViewMaker]] = {
     "copy_paste": {"": _copy_paste(BOX_SIDE)},
     "copy_paste_in": {"": _copy_paste(BCP_BOX_SIDE, inverted=True)},
     "copy_paste_out": {"": _copy_paste(BCP_BOX_SIDE)},
+    "copy_paste_either": {"": _copy_paste(BCP_BOX_SIDE, inverted=None)},
     "bcp": {"in_": _copy_paste(BCP_BOX_SIDE, inverted=True), "out_": _copy_paste(BCP_BOX_SIDE)},
 }
 # What option `view` may be: the views of a step, each a student pass of its own, by the beginning of its terms' names.

@@ -1,6 +1,7 @@
 """BCP: bidirectional copy-paste between labelled and unlabelled patches.
 
-Bai et al., CVPR 2023. In addition to its two mixes the student keeps nnU-Net's own loss on the labelled patches.
+Bai et al., CVPR 2023. Every other patch is mixed in the one direction, the others in the other. Until all classes are
+learnt the student keeps nnU-Net's own loss on the labelled patches as they are.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,9 +25,11 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
     """Options of nnUNetTrainerBCP."""
 
     view: str = option(
-        "bcp",
-        choices=("bcp", "copy_paste_in", "copy_paste_out", "bcp_intensity"),
-        help="mixes: both directions, a labelled patch with an unlabelled box (in), the other way round (out)",
+        "copy_paste_either",
+        neutral="bcp",
+        choices=("bcp", "copy_paste_in", "copy_paste_out", "copy_paste_either", "bcp_intensity"),
+        help="mixes: a labelled patch with an unlabelled box (in), the other way round (out), every other patch each "
+        "way (either), or each patch both ways, in two passes (bcp)",
     )
     pretrain: float = option(
         0.0, low=0.0, high=1.0, help="fraction of the training that pastes among labelled patches only"
@@ -39,14 +42,17 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
     )
     w: float = option(0.5, low=0.0, high=1000.0, help="weight of the loss on mixed patches")
     alpha: float = option(0.5, low=0.0, high=1.0, help="weight of a pseudo-labelled region relative to a labelled one")
-    mixedonly: bool = option(
-        False, flag=True, help="once all classes are learnt, labelled regions of mixes replace the labelled patches"
+    unmixed: bool = option(
+        False,
+        flag=True,
+        neutral=True,
+        help="the labelled patches as they are in every step, not only until all classes are learnt",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mixedonly and self.paste:
-            raise ConfigError("option paste: with mixedonly no step is left that pastes; leave one of them out.")
+        if self.paste and not self.unmixed:
+            raise ConfigError("option paste: its pastes go with the unmixed labelled patches; type _unmixed too.")
 
     def schedules(self) -> dict[str, Callable[[float], float]]:
         """Add `ramp`: 0 while pastes are among labelled patches, then the factor of the pseudo-labels."""
@@ -59,9 +65,10 @@ class BCP(Method[BCPSettings]):
     settings_type = BCPSettings
 
     def passes(self, student: nn.Module, batch: Batch) -> Iterator[Pass]:
-        """Yield one pass for each direction, or before it pastes with pseudo-labels that of option `pretrain`, if any.
+        """Yield the passes of the mixes, or before they begin that of option `pretrain`, if any.
 
-        Then the labelled patches as they are, which are alone until the labels have taught the first class.
+        The labelled patches as they are come last. They are alone until the labels have taught the first class, and
+        leave the mixes alone when these have taught all.
         """
         (pair,) = self.pairs(student)
         if batch.now["ramp"]:
@@ -79,7 +86,7 @@ class BCP(Method[BCPSettings]):
     @property
     def _mixed_only(self) -> bool:
         """Whether a step that mixes has no pass of the labelled patches as they are."""
-        return self.settings.mixedonly and self.learned.share == 1
+        return not self.settings.unmixed and self.learned.share == 1
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return the losses of both regions: true labels where a labelled patch shows, else the teacher's."""

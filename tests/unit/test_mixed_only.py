@@ -51,7 +51,7 @@ def slow_loss(logits: Tensor, labels: Tensor, region: Tensor) -> float:
 
 
 def test_labelled_regions_of_mixes_are_learnt_at_each_output() -> None:
-    method, _ = made(BCP, BCPSettings(mixedonly=True, w=0.5))
+    method, _ = made(BCP, BCPSettings(view="bcp", w=0.5))
     network, data = Coarse(), pasting()
     data = replace(data, levels=((0.75, data.y_l), (0.25, data.y_l[..., ::2, ::2, ::2]), (0.0, data.y_l)))
     given = list(method.passes(network, data))
@@ -70,7 +70,7 @@ def test_labelled_regions_of_mixes_are_learnt_at_each_output() -> None:
 
 
 def test_true_labels_of_mixes_count_as_learnt_or_not() -> None:
-    method, student = made(BCP, BCPSettings(mixedonly=True))
+    method, student = made(BCP, BCPSettings(view="bcp"))
     data = pasting()
     counts = torch.zeros(3, CLASSES)
     for p in method.passes(student, data):
@@ -88,20 +88,20 @@ def test_true_labels_of_mixes_count_as_learnt_or_not() -> None:
 
 @pytest.mark.parametrize("kind", [(BCP, BCPSettings), (DyCONBCP, DyCONBCPSettings)])
 def test_the_labelled_patches_stay_until_every_class_is_learnt(kind) -> None:
-    step = made_step(kind[0], kind[1](**SMALL, mixedonly=True), UNet())
+    step = made_step(kind[0], kind[1](**SMALL), UNet())
     step.method.learned.counts[:, 0, -1] = 0.3
     step.method.learned.counts[:, 1, -1] = 2.0
     step(loader_batch())
-    assert {"supervised", "in_labeled", "out_labeled"} <= step.log[0].keys()
+    assert {"supervised", "labeled"} <= step.log[0].keys()
     step.method.learned.counts[:, 1, -1] = 0.0
     step.method.learned.counts[:, 0, -1] = 1e6
     step(loader_batch())
     assert "supervised" not in step.log[1]
-    assert {"in_labeled", "out_labeled"} <= step.log[1].keys()
+    assert "labeled" in step.log[1]
 
 
 def test_a_skipped_step_leaves_nothing_that_the_next_one_counts() -> None:
-    steps = [made_step(BCP, BCPSettings(**SMALL, mixedonly=True), UNet()) for _ in range(2)]
+    steps = [made_step(BCP, BCPSettings(**SMALL), UNet()) for _ in range(2)]
     steps[0](spoiled(loader_batch()))
     for step in steps:
         step.generator.manual_seed(1)
@@ -110,10 +110,11 @@ def test_a_skipped_step_leaves_nothing_that_the_next_one_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("view", "names"), [("copy_paste_in", [""]), ("copy_paste_out", [""]), ("bcp", ["in_", "out_"])]
+    ("view", "names"),
+    [*((f"copy_paste_{way}", [""]) for way in ("in", "out", "either")), ("bcp", ["in_", "out_"])],
 )
 def test_one_mix_in_place_of_two_has_the_whole_weight(view: str, names: list[str]) -> None:
-    method, student = made(BCP, BCPSettings(view=view, w=0.5))
+    method, student = made(BCP, BCPSettings(view=view, w=0.5, unmixed=True))
     data = pasting()
     given = list(method.passes(student, data))
     assert [p.view.name for p in given] == [*names, ""]  # the labelled patches last
@@ -121,5 +122,5 @@ def test_one_mix_in_place_of_two_has_the_whole_weight(view: str, names: list[str
 
 
 def test_pastes_among_labelled_patches_have_no_place_there() -> None:
-    with pytest.raises(ConfigError, match="option paste: with mixedonly no step is left that pastes"):
-        BCPSettings(mixedonly=True, paste=0.5)
+    with pytest.raises(ConfigError, match="paste: its pastes go with the unmixed labelled patches; type _unmixed"):
+        BCPSettings(paste=0.5)

@@ -43,7 +43,14 @@ class Distributed(DistributedDataParallel):
 
 @pytest.mark.parametrize(
     ("name", "passes", "of_others"),
-    [("LabeledOnly", 2, 0), ("MeanTeacher", 4, 0), ("BCP", 3, 0), ("CPS", 2, 2), ("DyCONCPS", 3, 3)],
+    [
+        ("LabeledOnly", 2, 0),
+        ("MeanTeacher", 4, 0),
+        ("BCP", 3, 0),
+        ("BCP alone", 1, 0),
+        ("CPS", 2, 2),
+        ("DyCONCPS", 3, 3),
+    ],
 )
 def test_gradients_are_exchanged_in_the_final_pass_alone(name: str, passes: int, of_others: int, monkeypatch) -> None:
     kind, settings = METHODS[name]

@@ -310,6 +310,23 @@ def test_both_directions_of_bcp_have_its_box(name, inverted):
     assert len(starts) > 20
 
 
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_either_mixes_every_other_patch_the_one_way_and_the_rest_the_other(number: int) -> None:
+    x, x_l = torch.zeros((number, 1, 9, 12, 6)), torch.ones((2, 1, 9, 12, 6))
+    y_l = torch.ones((2, 1, 9, 12, 6), dtype=torch.int16)
+    firsts = []
+    for seed in range(30):
+        view = make_view("copy_paste_either", x, x_labeled=x_l, target=y_l, generator=seeded(seed))
+        inward = [bool(image[0, 0, 0, 0] and image[0, -1, -1, -1]) or bool(image.sum() > 324) for image in view.student]
+        for image, outside in zip(view.student[:, 0], inward, strict=True):
+            box = image == 0 if outside else image == 1
+            assert is_one_box(box.numpy())
+            assert box.sum() == 6 * 8 * 4
+        assert inward == [inward[0] == (i % 2 == 0) for i in range(number)]
+        firsts.append(inward[0])
+    assert 5 < sum(firsts) < 25
+
+
 @pytest.mark.parametrize("name", [name for name in VIEWS if "copy_paste" in name or "bcp" in name])
 def test_a_view_that_pastes_labelled_voxels_says_where_and_what(name):
     x, x_l = batch((2, 1, 8, 9, 12)), batch((2, 1, 8, 9, 12), 2)
