@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_dycon.errors import ConfigError
+from nnunetv2_dycon.methods.bcp import BCPSettings
 from nnunetv2_dycon.methods.dycon import DyCONSettings
+from nnunetv2_dycon.methods.dycon_bcp import DyCONBCPSettings
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacherSettings
 from nnunetv2_dycon.options import Row, Schedule, Settings, describe, format, option, parse, stored_values
 
@@ -233,6 +235,12 @@ def test_a_field_that_no_name_can_carry_is_refused():
 
 
 # --- settings of checkpoints
+
+
+@pytest.mark.parametrize("kind", [BCPSettings, DyCONBCPSettings])
+def test_a_checkpoint_of_the_former_copy_paste_mixed_both_ways_next_to_the_labelled_patches(kind) -> None:
+    stored = {name: value for name, value in dataclasses.asdict(kind()).items() if name not in ("view", "unmixed")}
+    assert stored_values(kind, stored) == dataclasses.asdict(kind(view="bcp", unmixed=True))
 
 
 def test_an_option_that_a_checkpoint_does_not_know_has_its_neutral_value() -> None:
