@@ -261,12 +261,11 @@ def _copy_paste(side: tuple[float, float], *, inverted: bool | None = False) -> 
         partner = order[torch.arange(len(x), device=x.device) % len(order)]
         truth = labeled.y[partner]
         box = random_box(x.shape, x.device, generator, side)
+        around: bool | Tensor = bool(inverted)
         if inverted is None:
             first = torch.randint(2, (), generator=generator, device=x.device)
             others = (torch.arange(len(x), device=x.device) + first) % 2 == 0
             around = others.view(-1, *[1] * (x.ndim - 1))
-        else:
-            around = inverted
         pasted = (box != around) & _annotated(truth, labeled.ignore_label)
 
         def mix(logits: Tensor) -> Tensor:
