@@ -133,10 +133,10 @@ def test_a_number_that_comes_later_has_a_value_for_every_epoch(trainer) -> None:
     t.on_train_start()
     run_epochs(t, 3)
     store = t.logger.local_logger.my_fantastic_logging
-    missing = {name: [math.isnan(value) for value in store[f"ssl_{name}"]] for name in ("paste_labeled", "in_labeled")}
-    assert missing == {"paste_labeled": [False, True, True], "in_labeled": [True, False, False]}
+    missing = {name: [math.isnan(value) for value in store[f"ssl_{name}"]] for name in ("paste_labeled", "pseudo")}
+    assert missing == {"paste_labeled": [False, True, True], "pseudo": [True, False, False]}
     with open(Path(t.output_folder, "ssl_history.csv"), newline="") as file:
-        assert [row["in_labeled"] == "" for row in csv.DictReader(file)] == [True, False, False]
+        assert [row["pseudo"] == "" for row in csv.DictReader(file)] == [True, False, False]
 
 
 @pytest.mark.parametrize(("method", "models"), [("LabeledOnly", ["teacher"]), ("CPS", ["teacher", "mean"])])

@@ -94,7 +94,7 @@ def test_co_training_takes_all_voxels_with_the_weight_of_uncl() -> None:
 
 
 def test_mixes_take_a_tenth_of_the_labelled_region_and_all_of_the_pseudo_labelled_one() -> None:
-    method, student = made(BCP, BCPSettings(pretrain=0.0, ga=True))
+    method, student = made(BCP, BCPSettings(view="bcp", unmixed=True, ga=True))
     data, recorder = with_levels(), Recorder(student)
     guess = method.teacher.network(data.x_u).argmax(1)
     found = costs_of(method, recorder, data)[0]()
