@@ -264,7 +264,7 @@ VERBS: dict[str, Verb] = {
         lambda typed, result: result.then,
     ),
     "split": Verb(
-        "Write a raw data set with the files of another, by links, some training cases without their labels.",
+        "Write a raw data set of links to the files of another one; some training cases lose their labels.",
         "nnunetv2_dycon.conversion.split:split",
         (
             _dataset("dataset_id"),
@@ -443,7 +443,7 @@ VERBS: dict[str, Verb] = {
             _PLANS,
             _CHECKPOINT,
             _argument("--by", choices=("entropy", "disagreement", "expected_ml"), help="what comes first"),
-            _argument("--diverse", action="store_true", help="the first ones are unlike each other"),
+            _argument("--diverse", action="store_true", help="choose first cases that differ from each other"),
             _argument("-n", dest="number", type=int, help="cases on contact sheets"),
             _argument("-o", dest="output", help="folder to write (default: rank in the fold's folder)"),
             _NO_MIRRORING,
@@ -545,7 +545,7 @@ VERBS: dict[str, Verb] = {
             _PLANS,
             _argument("--checkpoints", nargs="+", help="checkpoint files (default: snapshots and the final one)"),
             _argument("--size", type=int, help="points along each direction"),
-            _argument("--radius", type=float, help="how far to go; 1 is as far as the weights are long"),
+            _argument("--radius", type=float, help="largest distance; 1 is the norm of the weights"),
             _argument("--batches", type=int, help="batches of patches"),
             _argument("--seed", type=int, help="of directions, patches and draws"),
             _argument("-o", dest="output", help="folder to write (default: pictures in the fold's folder)"),

@@ -28,8 +28,8 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
         "copy_paste_either",
         neutral="bcp",
         choices=("bcp", "copy_paste_in", "copy_paste_out", "copy_paste_either", "bcp_intensity"),
-        help="mixes: a labelled patch with an unlabelled box (in), the other way round (out), every other patch each "
-        "way (either), or each patch both ways, in two passes (bcp)",
+        help="mixes: labelled patches with an unlabelled box (in), unlabelled patches with a labelled box (out), every "
+        "other patch in one direction (either), or each patch in both directions, in two passes (bcp)",
     )
     pretrain: float = option(
         0.0, low=0.0, high=1.0, help="fraction of the training that pastes among labelled patches only"
@@ -38,7 +38,7 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
         0.0,
         low=0.0,
         high=1.0,
-        help="fraction of the training at which pseudo-labels have their whole weight; 0 = at once",
+        help="fraction of the training after which pseudo-labels have their full weight; 0 = at once",
     )
     w: float = option(0.5, low=0.0, high=1000.0, help="weight of the loss on mixed patches")
     alpha: float = option(0.5, low=0.0, high=1.0, help="weight of a pseudo-labelled region relative to a labelled one")
@@ -46,7 +46,7 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
         False,
         flag=True,
         neutral=True,
-        help="the labelled patches as they are in every step, not only until all classes are learnt",
+        help="also train on the unmixed labelled patches after all classes are learnt",
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from nnunetv2_dycon.views import VIEWS, Outputs
 class CPSSettings(ViewSettings):
     """Options of nnUNetTrainerCPS."""
 
-    view: str = option("weak", choices=tuple(VIEWS), help="what differs between the input that is learnt and labelled")
+    view: str = option("weak", choices=tuple(VIEWS), help="what differs between the inputs of the two networks")
     w: float = option(1.0, low=0.0, high=1000.0, help="weight of the cross pseudo supervision after the ramp")
 
 

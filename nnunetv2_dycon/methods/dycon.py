@@ -57,17 +57,17 @@ class DyCONTermSettings(Settings):
     beta: Schedule = option(
         Schedule(0.5, 0.05), schedule=True, low=0.001, high=20.0, help="entropy scale of UnCL, per unit of H / ln C"
     )
-    nats: bool = option(False, flag=True, help="beta of lossliteral counts per nat of entropy")
-    entropy: Entropy = option("dual", choices=("dual", "teacher", "student"), help="whose entropy weighs UnCL")
+    nats: bool = option(False, flag=True, help="beta of lossliteral is per nat of entropy")
+    entropy: Entropy = option("dual", choices=("dual", "teacher", "student"), help="whose entropy UnCL uses")
     focus: Focus = option(
         "confident",
         choices=("confident", "uncertain"),
-        help="voxels that UnCL weighs most; uncertain not with lossliteral",
+        help="voxels with the largest weight in UnCL; uncertain is refused with lossliteral",
     )
     lambdah: float = option(0.0, low=0.0, high=10.0, help="weight of the entropy term of guarded UnCL")
     on: str = option("unlabeled", choices=("unlabeled", "all"), help="patches that UnCL is taken on")
     wuncl: float = option(1.0, low=0.0, high=1000.0, help="weight of UnCL after the ramp")
-    wfecl: float = option(0.3, low=0.0, high=1000.0, help="weight of FeCL after the ramp; 0 builds no head")
+    wfecl: float = option(0.3, low=0.0, high=1000.0, help="weight of FeCL after the ramp; 0 = no FeCL")
     feclon: str = option("all", choices=("all", "labeled"), help="patches that FeCL is taken on")
     tau: float = option(0.6, low=0.01, high=10.0, help="temperature of FeCL")
     gamma: float = option(0.8, low=0.0, high=10.0, help="focal exponent of FeCL")

@@ -34,12 +34,14 @@ class MagicNetSettings(ViewSettings, TeacherSettings):
     )
     cubes: int = option(2, low=2, high=16, help="cubes per axis; an axis where they do not fit the network stays whole")
     w: float = option(0.4, low=0.0, high=1000.0, help="weight of the pseudo-label term after the ramp")
-    wcubes: float = option(1.0, low=0.0, high=1000.0, help="weight of labelled patches' loss, across and within each")
+    wcubes: float = option(1.0, low=0.0, high=1000.0, help="weight of the labelled loss in each of across and within")
     wlocation: float = option(
-        0.4, low=0.0, high=1000.0, help="weight of telling where a cube comes from; 0 builds no classifier"
+        0.4, low=0.0, high=1000.0, help="weight of the classification of a cube's place; 0 = no classifier"
     )
     noacross: bool = option(False, flag=True, help="no cubes exchanged between patches")
-    nowithin: bool = option(False, flag=True, help="no cubes seen alone, so no location and no blending either")
+    nowithin: bool = option(
+        False, flag=True, help="no single cubes as inputs, so no classification and no blending either"
+    )
     noblend: bool = option(False, flag=True, help="pseudo-labels of the teacher alone")
 
 
@@ -47,7 +49,7 @@ M = TypeVar("M", bound=MagicNetSettings)
 
 
 class MagicNet(Method[M]):
-    """Cubes exchanged across patches and seen alone; pseudo-labels of the teacher, of large classes from cubes."""
+    """Cubes exchanged between patches, single cubes as inputs, and pseudo-labels of teacher and cubes, blended."""
 
     settings_type = MagicNetSettings
     recent: Tensor
