@@ -9,10 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nnunetv2_dycon.data.splits import SPLITS_FILE
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import read_json, sync, write_json, write_text, writing
 
 FOLDER, JOURNAL = ".annotate", "journal.json"
+_STAMP = "stamp"  # by which the folder is known for ours
+_PLACES = {(source, target) for source in ("imagesUn", FOLDER) for target in ("imagesTr", "labelsTr")}
 
 
 class Change(NamedTuple):
@@ -28,6 +31,7 @@ def stage(raw: Path, source: Path, name: str) -> str:
     folder = raw / FOLDER
     with writing(folder):
         folder.mkdir(exist_ok=True)
+        (folder / _STAMP).touch()
         shutil.copyfile(source, folder / name)
         sync(folder / name)
     return f"{FOLDER}/{name}"
@@ -46,14 +50,16 @@ def carry_out(raw: Path) -> tuple[str, ...]:
     Raises
     ------
     DataError
-        If the journal cannot be read, a file to move is gone, or nothing can be written.
+        If the journal cannot be read or names files of others, the folder was made by somebody else, a file to move is
+        gone, or nothing can be written.
     """
     folder = raw / FOLDER
-    if not (folder / JOURNAL).is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # copies of files that their owner still has
+    if not (folder / JOURNAL).is_file() or folder.is_symlink():
+        _remove_waiting(folder)
         return ()
     content = read_json(folder / JOURNAL, "restore it: it says which files are to be moved")
     change = _change(content, folder / JOURNAL)
+    _check_places(raw, change)
     with writing(raw):
         for source, target in change.moves:
             _move(raw / source, raw / target)
@@ -62,6 +68,37 @@ def carry_out(raw: Path) -> tuple[str, ...]:
         sync(raw)
     shutil.rmtree(folder)
     return change.cases
+
+
+def _remove_waiting(folder: Path) -> None:
+    """Remove what a run left that decided nothing: copies of files that their owner still has; the stamp goes last."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or ((there := os.listdir(folder)) and _STAMP not in there):
+        raise DataError(f"{folder} was not made by this command; move it away")
+    for name in sorted(there, key=_STAMP.__eq__):
+        os.remove(folder / name)
+    folder.rmdir()
+
+
+def _check_places(raw: Path, change: Change) -> None:
+    """Refuse a journal by which a file would go, or be written, where annotate puts none.
+
+    It came with the data set, perhaps from somebody else.
+    """
+    journal = raw / FOLDER / JOURNAL
+    for source, target in change.moves:
+        parts = (*Path(source).parts, *Path(target).parts)
+        if len(parts) != 4 or parts[::2] not in _PLACES or ".." in parts:
+            raise DataError(f"{journal} moves {source!r} to {target!r}, which annotate does not; restore it")
+    preprocessed = Path(os.environ.get("nnUNet_preprocessed", ""), raw.name)
+    ours = {path.resolve() for path in (raw / "dataset.json", raw / SPLITS_FILE, preprocessed / SPLITS_FILE)}
+    for path, _ in change.texts:
+        if Path(path).resolve() not in ours:
+            raise DataError(
+                f"{journal} writes {path!r}, which is no file of this data set; restore it, or correct the variable "
+                "nnUNet_preprocessed"
+            )
 
 
 def _change(content: Any, path: Path) -> Change:

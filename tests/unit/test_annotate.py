@@ -208,6 +208,53 @@ def test_a_file_that_went_away_in_between_is_named(raw: Path, monkeypatch: pytes
         annotate(901, ["u_01", label_of(raw, "u_01")])
 
 
+MOVE = ["imagesUn/u_00_0000.nii.gz", "imagesTr/u_00_0000.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"moves": [["../../../others/file", "imagesTr/x.nii.gz"]]}, "moves '../../../others/file' to"),
+        ({"moves": [["{outside}/file", "imagesTr/x.nii.gz"]]}, "moves '/.*/others/file' to"),
+        ({"moves": [["imagesUn/u_00_0000.nii.gz", "../x.nii.gz"]]}, r"to '\.\./x\.nii\.gz', which annotate does not"),
+        ({"moves": [["dataset.json", "imagesTr/x.nii.gz"]]}, "moves 'dataset.json' to"),
+        ({"moves": [["labelsTr/l_00.nii.gz", "imagesTr/x.nii.gz"]]}, "moves 'labelsTr/l_00.nii.gz' to"),
+        ({"moves": [["imagesUn/..", "imagesTr/x"]]}, r"moves 'imagesUn/\.\.' to"),
+        ({"moves": [MOVE], "texts": [["{outside}/file", "x"]]}, "writes '.*/others/file', which is no file of this"),
+        ({"moves": [MOVE], "texts": [["{raw}/imagesTr/l_00_0000.nii.gz", "x"]]}, "which is no file of this"),
+        ({"moves": [["", "imagesTr/x"]]}, "moves '' to"),
+    ],
+)
+def test_a_journal_that_came_with_a_data_set_moves_and_writes_nothing_elsewhere(
+    raw: Path, change: dict[str, list], said: str
+) -> None:
+    outside = raw.parents[1] / "others"
+    outside.mkdir()
+    (outside / "file").write_text("of others")
+    text = json.dumps({"cases": ["u_00"], "moves": [], "texts": [], **change})
+    (raw / ".annotate").mkdir()
+    (raw / ".annotate" / "journal.json").write_text(text.replace("{outside}", str(outside)).replace("{raw}", str(raw)))
+    mine, before = label_of(raw, "u_01"), content_of(raw.parents[1])
+    with pytest.raises(DataError, match=said) as caught:
+        annotate(901, ["u_01", mine])
+    assert "\n" not in str(caught.value)
+    assert content_of(raw.parents[1]) == {**before, str(mine.relative_to(raw.parents[1])): mine.read_bytes()}
+
+
+def test_a_hidden_folder_that_annotate_did_not_make_is_left_alone(raw: Path) -> None:
+    mine, elsewhere = label_of(raw, "u_00"), raw.parents[1] / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "u_00.nii.gz").write_text("mine")
+    for make in (lambda folder: shutil.copytree(elsewhere, folder), lambda folder: folder.symlink_to(elsewhere)):
+        make(raw / ".annotate")
+        with pytest.raises(DataError, match=r"\.annotate was not made by this command; move it away"):
+            annotate(901, ["u_00", mine])
+        assert (raw / ".annotate" / "u_00.nii.gz").read_text() == "mine"
+        (raw / ".annotate").rename(raw.parents[1] / "away") if not (raw / ".annotate").is_symlink() else None
+    (raw / ".annotate").unlink()
+    assert annotate(901, ["u_00", mine]).cases == ("u_00",)
+
+
 def test_without_a_split_file_it_says_that_folds_are_drawn(raw: Path) -> None:
     (raw / "splits_final.json").unlink()
     assert "there is no split file" in str(annotate(901, ["u_00", label_of(raw, "u_00")]))
