@@ -28,7 +28,7 @@ from nnunetv2_dycon.files import file_digest, read_json, remove_leftovers, whole
 from nnunetv2_dycon.folders import environment_folder
 from nnunetv2_dycon.inference import BottleneckMean, Prediction, Prepared, predict, prepare, write_labels
 from nnunetv2_dycon.locks import locked
-from nnunetv2_dycon.pictures.canvas import save_figure, write_rows
+from nnunetv2_dycon.pictures.canvas import remove_pages, save_figure, write_rows
 from nnunetv2_dycon.pictures.sheet import COLUMNS, ROWS, Tile, contact_sheet
 from nnunetv2_dycon.pictures.slices import fullest, plane_of
 from nnunetv2_dycon.trained import Trained, device_of, find_trained
@@ -266,8 +266,7 @@ def _write(work: _Work, ordered: Sequence[_Known], number: int, by: By, diverse:
     write_rows(work.output / "ranking.csv", header, rows)
     tiles = [_tile(at, one) for at, one in enumerate(ordered[:number], start=1)]
     page = COLUMNS * ROWS
-    for old in work.output.glob("contact_sheet_*"):
-        old.unlink()
+    remove_pages(work.output, "contact_sheet")
     title = f"{work.raw.folder.name}: first by {by}{', unlike each other' if diverse else ''}"
     for start in range(0, len(tiles), page):
         figure = contact_sheet(tiles[start : start + page], title)

@@ -72,14 +72,19 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 def save_pages(figures: Sequence[Figure], folder: Path, name: str) -> list[Path]:
     """Write pages as `save_figure`; where there are several, numbers follow the name. Earlier pages go away."""
-    for old in folder.glob(f"{name}_[0-9]*.*"):
-        if re.fullmatch(rf"{re.escape(name)}_\d+\.(png|svg)", old.name):
-            old.unlink()
+    remove_pages(folder, name)
     one = len(figures) == 1
     names = [name if one else f"{name}_{at}" for at in range(1, len(figures) + 1)]
     return [
         path for figure, of_page in zip(figures, names, strict=True) for path in save_figure(figure, folder, of_page)
     ]
+
+
+def remove_pages(folder: Path, name: str) -> None:
+    """Delete the pages of an earlier run, and nothing else of such a name."""
+    for old in list(folder.iterdir()):
+        if re.fullmatch(rf"{re.escape(name)}_\d+\.(png|svg)", old.name):
+            old.unlink()
 
 
 def make_folder(folder: Path) -> Path:

@@ -169,8 +169,11 @@ def test_more_cases_than_fit_on_a_page_have_further_pages(fold: Path, monkeypatc
     monkeypatch.setattr(module, "ROWS", 2)
     rank(901, NAME, device="cpu", mirroring=False)
     assert len(list((fold / "rank").glob("contact_sheet_*.png"))) == 2
+    mine = fold / "rank" / "contact_sheet_of_mine.png"
+    mine.touch()
     rank(901, NAME, device="cpu", mirroring=False, number=1)
-    assert len(list((fold / "rank").glob("contact_sheet_*.png"))) == 1
+    assert [path.name for path in (fold / "rank").glob("contact_sheet_[0-9]*.png")] == ["contact_sheet_1.png"]
+    assert mine.exists()
 
 
 def test_a_choice_of_unlike_cases_begins_with_the_first(fold: Path) -> None:
