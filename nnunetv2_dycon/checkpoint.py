@@ -80,6 +80,8 @@ def read_checkpoint(path: Path, *keys: str, mend: str = "") -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EINVAL:  # sought before the file's begin, by either
+            raise DamagedError(_unreadable(path, "its parts are not where it says", mend)) from error
         raise DataError(_unreadable(path, str(error), mend)) from error
     except pickle.UnpicklingError as error:  # any text, an LFS pointer for one
         raise DamagedError(_unreadable(path, "it is not a file of torch", mend)) from error
@@ -117,15 +119,10 @@ def _check_sums(path: Path) -> None:
         raise EOFError("it is empty")
     if not zipfile.is_zipfile(path):  # cut short, or of a format before torch 1.6
         return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch reads nothing, and says nothing, where a part is marked as a folder
-            folders = [part.filename for part in archive.infolist() if part.external_attr & _FOLDER]
-            damaged = archive.testzip() or next(iter(folders), None)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        raise zipfile.BadZipFile("its parts are not where it says") from error
+    with zipfile.ZipFile(path) as archive:
+        # torch reads nothing, and says nothing, where a part is marked as a folder
+        folders = [part.filename for part in archive.infolist() if part.external_attr & _FOLDER]
+        damaged = archive.testzip() or next(iter(folders), None)
     if damaged:
         raise zipfile.BadZipFile(f"its part {damaged} is damaged")
 

@@ -124,6 +124,17 @@ def test_a_flipped_byte_is_found_or_changes_nothing(tmp_path: Path) -> None:
     assert not [text for text in refused.values() if "\n" in text or "()" in text]
 
 
+def test_a_checkpoint_that_is_cut_anywhere_is_damaged(tmp_path: Path) -> None:
+    """torch calls some lengths of less than 70 kB an invalid argument of the system."""
+    path = tmp_path / "checkpoint.pth"
+    write_checkpoint({"w": torch.arange(50_000.0)}, path)
+    whole = path.read_bytes()
+    for length in (1, 100, *range(4000, len(whole), 8000), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedError, match=r"cannot be read as a checkpoint \((?!\[Errno)[^)]+\)"):
+            read_checkpoint(path)
+
+
 def test_a_part_that_is_marked_as_a_folder_is_damaged(tmp_path: Path) -> None:
     """torch leaves the memory of such a tensor as it was before."""
     path = tmp_path / "checkpoint.pth"
