@@ -183,15 +183,23 @@ def _show_scores(rows: Sequence[Any]) -> int:
     return 0
 
 
+def _device_flag() -> tuple[str, ...]:
+    from nnunetv2_dycon.trainers.results import device_flag  # imports torch, as the verbs that need it did
+
+    return device_flag()
+
+
 def _next_of_preparation(typed: dict[str, Any], result: Any) -> str:
     plans = [] if typed["plans"] == "nnUNetPlans" else ["-p", typed["plans"]]
     words = ["nnUNetv2_train", str(typed["dataset"]), typed["configurations"][0], "0", "-tr", "nnUNetTrainerDyCON"]
-    return shlex.join([*words, *plans])
+    return shlex.join([*words, *plans, *_device_flag()])
 
 
 def _next_of_export(typed: dict[str, Any], result: Any) -> str:
     folds = sorted(path.name.removeprefix("fold_") for path in result.glob("fold_*"))
-    return shlex.join(["nnUNetv2_predict_from_modelfolder", "-m", str(result), "-f", *folds, "-i", "IN", "-o", "OUT"])
+    return shlex.join(
+        ["nnUNetv2_predict_from_modelfolder", "-m", str(result), "-f", *folds, "-i", "IN", "-o", "OUT", *_device_flag()]
+    )
 
 
 def _next_of_comparison(typed: dict[str, Any], result: Any) -> str:

@@ -13,26 +13,12 @@ _PREFIX = "nnUNetTrainer"
 _CLOSE = 0.8  # BCP and CPS, DyCON and DyCONCPS are different methods and not misspelt
 
 
-def train_command(
-    dataset: str, configuration: str, fold: str, trainer: str, plans: str = "nnUNetPlans", *, resume: bool = False
-) -> str:
-    """Return the command that trains a fold, or goes on with it.
+def train_command(dataset: str, configuration: str, fold: str, trainer: str, plans: str, *flags: str) -> str:
+    """Return the command that trains a fold on this machine; all arguments as in nnU-Net's results folder."""
+    from nnunetv2_dycon.trainers.results import Model  # imports torch, which takes seconds
+    from nnunetv2_dycon.trainers.results import train_command as command
 
-    Parameters
-    ----------
-    dataset, configuration, fold, trainer, plans : str
-        As in nnU-Net's results folder.
-    resume : bool
-        Go on from the latest checkpoint.
-
-    Examples
-    --------
-    >>> train_command("Dataset501_X", "2d", "0", "nnUNetTrainerDyCON", resume=True)
-    'nnUNetv2_train 501 2d 0 -tr nnUNetTrainerDyCON --c'
-    """
-    words = ["nnUNetv2_train", short(dataset), configuration, fold, "-tr", trainer]
-    words += [] if plans == "nnUNetPlans" else ["-p", plans]
-    return shlex.join([*words, *(["--c"] if resume else [])])
+    return command(short(dataset), Model(trainer, plans, configuration), fold, *flags)
 
 
 def short(dataset: str) -> str:
@@ -67,7 +53,7 @@ def unfinished(folder: Path) -> str:
         return "finish it where it was trained"
     trainer, plans, configuration = parts
     dataset, fold = folder.parent.parent.name, folder.name.removeprefix("fold_")
-    return f"type: {train_command(dataset, configuration, fold, trainer, plans, resume=begun)}"
+    return f"type: {train_command(dataset, configuration, fold, trainer, plans, *(['--c'] if begun else []))}"
 
 
 def unknown(name: str, results: Path, plans: str, configuration: str, fold: str) -> str:

@@ -26,6 +26,7 @@ RESULTS = f"nnUNet_results/{DATASET}"
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_dataset(tmp_path, monkeypatch)
+    monkeypatch.setattr("nnunetv2_dycon.trainers.results.device_flag", lambda: ("-device", "cpu"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -68,7 +69,7 @@ def other_plans(root: Path) -> None:
     folder.rename(folder.with_name(f"{DYCON}__nnUNetResEncUNetMPlans__3d_fullres"))
 
 
-TRAIN = f"nnUNetv2_train 501 3d_fullres 0 -tr {DYCON}"
+TRAIN = f"nnUNetv2_train 501 3d_fullres 0 -tr {DYCON} -device cpu"  # where there is no GPU
 # What is there, what is typed, and how the message ends.
 COMPARE: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "a training that goes on": (only_latest, compare(DYCON), f"; type: {TRAIN} --c"),
@@ -76,7 +77,7 @@ COMPARE: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "a training of other plans": (
         other_plans,
         compare(DYCON, options="-p nnUNetResEncUNetMPlans"),
-        f"; type: {TRAIN} -p nnUNetResEncUNetMPlans --c",
+        f"; type: {TRAIN.replace(' -device', ' -p nnUNetResEncUNetMPlans -device')} --c",
     ),
     "a training that never began": (never_begun, compare(DYCON), f"(it has no checkpoint); type: {TRAIN}"),
     "another fold": (lambda r: make_training(r, DYCON, fold=1), compare(DYCON), "; there is fold_1: type -f 1"),
@@ -88,7 +89,8 @@ COMPARE: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "a method that is not trained": (
         lambda r: make_training(r, "nnUNetTrainerCPS_epochs4"),
         compare("nnUNetTrainerBCP_epochs4"),
-        "; there is nnUNetTrainerCPS_epochs4; train it: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerBCP_epochs4",
+        "; there is nnUNetTrainerCPS_epochs4; train it: nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerBCP_epochs4 "
+        "-device cpu",
     ),
     "a method inside another": (
         lambda r: make_training(r, "nnUNetTrainerDyCONCPS_epochs4"),
@@ -175,7 +177,7 @@ def test_the_training_command_is_one_that_nnunet_understands(root, capsys, monke
     command = said(capsys, compare(DYCON)).split("type: ")[1]
     calls: list = []
     monkeypatch.setattr(run_training, "run_training", lambda *arguments, **_: calls.append(arguments))
-    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "-device", "cpu"])
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(torch, "set_num_interop_threads", lambda _: None)
     run_training.run_training_entry()

@@ -215,10 +215,10 @@ def test_trainers_prints_common_options_once_and_those_of_each_trainer(capsys):
         (["convert", "LA", "x"], "nnUNetv2_dycon check -d 604"),
         (["split", *REQUIRED["split"]], "nnUNetv2_dycon check -d 604"),
         (["phantom", "-d", "501"], "nnUNetv2_dycon check -d 501"),
-        (["preprocess_unlabeled", "-d", "501"], "nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerDyCON"),
+        (["preprocess_unlabeled", "-d", "501"], "nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerDyCON -device x"),
         (
             ["preprocess_unlabeled", "-d", "Dataset501_X", "-c", "2d", "-p", "My Plans"],
-            "nnUNetv2_train Dataset501_X 2d 0 -tr nnUNetTrainerDyCON -p 'My Plans'",
+            "nnUNetv2_train Dataset501_X 2d 0 -tr nnUNetTrainerDyCON -p 'My Plans' -device x",
         ),
         (["self_train", *REQUIRED["self_train"]], "nnUNetv2_predict -d 601"),
         (["compare", *REQUIRED["compare"]], "open 'a b/report.html' in a browser"),
@@ -234,6 +234,7 @@ def test_a_verb_ends_with_what_to_type_next_apart_from_its_result(called, monkey
     if name == "compare":
         monkeypatch.setattr(sys.modules[module], function, lambda **_: Path("a b/report.html"))
     monkeypatch.setitem(commands.VERBS, name, commands.VERBS[name]._replace(show=commands._show))
+    monkeypatch.setattr("nnunetv2_dycon.trainers.results.device_flag", lambda: ("-device", "x"))
     assert commands.main(arguments) == 0
     printed, said = capsys.readouterr()
     assert "next" not in printed
@@ -251,8 +252,11 @@ def test_an_exported_model_is_predicted_with_all_of_its_folds(called, monkeypatc
     for fold in ("fold_0", "fold_1"):
         (tmp_path / fold).mkdir()
     monkeypatch.setattr(sys.modules["nnunetv2_dycon.export"], "export_model", lambda **_: tmp_path)
-    commands.main(["export", *REQUIRED["export"]])
-    assert f"next: nnUNetv2_predict_from_modelfolder -m {tmp_path} -f 0 1 -i IN -o OUT\n" in capsys.readouterr().err
+    for flag, typed in (((), ""), (("-device", "cpu"), " -device cpu")):  # with a GPU and without
+        monkeypatch.setattr("nnunetv2_dycon.trainers.results.device_flag", lambda flag=flag: flag)
+        commands.main(["export", *REQUIRED["export"]])
+        command = f"nnUNetv2_predict_from_modelfolder -m {tmp_path} -f 0 1 -i IN -o OUT{typed}"
+        assert f"next: {command}\n" in capsys.readouterr().err
 
 
 def test_after_a_finding_nothing_is_next(called, monkeypatch, capsys):
