@@ -100,13 +100,13 @@ def model_folder(dataset: int | str, model: Model) -> Path:
     except (RuntimeError, ValueError):  # none of nnU-Net's three folders has it, or two names have its number
         name = str(dataset)
     folder = results / name / model.folder
-    if folder.is_dir():
+    if folder.is_dir() and folder.parent == results / name:  # a path is not a name: it may lead to another data set
         return folder
-    known = _models(folder.parent)
+    known = _models(results / name)
     if known:
         near = _nearest(model.folder, {one.folder: one for one in known})
         shown = first_few([f"-tr {one.trainer} -c {one.configuration} -p {one.plans}" for one in near], separator="; ")
-        raise DataError(f"{folder.parent} has no {folder.name}; trained there, give one of them: {shown}")
+        raise DataError(f"{results / name} has no {model.folder}; trained there, give one of them: {shown}")
     if any(Path(os.environ.get(variable, ""), name).is_dir() for variable in VARIABLES):
         raise DataError(f"nothing was trained on {name}; {_train_it(dataset, name, model, 0)}")
     others = _nearest(name, {path.name: path.name for path in results.glob("Dataset*_*") if _models(path)})
