@@ -9,8 +9,8 @@ import torch
 
 from nnunetv2_dycon.checkpoint import read_checkpoint, write_checkpoint
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import first_few, whole_folder
-from nnunetv2_dycon.trained import NEEDED, weights_of
+from nnunetv2_dycon.files import first_few, read_json_object, whole_folder
+from nnunetv2_dycon.trained import NEEDED, RESTORE, weights_of
 from nnunetv2_dycon.trainers.results import Model, model_folder, trained_checkpoint
 
 STOCK_TRAINER = "nnUNetTrainer"
@@ -70,7 +70,9 @@ def export_model(
     model = model_folder(dataset_id, name)
     lost = [file for file in MODEL_FILES if not (model / file).is_file()]
     if lost:
-        raise DataError(f"{model} has no {first_few(lost)}; restore what nnUNetv2_train wrote there")
+        raise DataError(f"{model} has no {first_few(lost)}; {RESTORE}")
+    for file in MODEL_FILES:  # or another machine would find out that it was cut short
+        read_json_object(model / file, RESTORE)
     with whole_folder(output) as whole:
         for file in MODEL_FILES:
             shutil.copyfile(model / file, whole / file)

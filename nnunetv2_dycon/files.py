@@ -217,6 +217,14 @@ def read_json(path: Path, mend: str = "restore it", error: type[UserError] = Dat
         raise error(f"{path} cannot be read (not JSON: {reason}); {mend}") from reason
 
 
+def read_json_object(path: Path, mend: str = "restore it", error: type[UserError] = DataError) -> dict[str, Any]:
+    """Return the content of a JSON file that holds {...}; parameters and errors as those of `read_json`."""
+    content = read_json(path, mend, error)
+    if not isinstance(content, dict):
+        raise error(f"{path} is not a JSON object; {mend}")
+    return content
+
+
 def is_hidden(name: str) -> bool:
     """Return whether systems hide a file or folder of this name; it is nobody's data, like the `._` files of macOS."""
     return name.startswith(".")

@@ -17,13 +17,14 @@ from torch import nn
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
 from nnunetv2_dycon.data.dataset_json import read_dataset_json
 from nnunetv2_dycon.errors import ConfigError, DataError
-from nnunetv2_dycon.files import read_json
+from nnunetv2_dycon.files import read_json_object
+from nnunetv2_dycon.trainers.planned import check_entries
 from nnunetv2_dycon.trainers.results import Model, checkpoints, model_folder, trained_checkpoint
 from nnunetv2_dycon.trainers.snapshots import snapshots_of
 
 Weights = Literal["student", "teacher"]
 NEEDED = ("network_weights", "init_args", "inference_allowed_mirroring_axes")
-_RESTORE = "restore what nnUNetv2_train wrote there"
+RESTORE = "restore what nnUNetv2_train wrote there"
 
 
 def weights_of(checkpoint: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, torch.Tensor]:
@@ -105,7 +106,7 @@ class Trained:
             network.load_state_dict(weights_of(self.checkpoint, weights, self.path))
         except RuntimeError as error:
             raise DataError(
-                f"{self.path} has weights of another network than the plans next to it; {_RESTORE}"
+                f"{self.path} has weights of another network than the plans next to it; {RESTORE}"
             ) from error
         return network.eval()
 
@@ -169,10 +170,14 @@ def open_trained(path: Path) -> Trained:
         If a file of the training is missing or cannot be used.
     """
     folder = path.parents[1]
-    dataset_json = read_dataset_json(folder / "dataset.json", _RESTORE)
-    plans = PlansManager(read_json(folder / "plans.json", _RESTORE))
+    dataset_json = read_dataset_json(folder / "dataset.json", RESTORE)
     checkpoint = read_checkpoint(path, *NEEDED)
-    name = checkpoint["init_args"]["configuration"]
+    name, planned = checkpoint["init_args"]["configuration"], folder / "plans.json"
+    content = read_json_object(planned, RESTORE)
+    check_entries(content, name, planned, RESTORE)
+    if name not in content["configurations"]:
+        raise DataError(f"{planned} has no configuration {name}; {RESTORE}")
+    plans = PlansManager(content)
     return Trained(path, checkpoint, plans, plans.get_configuration(name), dataset_json)
 
 

@@ -16,7 +16,7 @@ from nnunetv2_dycon.data.roles import read_roles
 from nnunetv2_dycon.data.splits import read_splits
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.advice import unfinished
-from nnunetv2_dycon.files import file_digest, json_digest, read_json, write_json
+from nnunetv2_dycon.files import file_digest, json_digest, read_json, read_json_object, write_json
 from nnunetv2_dycon.folders import raw_folder
 
 Weights = Literal["student", "teacher"]
@@ -101,16 +101,15 @@ def read_training(folder: Path, checkpoint: str = FINAL) -> Facts:
     """
     trainer, _, configuration = folder.parent.name.split("__") if folder.parent.name.count("__") == 2 else (None,) * 3
     state = _read_checkpoint(folder, checkpoint)
-    plans = read_json(folder.parent / "plans.json")
     configuration = configuration or state["init_args"]["configuration"]
-    debug = read_json(folder / "debug.json") if (folder / "debug.json").is_file() else {}
+    plans, planned = _plans(folder.parent / "plans.json", configuration)
+    debug = read_json_object(folder / "debug.json") if (folder / "debug.json").is_file() else {}
     ours = state.get("ssl") or {}
     settings = ours.get("settings") or {}
     epochs, iterations = _length(settings, debug, folder)
     if checkpoint == FINAL and state["current_epoch"] < epochs:
         done = f"epoch {state['current_epoch']} of {epochs}"
         raise DataError(f"{folder} is not a finished training ({done}); {unfinished(folder)}")
-    planned = resolved_plans(plans, configuration)
     labeled, validation, count, unlabeled = _cases(folder, plans["dataset_name"], ours.get("cases"))
     unlabeled_cases = tuple(ours["cases"]["unlabeled"]) if "cases" in ours else None
     logged = state.get("logging") or {}
@@ -149,22 +148,37 @@ def read_training(folder: Path, checkpoint: str = FINAL) -> Facts:
     return _of_all_rounds(facts, iterations)
 
 
+def _plans(path: Path, configuration: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the plans of a training and their configuration, which have what is looked up in them."""
+    plans = read_json_object(path)
+    try:
+        planned = resolved_plans(plans, configuration)
+        _ = plans["dataset_name"], planned["batch_size"]
+    except (KeyError, RecursionError, TypeError) as error:
+        raise DataError(f"{path} cannot be used ({type(error).__name__}: {error}); restore it") from error
+    return plans, planned
+
+
 def _of_all_rounds(facts: Facts, iterations: int) -> Facts:
     """Return the facts of a self-training, whose data set lists pseudo-labelled cases as training cases."""
     raw = raw_folder(facts.dataset or "")
     path = raw / "conversion.json" if raw else None
-    entry = read_json(path).get("self_train") if path and path.is_file() else None
+    entry = read_json_object(path).get("self_train") if path and path.is_file() else None
     if entry is None:
         return facts
-    return replace(
-        facts,
-        labeled=tuple(sorted(entry["labeled"])),
-        labeled_count=len(entry["labeled"]),
-        unlabeled=len(entry["pseudo_labeled"]),
-        unlabeled_cases=tuple(sorted(entry["pseudo_labeled"])),
-        steps=entry["total_epochs"] * iterations,
-        self_training=entry["round"],
-    )
+    try:
+        return replace(
+            facts,
+            labeled=tuple(sorted(entry["labeled"])),
+            labeled_count=len(entry["labeled"]),
+            unlabeled=len(entry["pseudo_labeled"]),
+            unlabeled_cases=tuple(sorted(entry["pseudo_labeled"])),
+            steps=entry["total_epochs"] * iterations,
+            self_training=entry["round"],
+        )
+    except (KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} is not as self_train wrote it ({reason}); restore it") from error
 
 
 def _read_checkpoint(folder: Path, name: str) -> dict[str, Any]:
@@ -240,7 +254,11 @@ def _curves(logged: Mapping[str, Any], folder: Path) -> dict[str, list[float]]:
             rows = list(csv.DictReader(file))
         names = [name for name in (rows[0] if rows else ()) if name.startswith("dice_teacher_")]
         if names:
-            curves["teacher's pseudo Dice"] = [_mean([float(row[name] or "nan") for name in names]) for row in rows]
+            try:
+                of_epochs = [[float(row[name] or "nan") for name in names] for row in rows]
+            except ValueError as error:
+                raise DataError(f"{path} cannot be read ({error}); restore it, or delete it") from error
+            curves["teacher's pseudo Dice"] = [_mean(values) for values in of_epochs]
     return curves
 
 
@@ -286,9 +304,11 @@ def read_run_file(folder: Path) -> Facts:
         If the file cannot be read.
     """
     content = read_json(folder / RUN_FILE)
-    if not isinstance(content, dict) or not content.keys() <= {entry.name for entry in fields(Facts)}:
+    names, known = ("labeled", "validation", "unlabeled_cases"), {entry.name for entry in fields(Facts)}
+    ours = isinstance(content, dict) and content.keys() <= known
+    if not ours or not all(isinstance(content.get(key), list | None) for key in names):
         raise DataError(f"{folder / RUN_FILE} was not written by --predict; delete it")
-    for key in ("labeled", "validation", "unlabeled_cases"):
+    for key in names:
         content[key] = None if content.get(key) is None else tuple(content[key])
     return Facts(**content)
 
@@ -299,4 +319,4 @@ def recorded_facts(folder: Path) -> Facts:
         return read_run_file(folder)
     if not (folder / "plans.json").is_file():  # nnU-Net leaves a copy in every folder of predictions
         return Facts()
-    return Facts(dataset=read_json(folder / "plans.json").get("dataset_name"))
+    return Facts(dataset=read_json_object(folder / "plans.json").get("dataset_name"))

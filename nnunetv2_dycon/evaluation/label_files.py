@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nnunetv2_dycon.data.readers import Reader, find_reader, read_view, readers_of
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.metrics import Structure
-from nnunetv2_dycon.files import first_few, read_json
+from nnunetv2_dycon.files import first_few, read_json, read_json_object
 
 DATASET_FILE = "dataset.json"
 PLANS_FILE = "plans.json"  # nnU-Net leaves a copy of both in every folder of predictions
@@ -93,7 +93,7 @@ def read_labels(path: Path, folder: Path, predictions: Path | None = None) -> La
         raise DataError(f'{path}: "labels" must name at least one label above 0 and none below; mend it')
     plans = predictions / PLANS_FILE if predictions else None
     examples = sorted(_files(folder, ending))
-    reader = find_reader(content, examples, read_json(plans) if plans and plans.is_file() else None)
+    reader = find_reader(content, examples, read_json_object(plans) if plans and plans.is_file() else None)
     return Labels(structures, frozenset(values), ignore, ending, reader)
 
 

@@ -107,7 +107,7 @@ def _own_predictions(folder: Path, checkpoint: str, weights: Weights, mirroring:
 
 
 def _check_recorded(recorded: Facts, facts: Facts, predictions: Path, *, own: bool) -> None:
-    if recorded.weights != facts.weights:
+    if recorded.weights not in (None, facts.weights):  # None: not recorded
         raise DataError(f"{predictions} was predicted by the {recorded.weights}; type --weights {recorded.weights}")
     if recorded.checkpoint_digest != facts.checkpoint_digest:
         mend = "delete it and" if own else f"name other predictions of {facts.trainer}, or none and"

@@ -6,7 +6,7 @@ from typing import Any
 
 from nnunetv2_dycon.conversion import dataset
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import read_json, write_json, writing
+from nnunetv2_dycon.files import read_json_object, write_json, writing
 from nnunetv2_dycon.locks import locked
 from nnunetv2_dycon.self_training.training import FINAL, Training
 
@@ -32,7 +32,7 @@ def check_ids(trainings: Sequence[Training]) -> None:
         data = one.data
         dataset.new_folder(data.id, data.name.split("_", 1)[1], "--as")
         claim = data.results / CLAIM_FILE
-        noted = read_json(claim, "delete it") if claim.is_file() else wanted
+        noted = read_json_object(claim, "delete it") if claim.is_file() else wanted
         changed = [f"{key} {noted.get(key)}, now {value}" for key, value in wanted.items() if noted.get(key) != value]
         made_from = teacher.folder / FINAL
         if changed:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nnunetv2_dycon.data.splits import SPLITS_FILE
 from nnunetv2_dycon.errors import DataError
-from nnunetv2_dycon.files import list_visible, read_json, write_bytes, writing
+from nnunetv2_dycon.files import list_visible, read_json_object, write_bytes, writing
 from nnunetv2_dycon.self_training import running
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
 
@@ -32,7 +32,7 @@ class Preparation:
         if not all(copy.is_file() for copy in copies.values()):
             return False
         try:
-            plans = read_json(self.data.preprocessed / f"{self.experiment.plans_name}.json")
+            plans = read_json_object(self.data.preprocessed / f"{self.experiment.plans_name}.json")
         except DataError:  # not there, or cut short by a kill
             return False
         first = self.experiment.plans

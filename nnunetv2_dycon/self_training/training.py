@@ -22,7 +22,7 @@ from nnunetv2_dycon.data.datasets import dataset_title
 from nnunetv2_dycon.data.splits import STOCK_FOLDS, adopt_splits, read_splits, write_small_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.evaluation.label_files import Labels, read_label_map
-from nnunetv2_dycon.files import file_digest, place, read_json, write_json
+from nnunetv2_dycon.files import file_digest, place, read_json_object, write_json
 from nnunetv2_dycon.self_training import running
 from nnunetv2_dycon.self_training.experiment import DataSet, Experiment
 from nnunetv2_dycon.self_training.lengths import trainer_of_length
@@ -124,15 +124,15 @@ class Training:
             If another checkpoint predicted the pseudo-labels.
         """
         try:
-            noted = read_json(self._record)
+            noted = read_json_object(self._record)
         except DataError:
             return None
-        if noted["checkpoint"] != self.checkpoint_digest():
+        if noted.get("checkpoint") != self.checkpoint_digest():
             raise DataError(
                 f"{self.pseudo_labels} was predicted by another state of {self.folder / FINAL}; delete "
                 f"{self._record} and the folder, and everything made from it"
             )
-        voxels = noted["voxels"]
+        voxels = noted.get("voxels")
         return voxels if voxels and set(voxels) == set(self.experiment.roles.unlabeled) else None
 
     def label_words(self) -> list[str]:

@@ -10,7 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_dycon.data.dataset_json import FILE, check_dataset_json
 from nnunetv2_dycon.data.datasets import dataset_number
 from nnunetv2_dycon.errors import DataError, UserError
-from nnunetv2_dycon.files import read_json
+from nnunetv2_dycon.files import read_json, read_json_object
 from nnunetv2_dycon.folders import environment_folder, raw_folder
 
 FINGERPRINT = "dataset_fingerprint.json"
@@ -50,6 +50,29 @@ def check_plans(plans: dict[str, Any], configuration: str, dataset_json: Any) ->
     """
     name = str(plans.get("dataset_name"))
     path = environment_folder("nnUNet_preprocessed") / name / f"{plans.get('plans_name')}.json"
+    check_entries(plans, configuration, path, plan_again(path))
+    check_dataset_json(dataset_json, path.with_name(FILE))
+
+
+def check_entries(plans: dict[str, Any], configuration: str, path: Path, mend: str) -> None:
+    """Refuse plans that lack an entry which nnU-Net looks up in a training, or have one that it cannot use.
+
+    Parameters
+    ----------
+    plans : dict
+        Content of the plans.
+    configuration : str
+        The configuration to train or to predict with.
+    path : Path
+        Their file, for the message.
+    mend : str
+        What the user can do; ends the message.
+
+    Raises
+    ------
+    DataError
+        With the file and the entry.
+    """
     try:
         manager = PlansManager(plans)
         if configuration in plans["configurations"]:  # nnU-Net itself says which ones there are
@@ -59,8 +82,7 @@ def check_plans(plans: dict[str, Any], configuration: str, dataset_json: Any) ->
             getattr(manager, entry)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{path} cannot be used ({reason}); {plan_again(path)}") from error
-    check_dataset_json(dataset_json, path.with_name(FILE))
+        raise DataError(f"{path} cannot be used ({reason}); {mend}") from error
 
 
 def check_fingerprint(preprocessed: Path) -> None:
@@ -90,11 +112,9 @@ def unreadable(plans: Path) -> str | None:
     """
     for path, mend in ((plans, plan_again(plans)), (plans.with_name(FILE), copy_again(plans.parent))):
         try:
-            content = read_json(path, mend)
+            read_json_object(path, mend)
         except UserError as error:
             return str(error)
-        if not isinstance(content, dict):
-            return f"{path} is not a JSON object; {mend}"
     return None
 
 

@@ -77,6 +77,10 @@ COMMAND = "nnUNetv2_train 501 3d_fullres {} -tr nnUNetTrainerDyCON -device cpu"
             "-tr nnUNetTrainerDyCON -c 3d_fullres -p nnUNetPlans; -tr nnUNetTrainerBCP_epochs5 -c 3d_low -p Mine",
         ),
         (
+            {"trainer": f"../{DATASET}/{TRAINER}"},
+            f"{DATASET} has no ../{DATASET}/{TRAINER}__nnUNetPlans__3d_fullres; trained there, give one of them: -tr",
+        ),
+        (
             {"configuration": "3d_low"},
             "give one of them: -tr nnUNetTrainerDyCON -c 3d_fullres .*; -tr nnUNetTrainerBCP",
         ),
@@ -142,6 +146,15 @@ def test_a_machine_without_any_training_says_so(tmp_path: Path, monkeypatch) -> 
 def test_a_model_without_its_plans_is_not_exported(trainings: list[Path], tmp_path: Path) -> None:
     (trainings[0].parent / "plans.json").unlink()
     with pytest.raises(DataError, match=r"3d_fullres has no plans\.json; restore"):
+        export_model(DATASET, TRAINER, output=tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
+@pytest.mark.parametrize("content", ["", '{"labels": {', "[]"])
+def test_a_model_with_a_damaged_file_is_not_exported(trainings: list[Path], tmp_path: Path, name, content) -> None:
+    (trainings[0].parent / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name} (cannot be read|is not a JSON object).*; restore what nnUNetv2"):
         export_model(DATASET, TRAINER, output=tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -1,6 +1,8 @@
 """Entropy maps in the place of their images, and the error rate that goes with them."""
 
+import copy
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -120,6 +122,24 @@ def test_what_cannot_be_drawn_is_one_line(tiny: Path, fold: Path) -> None:
     assert not (fold / "pictures").exists()
     with pytest.raises(ConfigError, match="-device mps: this machine has none"):
         plot_uncertainty(901, NAME, device="mps")
+
+
+def test_plans_that_cannot_be_used_are_one_line(tiny: Path, fold: Path) -> None:
+    """In every picture of a training and in rank, which open it alike."""
+    path = fold.parent / "plans.json"
+    whole = json.loads(path.read_text())
+    lacking = copy.deepcopy(whole)
+    del lacking["configurations"]["3d_fullres"]["patch_size"]
+    for content, said in (
+        ([], "is not a JSON object"),
+        ({}, r"cannot be used \(KeyError: 'configurations'\)"),
+        ({**whole, "configurations": {}}, "has no configuration 3d_fullres"),
+        (lacking, r"cannot be used \(KeyError: 'patch_size'\)"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=rf"plans\.json {said}.*; restore what nnUNetv2_train wrote") as caught:
+            plot_uncertainty(901, NAME, device="cpu")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_image_is_named(tiny: Path, fold: Path, tmp_path: Path, monkeypatch) -> None:

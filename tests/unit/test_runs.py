@@ -225,7 +225,7 @@ def test_the_best_checkpoint_of_a_training_that_goes_on_is_refused(root):
 )
 def test_a_training_that_is_not_finished_is_refused_with_the_command(root, options, reason):
     make_training(root, DYCON, **options)
-    with pytest.raises(DataError, match=rf"not a finished training \({reason}.*nnUNetv2_train .* -tr {DYCON} --c"):
+    with pytest.raises(DataError, match=rf"not a finished training \({reason}.*nnUNetv2_train .* -tr {DYCON} .*--c"):
         find(DYCON)
 
 
@@ -256,6 +256,46 @@ def test_a_missing_plans_file_and_a_missing_length_are_refused(root):
     (folder.parent / "plans.json").write_text("{")
     with pytest.raises(DataError, match=r"plans\.json cannot be read"):
         read_training(folder)
+
+
+def of_plans(**changed) -> str:
+    return json.dumps({**PLANS, **changed})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        *(("plans.json", text, r"plans\.json is not a JSON object; restore it") for text in ("[]", "null", '"x"')),
+        ("plans.json", "{}", r"plans\.json cannot be used \(KeyError: 'configurations'\); restore it"),
+        ("plans.json", of_plans(configurations={"3d_fullres": {}}), r"cannot be used \(KeyError: 'batch_size'\)"),
+        ("plans.json", of_plans(configurations=[]), "no configuration 3d_fullres"),
+        ("plans.json", of_plans(configurations={"3d_fullres": {"inherits_from": "3d_fullres"}}), "RecursionError"),
+        ("fold_0/debug.json", "[]", r"debug\.json is not a JSON object; restore it"),
+        ("fold_0/ssl_history.csv", "epoch,dice_teacher_a\n0,much\n", r"history\.csv cannot be read \(.*'much'"),
+        ("conversion.json", "[]", r"conversion\.json is not a JSON object; restore it"),
+        ("conversion.json", '{"self_train": []}', r"conversion\.json is not as self_train wrote it \(TypeError: "),
+        ("conversion.json", '{"self_train": {}}', r"as self_train wrote it \(KeyError: 'labeled'\); restore it"),
+        ("run.json", "[]", r"run\.json was not written by --predict; delete it"),
+        ("run.json", '{"labeled": 5}', r"run\.json was not written by --predict; delete it"),
+        ("run.json", "{}", r"predicted with another state of checkpoint_final\.pth; delete it and type --predict"),
+    ],
+)
+def test_a_file_of_another_form_is_one_line(root, name, content, said):
+    folder = make_training(root, DYCON)
+    (run,) = find(DYCON)
+    make_predictions(run.predictions)
+    place = {"conversion.json": root / "nnUNet_raw" / DATASET, "run.json": run.predictions}.get(name, folder.parent)
+    (place / name).write_text(content)
+    with pytest.raises(DataError, match=said) as caught:
+        find(DYCON)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "null"])
+def test_plans_of_another_form_next_to_predictions_from_elsewhere_are_one_line(root, tmp_path, content):
+    (make_predictions(tmp_path / "away") / "plans.json").write_text(content)
+    with pytest.raises(DataError, match=r"plans\.json is not a JSON object; restore it"):
+        find(str(tmp_path / "away"))
 
 
 def test_a_split_that_changed_after_the_training_is_refused(root):

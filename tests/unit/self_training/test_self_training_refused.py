@@ -79,6 +79,22 @@ def test_pseudo_labels_of_another_checkpoint_are_refused(monkeypatch, root):
         start(monkeypatch, root)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}"])
+def test_records_of_another_form_are_one_line(monkeypatch, root, content):
+    start(monkeypatch, root)
+    record = first_fold(root) / "pseudo_labels.json"
+    (claim,) = (root / "nnUNet_results").glob("*/self_train.json")
+    for path, said in ((claim, "self_train.json is "), (record, "predicted by another state|made with other")):
+        before = path.read_text()
+        path.write_text(content)
+        if content == "{}" or path == claim:
+            with pytest.raises(DataError, match=said):
+                start(monkeypatch, root)
+        else:
+            start(monkeypatch, root)  # it is as if it were not there: counted again
+        path.write_text(before)
+
+
 def test_a_data_set_that_was_planned_again_is_refused(monkeypatch, root):
     start(monkeypatch, root)
     path = root / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json"
