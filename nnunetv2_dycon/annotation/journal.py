@@ -76,9 +76,10 @@ def _remove_waiting(folder: Path) -> None:
         return
     if folder.is_symlink() or ((there := os.listdir(folder)) and _STAMP not in there):
         raise DataError(f"{folder} was not made by this command; move it away")
-    for name in sorted(there, key=_STAMP.__eq__):
-        os.remove(folder / name)
-    folder.rmdir()
+    with writing(folder):
+        for name in sorted(there, key=_STAMP.__eq__):
+            os.remove(folder / name)
+        folder.rmdir()
 
 
 def _check_places(raw: Path, change: Change) -> None:
