@@ -153,7 +153,7 @@ def _plans(path: Path, configuration: str) -> tuple[dict[str, Any], dict[str, An
     plans = read_json_object(path)
     try:
         planned = resolved_plans(plans, configuration)
-        _ = plans["dataset_name"], planned["batch_size"]
+        _ = Path(plans["dataset_name"]), planned["batch_size"]  # the name of folders
     except (KeyError, RecursionError, TypeError) as error:
         raise DataError(f"{path} cannot be used ({type(error).__name__}: {error}); restore it") from error
     return plans, planned

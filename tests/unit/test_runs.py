@@ -268,6 +268,7 @@ def of_plans(**changed) -> str:
         *(("plans.json", text, r"plans\.json is not a JSON object; restore it") for text in ("[]", "null", '"x"')),
         ("plans.json", "{}", r"plans\.json cannot be used \(KeyError: 'configurations'\); restore it"),
         ("plans.json", of_plans(configurations={"3d_fullres": {}}), r"cannot be used \(KeyError: 'batch_size'\)"),
+        ("plans.json", of_plans(dataset_name=[]), r"plans\.json cannot be used \(TypeError: "),
         ("plans.json", of_plans(configurations=[]), "no configuration 3d_fullres"),
         ("plans.json", of_plans(configurations={"3d_fullres": {"inherits_from": "3d_fullres"}}), "RecursionError"),
         ("fold_0/debug.json", "[]", r"debug\.json is not a JSON object; restore it"),
