@@ -16,7 +16,7 @@ from pathlib import Path
 import nnunetv2_dycon
 from nnunetv2_dycon import _register
 from nnunetv2_dycon.findings import Finding
-from nnunetv2_dycon.shared_memory import free_bytes, in_words, memory_shortage, waiting_batches
+from nnunetv2_dycon.shared_memory import TRAININGS_ONLY, free_bytes, in_words, memory_shortage, waiting_batches
 
 START_UP_FILE = "nnunetv2_dycon_ext.pth"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -179,7 +179,7 @@ def _shared_memory() -> Finding:
         text = f"the number of loader processes is not known ({_one_line(error)}); correct nnUNet_n_proc_DA"
         return Finding(name, False, text)
     if not processes:
-        return Finding(name, True, "not needed: nnUNet_n_proc_DA=0")
+        return Finding(name, True, f"not needed: nnUNet_n_proc_DA=0 ({TRAININGS_ONLY})")
     pools = zip(USUAL_BATCHES, pool_sizes(processes), strict=True)
     needed = sum(size * waiting_batches(*pool, pinned=pinned) for size, pool in pools)
     free = free_bytes()

@@ -8,8 +8,11 @@ except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]  # a module or nothing
 
 FOLDER = "/dev/shm"
+# nnU-Net's planner crashes on 0 loader processes, so the variable must not stay for other commands.
+TRAININGS_ONLY = "for trainings alone: nnU-Net's planning fails with it"
 REMEDY = (
-    "give a container more (docker run --shm-size=8g), or train without loader processes: export nnUNet_n_proc_DA=0"
+    "give a container more (docker run --shm-size=8g), or train without loader processes: type nnUNet_n_proc_DA=0 in "
+    f"front of nnUNetv2_train ({TRAININGS_ONLY})"
 )
 _PAGE = 4096
 _OTHER_FILES = 64  # that a training has open: libraries, pipes, the log

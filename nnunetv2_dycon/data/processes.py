@@ -107,8 +107,8 @@ def _death(name: str, processes: int) -> str:
         return f"a loader process found no memory in {FOLDER}; {REMEDY} (then train on with --c)"
     if name == "SIGKILL":
         return (
-            "a loader process was killed, most likely for lack of memory; type: "
-            f"export nnUNet_n_proc_DA={processes // 2} (then train on with --c)"
+            "a loader process was killed, most likely for lack of memory; train on with --c, with "
+            f"nnUNet_n_proc_DA={processes // 2} in front of nnUNetv2_train"
         )
     return f"a loader process was ended by {name}; train on with --c"
 

@@ -92,7 +92,7 @@ def test_a_training_without_enough_shared_memory_does_not_begin(data: Path) -> N
         assert refused.wait(100) == 1
     assert re.search(r"error: nnUNet_n_proc_DA=2: \d+ [kM]B of shared memory are free in /dev/shm, ", last_line(data))
     assert "docker run --shm-size=8g" in last_line(data)
-    assert "export nnUNet_n_proc_DA=0" in last_line(data)
+    assert "nnUNet_n_proc_DA=0 in front of nnUNetv2_train" in last_line(data)
     assert "Epoch 0" not in (data / "log").read_text()
 
 

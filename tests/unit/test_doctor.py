@@ -130,7 +130,7 @@ def test_a_search_that_fails_is_a_finding_and_not_an_end(monkeypatch):
         ("2", 64 * 1024**2, False, "64 MB of shared memory are free in /dev/shm, "),
         ("2", 8 * 1024**3, True, "8.0 GB free, enough for 2 loader processes"),
         ("2", None, True, "no limit, enough for 2 loader processes"),
-        ("0", 0, True, "not needed: nnUNet_n_proc_DA=0"),
+        ("0", 0, True, "nnUNet_n_proc_DA=0 (for trainings alone: nnU-Net's planning fails with it)"),
         ("-2", 8 * 1024**3, False, "nnUNet_n_proc_DA is -2, not a number of processes"),
     ],
 )

@@ -28,7 +28,7 @@ from nnunetv2_dycon.data.processes import (
 )
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.randomness import global_states
-from nnunetv2_dycon.shared_memory import file_shortage, memory_shortage, waiting_batches
+from nnunetv2_dycon.shared_memory import REMEDY, file_shortage, memory_shortage, waiting_batches
 from nnunetv2_dycon.trainers import loaders
 from nnunetv2_dycon.trainers.loaders import pool_sizes
 from tests.processes import left_after, running, with_shared_memory
@@ -84,7 +84,7 @@ def test_an_error_of_the_user_in_a_loader_process_is_raised_in_the_training(pool
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (signal.SIGKILL, r"was killed, most likely for lack of memory; type: export nnUNet_n_proc_DA=1 \("),
+        (signal.SIGKILL, "was killed, most likely for lack of memory; train on with --c, with nnUNet_n_proc_DA=1 in"),
         (signal.SIGUSR1, "was ended by SIGUSR1; train on with --c"),
     ],
 )
@@ -165,7 +165,7 @@ def test_too_little_shared_memory_is_a_line_with_both_remedies(free, needed, sai
     else:
         assert found.startswith(said)
         assert "docker run --shm-size=8g" in found
-        assert "export nnUNet_n_proc_DA=0" in found
+        assert "nnUNet_n_proc_DA=0 in front of nnUNetv2_train" in found
 
 
 def test_too_few_open_files_are_a_line(monkeypatch) -> None:
@@ -369,7 +369,7 @@ def test_a_full_shared_memory_ends_a_training_with_one_line(tmp_path: Path) -> N
     )
     assert done.returncode == 1
     assert re.search(r"DataError: no shared memory for a batch of 392 kB, \d+ kB are free in /dev/shm", done.stderr)
-    assert done.stderr.strip().splitlines()[-1].endswith("export nnUNet_n_proc_DA=0")
+    assert done.stderr.strip().splitlines()[-1].endswith(REMEDY)
     assert done.stderr.count("No space left") == 1
 
 
