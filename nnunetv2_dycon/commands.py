@@ -184,7 +184,7 @@ def _show_scores(rows: Sequence[Any]) -> int:
 
 
 def _device_flag() -> tuple[str, ...]:
-    from nnunetv2_dycon.trainers.results import device_flag  # imports torch, as the verbs that need it did
+    from nnunetv2_dycon.command_lines import device_flag
 
     return device_flag()
 

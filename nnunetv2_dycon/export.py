@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 
 from nnunetv2_dycon.checkpoint import read_checkpoint, write_checkpoint
+from nnunetv2_dycon.command_lines import Model
 from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.files import first_few, read_json_object, whole_folder
 from nnunetv2_dycon.trained import NEEDED, RESTORE, weights_of
-from nnunetv2_dycon.trainers.results import Model, model_folder, trained_checkpoint
+from nnunetv2_dycon.trainers.results import model_folder, trained_checkpoint
 
 STOCK_TRAINER = "nnUNetTrainer"
 MODEL_FILES = ("plans.json", "dataset.json")

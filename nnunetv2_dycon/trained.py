@@ -15,11 +15,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_dycon.checkpoint import KEY, read_checkpoint
+from nnunetv2_dycon.command_lines import Model
 from nnunetv2_dycon.data.dataset_json import read_dataset_json
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.files import read_json_object
 from nnunetv2_dycon.trainers.planned import check_entries
-from nnunetv2_dycon.trainers.results import Model, checkpoints, model_folder, trained_checkpoint
+from nnunetv2_dycon.trainers.results import checkpoints, model_folder, trained_checkpoint
 from nnunetv2_dycon.trainers.snapshots import snapshots_of
 
 Weights = Literal["student", "teacher"]

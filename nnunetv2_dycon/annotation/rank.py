@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nnunetv2_dycon import __version__
 from nnunetv2_dycon.annotation.scores import CaseScores, ClassScores, dual_entropy, farthest_first, score_case
+from nnunetv2_dycon.command_lines import Model
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.raw_cases import RawCases, raw_cases
 from nnunetv2_dycon.data.splits import fold_unlabeled, read_splits
@@ -32,7 +33,6 @@ from nnunetv2_dycon.pictures.canvas import remove_pages, save_figure, write_rows
 from nnunetv2_dycon.pictures.sheet import COLUMNS, ROWS, Tile, contact_sheet
 from nnunetv2_dycon.pictures.slices import fullest, plane_of
 from nnunetv2_dycon.trained import Trained, device_of, find_trained
-from nnunetv2_dycon.trainers.results import Model
 
 By = Literal["entropy", "disagreement", "expected_ml"]
 FORMAT = 1

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from nnunetv2_dycon import command_lines
 from nnunetv2_dycon.files import first_few
 
 _PREFIX = "nnUNetTrainer"
@@ -15,10 +16,7 @@ _CLOSE = 0.8  # BCP and CPS, DyCON and DyCONCPS are different methods and not mi
 
 def train_command(dataset: str, configuration: str, fold: str, trainer: str, plans: str, *flags: str) -> str:
     """Return the command that trains a fold on this machine; all arguments as in nnU-Net's results folder."""
-    from nnunetv2_dycon.trainers.results import Model  # imports torch, which takes seconds
-    from nnunetv2_dycon.trainers.results import train_command as command
-
-    return command(short(dataset), Model(trainer, plans, configuration), fold, *flags)
+    return command_lines.train_command(short(dataset), command_lines.Model(trainer, plans, configuration), fold, *flags)
 
 
 def short(dataset: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
+from nnunetv2_dycon.command_lines import Model
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.raw_cases import raw_cases
 from nnunetv2_dycon.errors import ConfigError, DataError
@@ -30,7 +31,6 @@ from nnunetv2_dycon.inference import Prepared, full_size, on_image_grid, predict
 from nnunetv2_dycon.pictures.canvas import Drawn, make_folder, new_figure, save_figure, show_gray, shown, write_rows
 from nnunetv2_dycon.pictures.slices import Plane, as_volume, fullest, plane_of
 from nnunetv2_dycon.trained import Moment, Trained, Weights, course_of, device_of
-from nnunetv2_dycon.trainers.results import Model
 
 _MOST_CLASSES = 4
 

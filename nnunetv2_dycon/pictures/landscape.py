@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nnunetv2_dycon.checkpoint import KEY
+from nnunetv2_dycon.command_lines import Model
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.files import file_digest, read_json, remove_leftovers, write_json
 from nnunetv2_dycon.locks import locked
@@ -31,7 +32,6 @@ from nnunetv2_dycon.pictures.fixed_batch import Patches, fixed_patches
 from nnunetv2_dycon.step import Batch, DataInfo, Method, full_resolution, run_pass
 from nnunetv2_dycon.trained import Moment, Trained, course_of, device_of
 from nnunetv2_dycon.trainers.names import read_name
-from nnunetv2_dycon.trainers.results import Model
 
 FORMAT = 1
 _SAVE_INTERVAL = 5.0  # s; a kill loses at most the points of this time

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from nnunetv2_dycon.command_lines import Model
 from nnunetv2_dycon.conversion.raw import find_raw
 from nnunetv2_dycon.data.raw_cases import RawCases, raw_cases
 from nnunetv2_dycon.errors import ConfigError, DataError
@@ -29,7 +30,6 @@ from nnunetv2_dycon.pictures.canvas import (
 )
 from nnunetv2_dycon.pictures.slices import Plane, as_volume, plane_of, spread
 from nnunetv2_dycon.trained import Trained, device_of, find_trained
-from nnunetv2_dycon.trainers.results import Model
 
 SLICES = 3
 BINS = 10

@@ -1,15 +1,15 @@
-"""Results folders by the names of their trainings, and the commands that train, continue or set them aside."""
+"""Results folders by the names of their trainings, and the command that sets one aside."""
 
 import difflib
 import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-import torch
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+from nnunetv2_dycon.command_lines import Model, train_command
 from nnunetv2_dycon.data.splits import STOCK_FOLDS, read_splits
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.files import first_few
@@ -22,46 +22,6 @@ GO_ON = "then type the same command with --c"  # ends errors about writing in a 
 
 
 T = TypeVar("T")
-
-
-class Model(NamedTuple):
-    """The name of a results folder, in its parts."""
-
-    trainer: str
-    plans: str
-    configuration: str
-
-    @property
-    def folder(self) -> str:
-        """The name as nnU-Net writes it."""
-        return "__".join(self)
-
-
-def train_command(dataset: int | str, model: Model, fold: int | str, *flags: str) -> str:
-    """Return the command that trains a model on this machine.
-
-    Parameters
-    ----------
-    dataset : int or str
-        Number or name.
-    model : Model
-        What to train.
-    fold : int or 'all'
-        The fold.
-    flags : str
-        Further arguments.
-    """
-    words = ["nnUNetv2_train", str(dataset), model.configuration, str(fold), "-tr", model.trainer]
-    if model.plans != "nnUNetPlans":
-        words += ["-p", model.plans]
-    return shlex.join([*words, *device_flag(), *flags])
-
-
-def device_flag() -> tuple[str, ...]:
-    """Return what nnU-Net's commands need where there is no CUDA device, which they use otherwise."""
-    if torch.cuda.is_available():
-        return ()
-    return ("-device", "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def set_aside(fold: Path) -> str:

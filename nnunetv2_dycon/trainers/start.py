@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nnunetv2_dycon.command_lines import device_flag
 from nnunetv2_dycon.errors import ConfigError, DataError
 from nnunetv2_dycon.folders import environment_folder
 from nnunetv2_dycon.trainers.names import read_name
-from nnunetv2_dycon.trainers.results import FINAL, checkpoints, device_flag, set_aside
+from nnunetv2_dycon.trainers.results import FINAL, checkpoints, set_aside
 
 if TYPE_CHECKING:
     from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL

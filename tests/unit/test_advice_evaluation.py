@@ -26,7 +26,7 @@ RESULTS = f"nnUNet_results/{DATASET}"
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_dataset(tmp_path, monkeypatch)
-    monkeypatch.setattr("nnunetv2_dycon.trainers.results.device_flag", lambda: ("-device", "cpu"))
+    monkeypatch.setattr("nnunetv2_dycon.command_lines.device_flag", lambda: ("-device", "cpu"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -40,29 +40,32 @@ MAY_IMPORT = {
     "files": {"errors", "locks"},
     "findings": set(),
     "shared_memory": set(),
+    "command_lines": set(),  # asks torch for a device
     **dict.fromkeys(TENSORS, BASE),
     "learned": BASE | TENSORS,
     "step": BASE | TENSORS | {"learned"},
     "methods": BASE | TENSORS | {"learned", "step"},
     "data": BASE | TENSORS | {"_register"},
-    "trainers": BASE | TENSORS | {"step", "methods", "data"},
+    "trainers": BASE | TENSORS | {"step", "methods", "data", "command_lines"},
     "_nnunet_ext": {"trainers"},
-    "trained": BASE | TENSORS | {"data", "trainers"},
+    "trained": BASE | TENSORS | {"data", "trainers", "command_lines"},
     "inference": BASE | TENSORS | {"data", "trained"},
-    "export": BASE | TENSORS | {"step", "methods", "data", "trainers", "trained"},
+    "export": BASE | TENSORS | {"step", "methods", "data", "trainers", "trained", "command_lines"},
     "phantom": BASE | {"data", "conversion"},
     "doctor": BASE | {"_register", "precision", "trainers"},
     "conversion": BASE | {"data"},
     "dataset_conversion": BASE | {"conversion"},
-    "evaluation": BASE | {"data", "checkpoint"},  # the facts of a run; torch is imported where one is read
+    "evaluation": BASE
+    | {"data", "checkpoint", "command_lines"},  # the facts of a run; torch is imported where one is read
     "pictures": BASE
     | TENSORS
-    | {"data", "conversion", "evaluation", "methods", "step", "trainers", "trained", "inference"},
-    "annotation": BASE | {"data", "conversion", "evaluation", "trainers", "trained", "inference", "pictures"},
+    | {"data", "conversion", "evaluation", "methods", "step", "trainers", "trained", "inference", "command_lines"},
+    "annotation": BASE
+    | {"command_lines", "data", "conversion", "evaluation", "trainers", "trained", "inference", "pictures"},
     "self_training": BASE | {"data", "conversion", "evaluation", "trainers"},
     "commands": BASE
     | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"}
-    | {"annotation", "pictures"},
+    | {"annotation", "pictures", "command_lines"},
 }
 STANDARD_LIBRARY_ONLY = {
     "",
@@ -79,7 +82,7 @@ STANDARD_LIBRARY_ONLY = {
     "shared_memory",
     "commands",
 }
-WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"learned", "step", "methods", "_nnunet_ext"}
+WITHOUT_NNUNET = STANDARD_LIBRARY_ONLY | TENSORS | {"command_lines", "learned", "step", "methods", "_nnunet_ext"}
 
 
 def sources() -> list[Path]:

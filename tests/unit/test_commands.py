@@ -234,7 +234,7 @@ def test_a_verb_ends_with_what_to_type_next_apart_from_its_result(called, monkey
     if name == "compare":
         monkeypatch.setattr(sys.modules[module], function, lambda **_: Path("a b/report.html"))
     monkeypatch.setitem(commands.VERBS, name, commands.VERBS[name]._replace(show=commands._show))
-    monkeypatch.setattr("nnunetv2_dycon.trainers.results.device_flag", lambda: ("-device", "x"))
+    monkeypatch.setattr("nnunetv2_dycon.command_lines.device_flag", lambda: ("-device", "x"))
     assert commands.main(arguments) == 0
     printed, said = capsys.readouterr()
     assert "next" not in printed
@@ -253,7 +253,7 @@ def test_an_exported_model_is_predicted_with_all_of_its_folds(called, monkeypatc
         (tmp_path / fold).mkdir()
     monkeypatch.setattr(sys.modules["nnunetv2_dycon.export"], "export_model", lambda **_: tmp_path)
     for flag, typed in (((), ""), (("-device", "cpu"), " -device cpu")):  # with a GPU and without
-        monkeypatch.setattr("nnunetv2_dycon.trainers.results.device_flag", lambda flag=flag: flag)
+        monkeypatch.setattr("nnunetv2_dycon.command_lines.device_flag", lambda flag=flag: flag)
         commands.main(["export", *REQUIRED["export"]])
         command = f"nnUNetv2_predict_from_modelfolder -m {tmp_path} -f 0 1 -i IN -o OUT{typed}"
         assert f"next: {command}\n" in capsys.readouterr().err

@@ -18,7 +18,7 @@ TRAINER = "nnUNetTrainerDyCON"
 def trainings(tmp_path: Path, monkeypatch) -> list[Path]:
     """Folders of folds 0 and 1 with student weights 10 and 11 and teacher weights 20 and 21."""
     make_dataset(tmp_path, monkeypatch)
-    monkeypatch.setattr("nnunetv2_dycon.trainers.results.device_flag", lambda: ("-device", "cpu"))
+    monkeypatch.setattr("nnunetv2_dycon.command_lines.device_flag", lambda: ("-device", "cpu"))
     folders = [make_training(tmp_path, TRAINER, fold=fold) for fold in (0, 1)]
     for fold, folder in enumerate(folders):
         state = torch.load(folder / "checkpoint_final.pth", weights_only=False)

@@ -10,6 +10,7 @@ import SimpleITK as sitk
 import torch
 from torch import nn
 
+from nnunetv2_dycon.command_lines import Model
 from nnunetv2_dycon.errors import ConfigError, DataError, UserError
 from nnunetv2_dycon.pictures.gradcam import (
     class_score,
@@ -19,7 +20,6 @@ from nnunetv2_dycon.pictures.gradcam import (
     plot_gradcam,
 )
 from nnunetv2_dycon.trained import course_of, open_trained
-from nnunetv2_dycon.trainers.results import Model
 from nnunetv2_dycon.trainers.snapshots import snapshot_name, snapshots_of
 from tests.trained import NAME, write_training
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnunetv2_dycon.command_lines import Model, device_flag, train_command
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.trainers import start
-from nnunetv2_dycon.trainers.results import Model, device_flag, set_aside, train_command
+from nnunetv2_dycon.trainers.results import set_aside
 from tests.training import named
 
 MODEL = Model("nnUNetTrainerDyCON", "nnUNetPlans", "3d_fullres")
@@ -65,7 +66,7 @@ def test_commands_name_the_device_that_is_there(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_command_has_what_nnunet_cannot_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnunetv2_dycon.trainers.results.device_flag", lambda: ())
+    monkeypatch.setattr("nnunetv2_dycon.command_lines.device_flag", lambda: ())
     assert train_command(501, MODEL, 0, "--c") == "nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerDyCON --c"
     assert train_command(501, MODEL._replace(plans="Mine"), "all") == (
         "nnUNetv2_train 501 3d_fullres all -tr nnUNetTrainerDyCON -p Mine"
