@@ -24,6 +24,7 @@ BASE = {
     "files",
     "findings",
     "shared_memory",
+    "command_lines",
 }
 TENSORS = {"losses", "networks", "views", "cubes", "ranks", "checkpoint", "precision", "randomness"}
 # Part of the package -> the other parts that it may import.
@@ -46,26 +47,24 @@ MAY_IMPORT = {
     "step": BASE | TENSORS | {"learned"},
     "methods": BASE | TENSORS | {"learned", "step"},
     "data": BASE | TENSORS | {"_register"},
-    "trainers": BASE | TENSORS | {"step", "methods", "data", "command_lines"},
+    "trainers": BASE | TENSORS | {"step", "methods", "data"},
     "_nnunet_ext": {"trainers"},
-    "trained": BASE | TENSORS | {"data", "trainers", "command_lines"},
+    "trained": BASE | TENSORS | {"data", "trainers"},
     "inference": BASE | TENSORS | {"data", "trained"},
-    "export": BASE | TENSORS | {"step", "methods", "data", "trainers", "trained", "command_lines"},
+    "export": BASE | TENSORS | {"step", "methods", "data", "trainers", "trained"},
     "phantom": BASE | {"data", "conversion"},
     "doctor": BASE | {"_register", "precision", "trainers"},
     "conversion": BASE | {"data"},
     "dataset_conversion": BASE | {"conversion"},
-    "evaluation": BASE
-    | {"data", "checkpoint", "command_lines"},  # the facts of a run; torch is imported where one is read
+    "evaluation": BASE | {"data", "checkpoint"},  # the facts of a run; torch is imported where one is read
     "pictures": BASE
     | TENSORS
-    | {"data", "conversion", "evaluation", "methods", "step", "trainers", "trained", "inference", "command_lines"},
-    "annotation": BASE
-    | {"command_lines", "data", "conversion", "evaluation", "trainers", "trained", "inference", "pictures"},
+    | {"data", "conversion", "evaluation", "methods", "step", "trainers", "trained", "inference"},
+    "annotation": BASE | {"data", "conversion", "evaluation", "trainers", "trained", "inference", "pictures"},
     "self_training": BASE | {"data", "conversion", "evaluation", "trainers"},
     "commands": BASE
     | {"data", "trainers", "export", "phantom", "doctor", "conversion", "dataset_conversion", "evaluation"}
-    | {"annotation", "pictures", "command_lines"},
+    | {"annotation", "pictures"},
 }
 STANDARD_LIBRARY_ONLY = {
     "",
