@@ -165,7 +165,7 @@ def test_too_little_shared_memory_is_a_line_with_both_remedies(free, needed, sai
     else:
         assert found.startswith(said)
         assert "docker run --shm-size=8g" in found
-        assert "nnUNet_n_proc_DA=0 in front of nnUNetv2_train" in found
+        assert "nnUNet_n_proc_DA=0 in front of nnUNetv2_train (for trainings alone: " in found
 
 
 def test_too_few_open_files_are_a_line(monkeypatch) -> None:
