@@ -16,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nnunetv2_dycon import command_lines
 from nnunetv2_dycon.exit_codes import exit_code
 from nnunetv2_dycon.options import Settings, describe
 
@@ -183,22 +184,27 @@ def _show_scores(rows: Sequence[Any]) -> int:
     return 0
 
 
-def _device_flag() -> tuple[str, ...]:
-    from nnunetv2_dycon.command_lines import device_flag
-
-    return device_flag()
-
-
 def _next_of_preparation(typed: dict[str, Any], result: Any) -> str:
     plans = [] if typed["plans"] == "nnUNetPlans" else ["-p", typed["plans"]]
     words = ["nnUNetv2_train", str(typed["dataset"]), typed["configurations"][0], "0", "-tr", "nnUNetTrainerDyCON"]
-    return shlex.join([*words, *plans, *_device_flag()])
+    return shlex.join([*words, *plans, *command_lines.device_flag()])
 
 
 def _next_of_export(typed: dict[str, Any], result: Any) -> str:
     folds = sorted(path.name.removeprefix("fold_") for path in result.glob("fold_*"))
     return shlex.join(
-        ["nnUNetv2_predict_from_modelfolder", "-m", str(result), "-f", *folds, "-i", "IN", "-o", "OUT", *_device_flag()]
+        [
+            "nnUNetv2_predict_from_modelfolder",
+            "-m",
+            str(result),
+            "-f",
+            *folds,
+            "-i",
+            "IN",
+            "-o",
+            "OUT",
+            *command_lines.device_flag(),
+        ]
     )
 
 

@@ -97,7 +97,7 @@ def _check_places(raw: Path, change: Change) -> None:
     for path, _ in change.texts:
         if Path(path).resolve() not in ours:
             raise DataError(
-                f"{journal} writes {path!r}, which is no file of this data set; restore it, or correct the variable "
+                f"{journal} writes {path!r}, which is not a file of this data set; restore it, or correct the variable "
                 "nnUNet_preprocessed"
             )
 

@@ -220,8 +220,8 @@ MOVE = ["imagesUn/u_00_0000.nii.gz", "imagesTr/u_00_0000.nii.gz"]
         ({"moves": [["dataset.json", "imagesTr/x.nii.gz"]]}, "moves 'dataset.json' to"),
         ({"moves": [["labelsTr/l_00.nii.gz", "imagesTr/x.nii.gz"]]}, "moves 'labelsTr/l_00.nii.gz' to"),
         ({"moves": [["imagesUn/..", "imagesTr/x"]]}, r"moves 'imagesUn/\.\.' to"),
-        ({"moves": [MOVE], "texts": [["{outside}/file", "x"]]}, "writes '.*/others/file', which is no file of this"),
-        ({"moves": [MOVE], "texts": [["{raw}/imagesTr/l_00_0000.nii.gz", "x"]]}, "which is no file of this"),
+        ({"moves": [MOVE], "texts": [["{outside}/file", "x"]]}, "writes '.*/others/file', which is not a file of this"),
+        ({"moves": [MOVE], "texts": [["{raw}/imagesTr/l_00_0000.nii.gz", "x"]]}, "which is not a file of this"),
         ({"moves": [["", "imagesTr/x"]]}, "moves '' to"),
     ],
 )
@@ -250,7 +250,8 @@ def test_a_hidden_folder_that_annotate_did_not_make_is_left_alone(raw: Path) -> 
         with pytest.raises(DataError, match=r"\.annotate was not made by this command; move it away"):
             annotate(901, ["u_00", mine])
         assert (raw / ".annotate" / "u_00.nii.gz").read_text() == "mine"
-        (raw / ".annotate").rename(raw.parents[1] / "away") if not (raw / ".annotate").is_symlink() else None
+        if not (raw / ".annotate").is_symlink():
+            (raw / ".annotate").rename(raw.parents[1] / "away")
     (raw / ".annotate").unlink()
     assert annotate(901, ["u_00", mine]).cases == ("u_00",)
 
