@@ -20,7 +20,17 @@ from nnunetv2_dycon.errors import DataError
 from nnunetv2_dycon.evaluation.likeness import short_names
 from nnunetv2_dycon.evaluation.metrics import DISTANCES, OVERLAPS, Score
 from nnunetv2_dycon.evaluation.runs import Run
-from nnunetv2_dycon.evaluation.statistics import Paired, Ratio, Spread, holds, holm, paired, ratio, spread
+from nnunetv2_dycon.evaluation.statistics import (
+    Paired,
+    Ratio,
+    Spread,
+    holds,
+    holm,
+    paired,
+    rank_correlation,
+    ratio,
+    spread,
+)
 
 METRICS = ("dice", "iou", "hd95_mm", "asd_mm")  # the four of the DyCON paper
 ALL = ""  # stands for the mean over classes where a label is expected
@@ -128,6 +138,32 @@ class Comparison:
                 for unit in method.scores[0]
             }
         )
+
+    @property
+    def volumes(self) -> dict[str, float]:
+        """Return each class's mean volume in ml over the cases whose truth holds it, by label, the largest first.
+
+        Classes that no truth holds are left out, and so are all of 2D images.
+        """
+        found: dict[str, list[float]] = {}
+        for (_, label), score in self.methods[0].scores[0].items():
+            if score.volume_truth_ml:
+                found.setdefault(label, []).append(score.volume_truth_ml)
+        means = {label: float(np.mean(volumes)) for label, volumes in found.items()}
+        return dict(sorted(means.items(), key=lambda item: -item[1]))
+
+    def gains(self, method: Method) -> dict[str, float]:
+        """Return a method's Dice minus the baseline's for each class of `volumes` that has one, in the same order."""
+        differences = {label: self.results[method.name, label, "dice"].difference for label in self.volumes}
+        return {label: difference.mean for label, difference in differences.items() if difference}
+
+    def gain_by_volume(self, method: Method) -> float | None:
+        """Return Spearman's correlation of volume and gain over classes, None with few classes or equal gains.
+
+        Positive: large structures gain more than small ones.
+        """
+        gains = self.gains(method)
+        return rank_correlation([self.volumes[label] for label in gains], list(gains.values()))
 
     def gap_closed(self, method: Method) -> Ratio | None:
         """Return the share of the Dice gap between baseline and first upper bound that a method closes.

@@ -25,6 +25,7 @@ from nnunetv2_dycon.evaluation.comparison import METRICS, Comparison, Method
 from nnunetv2_dycon.evaluation.label_files import Labels, read_channel, read_label_map
 from nnunetv2_dycon.evaluation.metrics import DISTANCES
 from nnunetv2_dycon.evaluation.overlays import box_of, colored, legend_handles, outline
+from nnunetv2_dycon.evaluation.statistics import FEWEST_FOR_RANKS
 from nnunetv2_dycon.evaluation.tables import column_title
 
 WIDTH = 12.4  # inches; at 100 dots per inch the width of a laptop's screen
@@ -32,6 +33,7 @@ DPI = 100
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = "os^DvPX"
 MOST_OVERLAYS = 6
+PANELS = 4  # next to each other
 BINS = 10
 
 
@@ -126,6 +128,47 @@ def paired_lines(comparison: Comparison) -> Picture:
         f"Line plots of {_listed(METRICS, comparison)}: each of {len(cases)} test cases is a line through "
         f"{', '.join(m.short for m in methods)}; a thick line joins the means.",
         f"Lines that rise and fall together show cases that are hard for all.{_penalty_note(comparison)}",
+    )
+
+
+def size_and_gain(comparison: Comparison) -> Picture | None:
+    """Return a picture of each method's gain in Dice by the volume of the structure.
+
+    None with fewer structures than a rank correlation needs, and for 2D images.
+    """
+    baseline, *others = comparison.methods
+    volumes = comparison.volumes
+    if not others or len(volumes) < FEWEST_FOR_RANKS:
+        return None
+    columns = min(PANELS, len(others))
+    lines = math.ceil(len(others) / columns)
+    figure, axes = _figure(lines, columns, 0.6 + 2.5 * lines, sharex=True, sharey=True)
+    for axis in axes[len(others) :]:
+        axis.set_axis_off()
+    for at, (axis, method) in enumerate(zip(axes, others, strict=False), 1):
+        gains = comparison.gains(method)
+        held = [comparison.results[method.name, label, "dice"].holds for label in gains]
+        faces = [_color(at) if holds else "none" for holds in held]
+        marker = MARKERS[at % len(MARKERS)]
+        sizes, points = [volumes[label] for label in gains], _scaled(gains, "dice")
+        axis.axhline(0, color="black", linewidth=1)
+        axis.scatter(sizes, points, s=24, marker=marker, facecolors=faces, edgecolors=_color(at), zorder=3)
+        rank = comparison.gain_by_volume(method)
+        correlation = "" if rank is None else f"\nrank correlation {rank:.2f}"
+        axis.set_title(_wrapped(method.short) + correlation, fontsize=9)
+        axis.set(xscale="log")
+        axis.grid(alpha=0.3)
+    figure.supxlabel("Mean volume of the structure (ml)", fontsize=10)
+    figure.supylabel(f"Dice (points) minus {_shown(baseline.short)}", fontsize=10)
+    said = [f"{m.short} {rank:.2f}" for m in others if (rank := comparison.gain_by_volume(m)) is not None]
+    return Picture(
+        "sizes",
+        "Size and gain",
+        _png(figure),
+        f"Scatter plots, one for each of {len(others)} methods: difference of the Dice to {baseline.short} by volume, "
+        f"for {len(volumes)} structures. Rank correlation: {', '.join(said) or 'none'}.",
+        "Each mark is a structure (mean over runs and test cases); filled: the difference holds. A positive rank "
+        "correlation (Spearman) means that large structures gain more than small ones.",
     )
 
 

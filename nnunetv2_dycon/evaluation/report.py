@@ -16,6 +16,7 @@ from nnunetv2_dycon.evaluation.figures import (
     calibration,
     overlays,
     paired_lines,
+    size_and_gain,
     training_curves,
 )
 from nnunetv2_dycon.evaluation.forms import Table, latex, markdown, markdown_text
@@ -26,6 +27,7 @@ from nnunetv2_dycon.evaluation.tables import (
     facts_table,
     main_table,
     results_csv,
+    size_table,
 )
 from nnunetv2_dycon.files import write_bytes, write_text
 
@@ -50,10 +52,23 @@ def write_report(
     published : sequence of dict
         Rows of published_results.json for the tables of methods and of classes.
     """
-    found = [main_table(comparison, published), class_table(comparison, published), difference_table(comparison)]
-    tables = [table for table in (*found, facts_table(comparison)) if table is not None and table.rows]
-    made = [box_plots(comparison), paired_lines(comparison), calibration(comparison, images)]
-    pictures = [p for p in (*made, overlays(comparison, images), training_curves(comparison)) if p is not None]
+    found = (
+        main_table(comparison, published),
+        class_table(comparison, published),
+        size_table(comparison),
+        difference_table(comparison),
+        facts_table(comparison),
+    )
+    drawn = (
+        box_plots(comparison),
+        paired_lines(comparison),
+        size_and_gain(comparison),
+        calibration(comparison, images),
+        overlays(comparison, images),
+        training_curves(comparison),
+    )
+    tables = [table for table in found if table is not None and table.rows]
+    pictures = [picture for picture in drawn if picture is not None]
     introduction = _introduction(comparison)
     (folder / "figures").mkdir(exist_ok=True)
     for picture in pictures:

@@ -16,6 +16,7 @@ LEVEL = 0.95
 RESAMPLES = 9999
 FEWEST_FOR_P = 6  # with five pairs the smallest possible two-sided p is 0.0625
 FEWEST_FOR_INTERVAL = 3
+FEWEST_FOR_RANKS = 5  # of four pairs, one order in twelve gives a correlation of 1 or -1
 _SMALLEST = 1e-12  # smaller differences are rounding errors
 
 
@@ -190,3 +191,16 @@ def holds(difference: Paired | None, adjusted_p: float | None, of_runs: Iterable
     sign = math.copysign(1.0, difference.mean)
     beyond_zero = difference.low > 0 or difference.high < 0
     return beyond_zero and adjusted_p < 1 - LEVEL and all(sign * run > 0 for run in of_runs)
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation; None with fewer than `FEWEST_FOR_RANKS` pairs, or if all of one are equal.
+
+    Parameters
+    ----------
+    x, y : sequence of float
+        Pairs of numbers.
+    """
+    if len(x) < FEWEST_FOR_RANKS or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    return float(stats.spearmanr(x, y).statistic)

@@ -94,6 +94,43 @@ def class_table(comparison: Comparison, published: Sequence[dict[str, Any]] = ()
     return Table("Classes", (*header, *columns), rows, notes)
 
 
+def size_table(comparison: Comparison) -> Table | None:
+    """Return volume, Dice of the baseline and gain of each method by structure, the largest first.
+
+    None for a single class and for 2D images, which have no volumes.
+    """
+    if len(comparison.labels) < 2 or not comparison.volumes:
+        return None
+    baseline, *others = comparison.methods
+    rows = []
+    for label, volume in comparison.volumes.items():
+        own = comparison.results[baseline.name, label, "dice"]
+        cells = [
+            Cell(comparison.labels[label]),
+            Cell(f"{volume:.3g}"),
+            _result_cell(own, "dice", best=False, narrow=True),
+        ]
+        for method in others:
+            result = comparison.results[method.name, label, "dice"]
+            gain = NOTHING if result.difference is None else _printed(100 * result.difference.mean, "+.1f")
+            cells.append(Cell(gain, star=result.holds))
+        rows.append(tuple(cells))
+    notes = [
+        f"Structures by size: mean volume over the test cases that hold the structure, Dice of {baseline.short}, and "
+        f"the difference of each method to it, in points. Marks as above."
+    ]
+    ranks = [comparison.gain_by_volume(method) for method in others]
+    if any(rank is not None for rank in ranks):
+        texts = [NOTHING if rank is None else _printed(rank, "+.2f") for rank in ranks]
+        rows.append((Cell("Rank correlation"), Cell(NOTHING), Cell(NOTHING), *map(Cell, texts)))
+        notes.append(
+            "Rank correlation of volume and difference over structures (Spearman): positive if large structures gain "
+            "more than small ones."
+        )
+    header = ("Structure", "Volume (ml)", f"{baseline.short} (%)", *(method.short for method in others))
+    return Table("Size and gain", header, rows, tuple(notes))
+
+
 def short_names(names: Sequence[str]) -> list[str]:
     """Return initials of names of several words and the first two letters of others; equal ones stay whole.
 
