@@ -102,6 +102,8 @@ def compare(
         If an option has an invalid value.
     """
     output = Path(output)
+    check_writable(output.parent)
+    remove_dead(output)  # the report that a killed run was replacing is a report again
     _check_output(output, overwrite)
     processes = parallel.default_processes() if processes is None else processes
     dataset = dataset_name(dataset_id)
@@ -137,6 +139,7 @@ def compare(
                 rows = evaluate(truth, run.predictions, raw / "dataset.json", scores, processes, convention=convention)
             scored.append((run, rows))
         write_report(whole, title, make_comparison(scored, reference), images, others)
+        _check_output(output, overwrite)  # another run may have written there meanwhile
     return output / REPORT_FILE
 
 
@@ -187,8 +190,6 @@ def _predict(
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    check_writable(output.parent)
-    remove_dead(output)  # the report that a killed run was replacing is a report again
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / REPORT_FILE).is_file():

@@ -65,6 +65,7 @@ def test_a_report_of_seeds_and_two_methods_is_whole(root):
     assert "2 methods in 4 runs on 10 test cases of Dataset501_Made; baseline: nnU-Net." in text
     assert "| DyCON | 3 | 12 | 2 | **100.00 ± 0.00**\\* |" in text
     assert "\n## Classes\n" in text
+    assert "\n## Size and gain\n" in text
     tables = sorted((page.parent / "scores").glob("*/scores.csv"))
     assert [len(read_scores(table)) for table in tables] == [20] * 4
     with pytest.raises(DataError, match="holds a report; type --overwrite"):
@@ -88,6 +89,20 @@ def test_the_report_that_a_killed_run_was_replacing_is_not_replaced_unasked(root
     with pytest.raises(DataError, match="holds a report; type --overwrite"):
         report(root, *runs)
     assert (root / "report" / "report.html").read_text() == "new"
+    assert not list(root.glob(".*"))
+
+
+def test_a_report_that_another_run_wrote_meanwhile_is_kept(root, monkeypatch):
+    def slow(folder, *_):
+        (folder / "report.html").write_text("ours")
+        (root / "report").mkdir()
+        (root / "report" / "report.html").write_text("theirs")
+
+    monkeypatch.setattr(module, "write_report", slow)
+    runs = [str(make_predictions(root / name, shift)) for name, shift in (("a", 0), ("b", 1))]
+    with pytest.raises(DataError, match="holds a report; type --overwrite"):
+        report(root, *runs)
+    assert (root / "report" / "report.html").read_text() == "theirs"
     assert not list(root.glob(".*"))
 
 
@@ -208,7 +223,7 @@ def test_published_rows_are_chosen_by_the_runs_labelled_cases_and_reported(root,
     page = report(root, STOCK.format(0), OURS.format(0), published="LA")
     assert asked == [("LA", [3, 3])]
     assert f"| {row[0]['method']} ‡ | 8 | 72 |" in (page.parent / "report.md").read_text()
-    assert (page.parent / "tables.tex").read_text().count(r"\begin{tabular}") == 4
+    assert (page.parent / "tables.tex").read_text().count(r"\begin{tabular}") == 5
 
 
 # ---- prediction by nnU-Net's commands, with a stand-in for the process

@@ -1,13 +1,15 @@
 """Size of each structure against the gain of a method: the numbers, the table and the picture."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nnunetv2_dycon.evaluation import figures
+from nnunetv2_dycon.evaluation import figures, report
 from nnunetv2_dycon.evaluation.comparison import Comparison, make_comparison
-from nnunetv2_dycon.evaluation.figures import size_and_gain
+from nnunetv2_dycon.evaluation.figures import Images, size_and_gain
+from nnunetv2_dycon.evaluation.label_files import Labels
 from nnunetv2_dycon.evaluation.statistics import rank_correlation
 from nnunetv2_dycon.evaluation.tables import size_table
 from tests.madeup_runs import a_run
@@ -135,3 +137,16 @@ def test_filled_marks_are_differences_that_hold_and_empty_panels_are_blank(monke
     faces = axes[0].collections[0].get_facecolors()
     assert [bool(face[3]) for face in faces] == [False, False, True, False, False]  # by volume: 3, 5, 1, 4, 2
     assert picture.name == "sizes"
+
+
+def test_the_report_has_the_table_and_the_picture(
+    compared: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for needs_images in ("calibration", "overlays"):
+        monkeypatch.setattr(report, needs_images, lambda *_: None)
+    no_images = Images(tmp_path, None, Labels((), frozenset(), None, ".nii.gz", object))
+    report.write_report(tmp_path, "T", compared, no_images)
+    text = (tmp_path / "report.md").read_text()
+    assert text.index("## Classes") < text.index("## Size and gain") < text.index("## Differences to a")
+    assert "](figures/sizes.png)" in text
+    assert (tmp_path / "figures" / "sizes.png").read_bytes().startswith(b"\x89PNG")
