@@ -34,6 +34,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#00
 MARKERS = "os^DvPX"
 MOST_OVERLAYS = 6
 PANELS = 4  # next to each other
+LEGEND_CHARACTERS = 150  # that fit the width, with 8 for each marker
 BINS = 10
 
 
@@ -78,7 +79,7 @@ def box_plots(comparison: Comparison) -> Picture:
                 capprops={"color": color},
             )
             y = at + jitter.uniform(-0.2, 0.2, values.size)
-            axis.plot(values, y, MARKERS[at % len(MARKERS)], color=color, markersize=3.5, alpha=0.55)
+            axis.plot(values, y, _marker(at), color=color, markersize=3.5, alpha=0.55)
         axis.set(xlabel=_axis_title(metric, comparison), yticks=range(len(methods)), ylim=(len(methods) - 0.4, -0.6))
         axis.set_yticklabels([_wrapped(method.short) for method in methods])
         axis.grid(axis="x", alpha=0.3)
@@ -107,10 +108,11 @@ def paired_lines(comparison: Comparison) -> Picture:
         if len(whole):
             axis.plot(whole.mean(axis=0), color="black", linewidth=2, zorder=2)
             for at, mean in enumerate(whole.mean(axis=0)):
-                marker = MARKERS[at % len(MARKERS)]
+                marker = _marker(at)
                 axis.plot([at], [mean], marker, color=_color(at), markeredgecolor="black", markersize=8, zorder=3)
         axis.set(ylabel=_axis_title(metric, comparison), xticks=range(len(methods)), xlim=(-0.4, len(methods) - 0.6))
-        axis.set_xticklabels([str(at + 1) for at in range(len(methods))])  # the legend has the names, which may be long
+        numbers = [str(at + 1) for at in range(len(methods))]  # the legend has the names, which may be long
+        axis.set_xticklabels(numbers, fontsize=10 if len(methods) < 10 else 7)
         axis.grid(axis="y", alpha=0.3)
     handles = [
         Line2D([], [], color="0.6", linewidth=0.9, label="one test case"),
@@ -119,8 +121,7 @@ def paired_lines(comparison: Comparison) -> Picture:
     for at, method in enumerate(methods):
         style = {**_line(at), "markersize": 8, "markeredgecolor": "black", "linestyle": "none"}
         handles.append(Line2D([], [], label=_shown(f"{at + 1}: {method.short}"), **style))
-    longest = max(len(method.short) for method in methods)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4 if longest < 24 else 2, frameon=False)
+    _legend(figure, handles)
     return Picture(
         "pairs",
         "The same cases with every method",
@@ -132,24 +133,25 @@ def paired_lines(comparison: Comparison) -> Picture:
 
 
 def size_and_gain(comparison: Comparison) -> Picture | None:
-    """Return a picture of each method's gain in Dice by the volume of the structure.
+    """Return a picture of each method's gain in Dice by the volume of the structure, without upper bounds.
 
     None with fewer structures than a rank correlation needs, and for 2D images.
     """
-    baseline, *others = comparison.methods
+    baseline, *others = (method for method in comparison.methods if not method.upper)
     volumes = comparison.volumes
     if not others or len(volumes) < FEWEST_FOR_RANKS:
         return None
     columns = min(PANELS, len(others))
     lines = math.ceil(len(others) / columns)
     figure, axes = _figure(lines, columns, 0.6 + 2.5 * lines, sharex=True, sharey=True)
-    for axis in axes[len(others) :]:
-        axis.set_axis_off()
+    for empty in range(len(others), len(axes)):
+        axes[empty].set_axis_off()
+        axes[empty - columns].tick_params(labelbottom=True)
     for at, (axis, method) in enumerate(zip(axes, others, strict=False), 1):
         gains = comparison.gains(method)
         held = [comparison.results[method.name, label, "dice"].holds for label in gains]
         faces = [_color(at) if holds else "none" for holds in held]
-        marker = MARKERS[at % len(MARKERS)]
+        marker = _marker(at)
         sizes, points = [volumes[label] for label in gains], _scaled(gains, "dice")
         axis.axhline(0, color="black", linewidth=1)
         axis.scatter(sizes, points, s=24, marker=marker, facecolors=faces, edgecolors=_color(at), zorder=3)
@@ -197,7 +199,7 @@ def training_curves(comparison: Comparison) -> Picture | None:
         axis.grid(alpha=0.3)
     if any("teacher's pseudo Dice" in run.facts.curves for _, run in trainings.values()):
         handles[""] = Line2D([], [], color="0.3", linestyle="--", label="its teacher")
-    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=len(handles), frameon=False)
+    _legend(figure, list(handles.values()))
     return Picture(
         "curves",
         "Training",
@@ -229,7 +231,7 @@ def calibration(comparison: Comparison, images: Images) -> Picture | None:
         share, mean = right[there] / count[there], confidence[there] / count[there]
         errors[at] = float(np.sum(np.abs(share - mean) * count[there]) / count.sum())
         label = _shown(f"{comparison.methods[at].short} (ECE {100 * errors[at]:.1f} %)")
-        axis.plot(mean, share, marker=MARKERS[at % len(MARKERS)], color=_color(at), markersize=5, label=label)
+        axis.plot(mean, share, marker=_marker(at), color=_color(at), markersize=5, label=label)
         bars.plot((np.arange(BINS) + 0.5) / BINS, 100 * count / count.sum(), **_line(at))
     axis.set(xlabel="Confidence (largest probability)", ylabel="Share of voxels that are right")
     axis.set(xlim=(0, 1), ylim=(0, 1))
@@ -397,12 +399,24 @@ def _color(at: int) -> str:
     return COLORS[at % len(COLORS)]
 
 
+def _marker(at: int) -> str:
+    """Return a method's marker: where colours begin again, another one than before."""
+    return MARKERS[(at + at // len(COLORS)) % len(MARKERS)]
+
+
+def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Add a legend below, with as many columns as the names leave room for."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = min(len(handles), max(1, LEGEND_CHARACTERS // (longest + 8)))
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False)
+
+
 def _line(at: int) -> dict[str, Any]:
-    return {"color": _color(at), "marker": MARKERS[at % len(MARKERS)], "markersize": 5}
+    return {"color": _color(at), "marker": _marker(at), "markersize": 5}
 
 
 def _every(at: int, series: Sequence[float]) -> dict[str, Any]:
-    return {"marker": MARKERS[at % len(MARKERS)], "markersize": 4, "markevery": max(1, len(series) // 8)}
+    return {"marker": _marker(at), "markersize": 4, "markevery": max(1, len(series) // 8)}
 
 
 def _wrapped(text: str) -> str:

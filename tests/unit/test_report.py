@@ -240,6 +240,24 @@ def test_no_title_of_an_overlay_covers_another_or_is_cut(raw, tmp_path, monkeypa
     assert max(box.y1 for box in boxes) < figure.bbox.y1
 
 
+def test_fourteen_methods_can_be_told_apart_and_their_names_fit(raw, tmp_path, drawn):
+    comparison, _ = compared(raw, tmp_path)
+    series = {"training loss": [1.0, 0.5], "validation loss": [0.9, 0.6], "pseudo Dice": [0.1, 0.3]}
+    names = [f"nnUNetTrainerDyCONGAMagicNet_w{i}" for i in range(14)]
+    runs = [(a_run(name, curves=series), evaluated(comparison)) for name in names]
+    many = make_comparison(runs, f"{names[0]} (student)")
+    training_curves(many)
+    figures.paired_lines(many)
+    looks = {(line.get_color(), line.get_marker()) for line in drawn[0].axes[0].lines}
+    assert len(looks) == 14
+    for figure in drawn:
+        figure.canvas.draw()
+        box = figure.legends[0].get_window_extent()
+        assert 0 <= box.x0 <= box.x1 <= figure.bbox.x1
+    ticks = [tick.get_window_extent() for tick in drawn[1].axes[0].get_xticklabels()]
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(ticks))
+
+
 def evaluated(comparison):
     return list(comparison.methods[1].scores[0].values())
 

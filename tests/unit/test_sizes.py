@@ -134,9 +134,21 @@ def test_filled_marks_are_differences_that_hold_and_empty_panels_are_blank(monke
     axes = drawn[0].axes
     assert len(axes) == 8
     assert [axis.axison for axis in axes] == [True] * 5 + [False] * 3
+    labeled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in axes[:5]]
+    assert labeled == [False, True, True, True, True]
     faces = axes[0].collections[0].get_facecolors()
     assert [bool(face[3]) for face in faces] == [False, False, True, False, False]  # by volume: 3, 5, 1, 4, 2
     assert picture.name == "sizes"
+
+
+def test_upper_bounds_are_in_the_table_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    runs = [(a_run("a"), organs({})), (a_run("b"), organs(GAINS)), (a_run("a", upper=True), organs(GAINS))]
+    compared = make_comparison(runs, "a (student)")
+    assert size_table(compared).header[3:] == ("b", "a_upper-bound")
+    assert size_and_gain(compared) is not None
+    assert [axis.get_title().split("\n")[0] for axis in drawn[0].axes] == ["b"]
 
 
 def test_the_report_has_the_table_and_the_picture(
