@@ -183,10 +183,15 @@ class Settings:
     ga: bool = option(
         False, flag=True, help="GADice and GACE in place of Dice and cross-entropy, with true and pseudo-labels"
     )
+    gahardest: float = option(
+        1.0, low=0.001, high=1.0, help="share of the voxels with true labels in GACE, those of largest cross-entropy"
+    )
 
     def __post_init__(self) -> None:
         for known in _options(type(self)).values():
             known.check(getattr(self, known.name))
+        if self.gahardest < 1 and not self.ga:
+            raise ConfigError("option gahardest: GACE alone has it; add _ga, or leave gahardest out.")
 
     @property
     def steps(self) -> int:
@@ -199,8 +204,12 @@ class Settings:
 
     @classmethod
     def translated(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """Return settings of a checkpoint (as `dataclasses.asdict` wrote them) in today's names and words."""
-        return {cls.renamed.get(name, name): value for name, value in stored.items()}
+        """Return settings of a checkpoint (as `dataclasses.asdict` wrote them) in today's names and words.
+
+        Before there was an option, GACE took a tenth of the voxels.
+        """
+        hardest = 0.1 if stored.get("ga") else 1.0
+        return {"gahardest": hardest} | {cls.renamed.get(name, name): value for name, value in stored.items()}
 
 
 S = TypeVar("S", bound=Settings)

@@ -29,7 +29,6 @@ from nnunetv2_dycon.views import BOX_SIDE, Outputs, View, draw_views, paste_labe
 
 CLIP_NORM = 12.0  # as nnU-Net
 SKIPS_TO_STOP = 5
-GACE_SHARE = 0.1  # of the voxels with true labels, those of largest cross-entropy; pseudo-labelled ones count all
 
 S = TypeVar("S", bound=Settings)
 
@@ -288,7 +287,8 @@ class Method(nn.Module, Generic[S]):
         """Return the loss of outputs for the labelled patches: nnU-Net's own, or what option `ga` puts in its place."""
         if not self.settings.ga:
             return batch.supervised(outputs)
-        return batch.at_each_level(lambda logits, labels: self.gradient_aware(logits, labels, GACE_SHARE), outputs)
+        hardest = self.settings.gahardest
+        return batch.at_each_level(lambda logits, labels: self.gradient_aware(logits, labels, hardest), outputs)
 
     def pseudo_loss(self, logits: Tensor, hard: HardTargets, weight: Tensor | None = None) -> Tensor:
         """Return the loss of logits (B, C, *S) against hard pseudo-labels; `weight` (B, *S) is that of each voxel."""
@@ -304,7 +304,7 @@ class Method(nn.Module, Generic[S]):
         `weight` (B, *S) is that of each voxel inside the region; `pseudo` tells that its labels are a network's.
         """
         if self.settings.ga:
-            share = 1.0 if pseudo else GACE_SHARE
+            share = 1.0 if pseudo else self.settings.gahardest
             return self.gradient_aware(logits, labels.masked_fill(~region, -1), share, weight)
         return region_ce_dice(logits, labels, region, ranks.mean_everywhere(region.float().mean()), weight)
 

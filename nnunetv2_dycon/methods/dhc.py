@@ -14,7 +14,7 @@ from nnunetv2_dycon.learned import class_counts
 from nnunetv2_dycon.losses.class_weighted import class_weighted
 from nnunetv2_dycon.methods.cps import CPS, CPSSettings
 from nnunetv2_dycon.options import option
-from nnunetv2_dycon.step import GACE_SHARE, Answer, Batch, Cost, DataInfo, Pass, Term, agreement, full_resolution
+from nnunetv2_dycon.step import Answer, Batch, Cost, DataInfo, Pass, Term, agreement, full_resolution
 from nnunetv2_dycon.views import Outputs
 
 RARITY_DECAY = 0.99  # share of the old class shares that a step keeps
@@ -89,7 +89,7 @@ class DHC(CPS):
 
         def loss(logits: Tensor, labels: Tensor) -> Tensor:
             if self.settings.ga:
-                return self.gradient_aware(logits, labels, GACE_SHARE, class_weight=weight)
+                return self.gradient_aware(logits, labels, self.settings.gahardest, class_weight=weight)
             ignore, everywhere = self.data.ignore_label, ranks.mean_everywhere
             parts = class_weighted(logits, labels, weight, ignore_label=ignore, everywhere=everywhere)
             return parts.dice + parts.ce

@@ -1,6 +1,6 @@
 """Option `ga`: where the gradient-aware losses stand in for Dice and cross-entropy, against slow values."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from nnunetv2_dycon.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from nnunetv2_dycon.methods.pseudo_label import PseudoLabel, PseudoLabelSettings
 from nnunetv2_dycon.methods.settings import TeacherSettings
 from nnunetv2_dycon.networks import unwrap
-from nnunetv2_dycon.options import Schedule
+from nnunetv2_dycon.options import Schedule, parse
 from nnunetv2_dycon.step import Batch, DataInfo, Method
 from tests import oracles
 from tests.oracles import relative_error
@@ -40,18 +40,19 @@ def wanted(logits: Tensor, labels: Tensor, keep: float, weight: Tensor | None = 
     return oracles.gadice(logits, labels, weight) + oracles.gace(logits, labels, weight, keep=keep)
 
 
-def test_the_control_takes_a_tenth_of_the_voxels_and_pastes_likewise() -> None:
-    method, student = made(LabeledOnly, TeacherSettings(ga=True, paste=0.5))
+@pytest.mark.parametrize(("options", "keep"), [({}, 1.0), ({"gahardest": 0.1}, 0.1)])
+def test_the_control_takes_all_voxels_or_the_hardest_and_pastes_likewise(options: dict, keep: float) -> None:
+    method, student = made(LabeledOnly, TeacherSettings(ga=True, paste=0.5, **options))
     recorder, data = Recorder(student), with_levels()
     paste, last = costs_of(method, recorder, data)
     found = paste()
     truth = torch.where(recorder.seen == data.x_l, data.y_l, data.y_l.roll(-1, 0))[:, 0]
-    check(lambda: found, "paste_labeled", student, lambda net: wanted(net(recorder.seen.double()), truth, 0.1))
-    check(last, "supervised", student, lambda net: wanted(net(data.x_l.double()), data.y_l[:, 0], 0.1))
+    check(lambda: found, "paste_labeled", student, lambda net: wanted(net(recorder.seen.double()), truth, keep))
+    check(last, "supervised", student, lambda net: wanted(net(data.x_l.double()), data.y_l[:, 0], keep))
 
 
 def test_every_level_of_deep_supervision_has_the_weight_of_nnunet() -> None:
-    method, _ = made(LabeledOnly, TeacherSettings(ga=True))
+    method, _ = made(LabeledOnly, TeacherSettings(ga=True, gahardest=0.1))
     data = batch()
     fine = torch.randn(2, CLASSES, *data.y_l.shape[2:], dtype=torch.float64, requires_grad=True)
     coarse, labels = fine[..., ::2].detach(), data.y_l[..., ::2]
@@ -63,7 +64,7 @@ def test_every_level_of_deep_supervision_has_the_weight_of_nnunet() -> None:
 
 @pytest.mark.parametrize("gate", [0.0, 0.9])
 def test_pseudo_labels_take_all_voxels_and_the_gate_acts(gate: float) -> None:
-    method, student = made(PseudoLabel, PseudoLabelSettings(view="weak", gate=gate, ga=True, **ONCE))
+    method, student = made(PseudoLabel, PseudoLabelSettings(view="weak", gate=gate, ga=True, gahardest=0.1, **ONCE))
     data = with_levels()
     hard = hard_targets(method.teacher.network(data.x_u), gate)
     labels = hard.one_hot.argmax(1)
@@ -74,8 +75,8 @@ def test_pseudo_labels_take_all_voxels_and_the_gate_acts(gate: float) -> None:
 def test_co_training_takes_all_voxels_with_the_weight_of_uncl() -> None:
     data = with_levels()
     for kind, settings in (
-        (CPS, CPSSettings(ga=True, **ONCE)),
-        (DyCONCPS, DyCONCPSSettings(ga=True, wfecl=0.0, view="weak", beta=Schedule(1.5), **ONCE)),
+        (CPS, CPSSettings(ga=True, gahardest=0.1, **ONCE)),
+        (DyCONCPS, DyCONCPSSettings(ga=True, gahardest=0.1, wfecl=0.0, view="weak", beta=Schedule(1.5), **ONCE)),
     ):
         student = UNet()
         method = all_learned(kind(settings, DataInfo(CLASSES), seed=3))
@@ -94,7 +95,7 @@ def test_co_training_takes_all_voxels_with_the_weight_of_uncl() -> None:
 
 
 def test_mixes_take_a_tenth_of_the_labelled_region_and_all_of_the_pseudo_labelled_one() -> None:
-    method, student = made(BCP, BCPSettings(view="bcp", unmixed=True, ga=True))
+    method, student = made(BCP, BCPSettings(view="bcp", unmixed=True, ga=True, gahardest=0.1))
     data, recorder = with_levels(), Recorder(student)
     guess = method.teacher.network(data.x_u).argmax(1)
     found = costs_of(method, recorder, data)[0]()
@@ -138,9 +139,11 @@ def test_squares_have_no_labels_to_count() -> None:
     assert values[0] == values[1]
 
 
-@pytest.mark.parametrize("deep", [True, False])
-def test_a_training_of_the_control_has_these_losses_at_each_output(trainer, deep: bool) -> None:
-    t = trainer(named("nnUNetTrainerLabeledOnly_ga_seed1"))
+@pytest.mark.parametrize(("deep", "options", "keep"), [(True, "_gahardest0p1", 0.1), (True, "", 1.0), (False, "", 1.0)])
+def test_a_training_of_the_control_has_these_losses_at_each_output(
+    trainer, deep: bool, options: str, keep: float
+) -> None:
+    t = trainer(named(f"nnUNetTrainerLabeledOnly_ga{options}_seed1"))
     t.enable_deep_supervision = deep
     begin(t)
     seen: list = []
@@ -152,6 +155,19 @@ def test_a_training_of_the_control_has_these_losses_at_each_output(trainer, deep
     assert not deep or len(weights) > 1
     from nnunetv2_dycon.losses.gradient_aware import gradient_aware
 
-    total = sum(w * sum(gradient_aware(o, y, keep=0.1)) for w, o, y in zip(weights, outputs, targets, strict=True))
+    total = sum(w * sum(gradient_aware(o, y, keep=keep)) for w, o, y in zip(weights, outputs, targets, strict=True))
     assert step["loss"] == pytest.approx(total.item(), rel=1e-5)
     assert isinstance(unwrap(t.network), nn.Module)
+
+
+def test_the_hardest_voxels_are_an_option_of_ga_alone() -> None:
+    with pytest.raises(ConfigError, match=r"option gahardest: .*; add _ga"):
+        parse("_gahardest0p1", TeacherSettings)
+
+
+@pytest.mark.parametrize(("ga", "expected"), [(True, 0.1), (False, 1.0)])
+def test_a_checkpoint_of_before_the_option_took_a_tenth(ga: bool, expected: float) -> None:
+    stored = asdict(TeacherSettings(ga=ga))
+    del stored["gahardest"]
+    assert TeacherSettings.translated(stored)["gahardest"] == expected
+    assert TeacherSettings.translated(stored | {"gahardest": 0.5})["gahardest"] == 0.5

@@ -251,7 +251,7 @@ def dhc(**settings) -> tuple[DHC, Net]:
 
 @pytest.mark.parametrize("ga", [False, True])
 def test_each_network_weighs_classes_in_its_own_way(ga: bool) -> None:
-    method, student = dhc(w=0.2, ga=ga)
+    method, student = dhc(w=0.2, ga=ga, gahardest=0.1 if ga else 1.0)
     data, second = batch(), method.teacher.network
     easy = [
         ((u + 1e-8) / (v + 1e-8)) ** 0.2 * e for u, v, e in ((0.01, 0.2, 0.1), (0.02, 0.01, 0.7), (0.001, 0.3, 0.4))

@@ -217,6 +217,7 @@ def test_the_options_of_every_trainer_have_nnunets_defaults():
         "bf16": False,
         "nomirror": False,
         "ga": False,
+        "gahardest": 1.0,
     }
 
 
