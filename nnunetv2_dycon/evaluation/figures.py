@@ -34,6 +34,8 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#00
 MARKERS = "os^DvPX"
 MOST_OVERLAYS = 6
 PANELS = 4  # next to each other
+LINEAR = 10  # Dice points up to which an axis of differences is linear
+FAR_TICKS = (-100, -50, -20, -10, -5, 0, 5, 10, 20, 50, 100)
 LEGEND_CHARACTERS = 150  # that fit the width, with 8 for each marker
 BINS = 10
 
@@ -160,6 +162,11 @@ def size_and_gain(comparison: Comparison) -> Picture | None:
         axis.set_title(_wrapped(method.short) + correlation, fontsize=9)
         axis.set(xscale="log")
         axis.grid(alpha=0.3)
+    far = max(abs(point) for method in others for point in _scaled(comparison.gains(method), "dice")) > LINEAR
+    if far:  # one structure that is lost or found again would flatten all others
+        axes[0].set_yscale("symlog", linthresh=LINEAR, linscale=1.5)
+        axes[0].set_yticks(FAR_TICKS, [f"{tick}" for tick in FAR_TICKS])
+        axes[0].minorticks_off()
     figure.supxlabel("Mean volume of the structure (ml)", fontsize=10)
     figure.supylabel(f"Dice (points) minus {_shown(baseline.short)}", fontsize=10)
     said = [f"{m.short} {rank:.2f}" for m in others if (rank := comparison.gain_by_volume(m)) is not None]
@@ -170,7 +177,8 @@ def size_and_gain(comparison: Comparison) -> Picture | None:
         f"Scatter plots, one for each of {len(others)} methods: difference of the Dice to {baseline.short} by volume, "
         f"for {len(volumes)} structures. Rank correlation: {', '.join(said) or 'none'}.",
         "Each mark is a structure (mean over runs and test cases); filled: the difference holds. A positive rank "
-        "correlation (Spearman) means that large structures gain more than small ones.",
+        "correlation (Spearman) means that large structures gain more than small ones."
+        + (f" The axis is linear up to {LINEAR} points and logarithmic beyond." if far else ""),
     )
 
 

@@ -141,6 +141,21 @@ def test_filled_marks_are_differences_that_hold_and_empty_panels_are_blank(monke
     assert picture.name == "sizes"
 
 
+@pytest.mark.parametrize(("gain", "scale"), [(0.09, "linear"), (-0.4, "symlog")])
+def test_a_lost_structure_does_not_flatten_the_others(monkeypatch: pytest.MonkeyPatch, gain: float, scale: str) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
+    runs = [(a_run("a"), organs({})), (a_run("b"), organs(GAINS | {"2": gain})), (a_run("c"), organs(GAINS))]
+    picture = size_and_gain(make_comparison(runs, "a (student)"))
+    drawn[0].canvas.draw()
+    for axis in drawn[0].axes:  # all panels alike
+        assert axis.get_yscale() == scale
+        at = [axis.transData.transform((1, y))[1] for y in (-100 * abs(gain), 0, 4, 5)]
+        assert at == sorted(at)
+        assert (at[3] - at[2]) > 0.03 * axis.bbox.height
+    assert ("logarithmic" in picture.caption) == (scale == "symlog")
+
+
 def test_upper_bounds_are_in_the_table_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or b"")
