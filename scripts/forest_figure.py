@@ -26,7 +26,7 @@ from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.evaluation import scores as score_files
 from nnunetv2_dycon.evaluation.figures import COLORS, MARKERS
 from nnunetv2_dycon.evaluation.statistics import Paired, holds, holm, paired
-from scripts.sweep_figures import FRAMEWORKS, Score, read_scores
+from scripts.sweep_figures import FRAMEWORKS, Pair, Score, framework_pairs, read_scores
 
 SEED = 20251
 TITLES = ("data set", "framework", "weights", "runs", "cases", "difference", "95 % interval", "p", "established")
@@ -68,28 +68,14 @@ def find_rows(scores: Sequence[Score]) -> list[Row]:
     DataError
         If runs of one pair were scored on other cases, or their seeds and draws do not match.
     """
-    found: list[Row] = []
-    for framework, trainers in FRAMEWORKS.items():
-        pairs: dict[tuple[str, str, str], tuple[dict[tuple[str, str], Score], ...]] = defaultdict(lambda: ({}, {}))
-        for one in scores:
-            if one.base in trainers:
-                rest = one.without("seed").partition("_")[2]
-                key = one.folder.parent.name, one.trainer.replace(one.base, "", 1)  # draw, options with the seed
-                pairs[one.data, rest, one.weights][trainers.index(one.base)][key] = one
-        for (data, _, weights), (alone, with_dycon) in sorted(pairs.items()):
-            if alone and with_dycon:
-                found.append(_row(data, framework, weights, alone, with_dycon))
+    found = [_row(pair) for pair in sorted(framework_pairs(scores), key=lambda pair: pair.data)]
     adjusted = holm([row.difference.p for row in found])
     return [row._replace(p=p) for row, p in zip(found, adjusted, strict=True)]
 
 
-def _row(
-    data: str,
-    framework: str,
-    weights: str,
-    alone: dict[tuple[str, str], Score],
-    with_dycon: dict[tuple[str, str], Score],
-) -> Row:
+def _row(pair: Pair) -> Row:
+    data, framework = pair.data, pair.framework
+    alone, with_dycon = ({_draw_and_options(one): one for one in runs} for runs in (pair.alone, pair.with_dycon))
     if alone.keys() != with_dycon.keys():
         odd = sorted(option for _, option in alone.keys() ^ with_dycon.keys())
         raise DataError(f"{framework} on {data}: {', '.join(odd)} has no partner; train both with the same seeds")
@@ -104,7 +90,11 @@ def _row(
     difference = paired(each, np.random.default_rng(SEED))
     if difference is None:
         raise DataError(f"{framework} on {data}: every case is empty in truth and prediction; there is no Dice")
-    return Row(data, framework, weights, difference, tuple(of_runs), None)
+    return Row(data, framework, pair.weights, difference, tuple(of_runs), None)
+
+
+def _draw_and_options(run: Score) -> tuple[str, str]:
+    return run.folder.parent.name, run.trainer.replace(run.base, "", 1)  # options with the seed
 
 
 def case_differences(ours: Path, theirs: Path) -> dict[str, float]:
@@ -129,7 +119,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     """Return the forest plot: a line per row, grouped by data set; a filled marker is an established difference."""
     data_sets = list(dict.fromkeys(row.data for row in rows))
     ordered = [row for data in data_sets for row in rows if row.data == data]
-    frameworks = list(FRAMEWORKS)
+    frameworks = list(dict.fromkeys(row.framework for row in rows))
     figure = Figure(figsize=(9.0, 1.6 + 0.34 * (len(ordered) + len(data_sets))), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()

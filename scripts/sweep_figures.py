@@ -32,6 +32,8 @@ FRAMEWORKS = {
     "mean teacher": ("nnUNetTrainerMeanTeacher", "nnUNetTrainerDyCON"),
     "co-training": ("nnUNetTrainerCPS", "nnUNetTrainerDyCONCPS"),
     "copy-paste": ("nnUNetTrainerBCP", "nnUNetTrainerDyCONBCP"),
+    "cubes": ("nnUNetTrainerMagicNet", "nnUNetTrainerDyCONMagicNet"),
+    "cubes, ga": ("nnUNetTrainerGAMagicNet", "nnUNetTrainerDyCONGAMagicNet"),
 }
 PANELS = ("Dice (%) ↑", "HD95 (mm) ↓")
 HATCHES = ("", "///")
@@ -64,6 +66,19 @@ class Score(NamedTuple):
         """Return the value of a numeric option; None if the name does not have it."""
         values = [text for name, text in map(option_of, self.trainer.split("_")[1:]) if name == option]
         return float(values[0].replace("p", ".")) if values else None
+
+
+class Pair(NamedTuple):
+    """The runs of a framework on a data set, alone and with DyCON's losses.
+
+    `framework` also names the options that not all pairs on this data set have.
+    """
+
+    framework: str
+    data: str
+    weights: str
+    alone: list[Score]
+    with_dycon: list[Score]
 
 
 Rows = list[tuple[str, str, float, float, float]]  # group, label on the x axis, value there, Dice, HD95
@@ -136,23 +151,32 @@ def sweep_rows(scores: Sequence[Score], option: str, defaults: dict[str, float])
     return [row for rows in groups.values() if len({row[2] for row in rows}) > 1 for row in sorted(rows)]
 
 
-def framework_rows(scores: Sequence[Score]) -> Rows:
-    """Return the runs of frameworks with and without DyCON, all other options equal."""
-    rows: Rows = []
+def framework_pairs(scores: Sequence[Score]) -> list[Pair]:
+    """Return the runs of each framework with and without DyCON's losses, all other options equal."""
+    found: dict[tuple[str, str, tuple[str, ...], str], tuple[list[Score], list[Score]]] = {}
     for framework, trainers in FRAMEWORKS.items():
-        by_rest: dict[tuple[str, str, str], dict[int, list[Score]]] = defaultdict(lambda: defaultdict(list))
         for one in scores:
             if one.base in trainers:
-                rest = one.without("seed").partition("_")[2]
-                by_rest[one.data, rest, one.weights][trainers.index(one.base)].append(one)
-        for (data, _, weights), pair in by_rest.items():
-            if len(pair) == 2:
-                rows += [
-                    (f"{framework}, {data}, {weights}", ("without DyCON", "with DyCON")[at], at, one.dice, one.hd95)
-                    for at in (0, 1)
-                    for one in pair[at]
-                ]
-    return rows
+                key = framework, one.data, tuple(one.without("seed").split("_")[1:]), one.weights
+                found.setdefault(key, ([], []))[trainers.index(one.base)].append(one)
+    whole = {key: pair for key, pair in found.items() if all(pair)}
+    shared: dict[str, set[str]] = {}
+    for _, data, options, _ in whole:
+        shared[data] = shared.get(data, set(options)) & set(options)
+    return [
+        Pair(", ".join([framework, *(each for each in options if each not in shared[data])]), data, weights, *pair)
+        for (framework, data, options, weights), pair in whole.items()
+    ]
+
+
+def framework_rows(scores: Sequence[Score]) -> Rows:
+    """Return the runs of frameworks with and without DyCON, all other options equal."""
+    return [
+        (f"{pair.framework}, {pair.data}, {pair.weights}", ("without DyCON", "with DyCON")[at], at, one.dice, one.hd95)
+        for pair in framework_pairs(scores)
+        for at, runs in enumerate((pair.alone, pair.with_dycon))
+        for one in runs
+    ]
 
 
 def draw_sweep(rows: Rows, title: str) -> Figure:

@@ -55,6 +55,23 @@ def test_a_row_is_the_mean_over_seeds_and_classes_of_each_case(run, tmp_path):
     assert row.established
 
 
+def test_a_framework_names_the_options_that_its_data_set_does_not_share(run, tmp_path):
+    for trainers in ("BCP", "DyCONBCP"), ("GAMagicNet", "DyCONGAMagicNet"), ("MagicNet", "DyCONMagicNet"):
+        for trainer in trainers:
+            run(f"{trainer}_bf16_epochs3_seed0", 2 if trainer == "DyCONGAMagicNet" else 1)
+    for trainer in ("BCP", "DyCONBCP"):
+        run(f"{trainer}_ga_bf16_epochs3_seed0", 2)
+        run(f"{trainer}_epochs5_seed0", 2, home="Dataset503_Other_labeled4_draw0")
+    run("DyCONBCP_nomirror_bf16_epochs3_seed0", 2)  # without a partner
+    scores = sweep_figures.read_scores([tmp_path / "scores"])
+    made = ["copy-paste", "copy-paste, ga", "cubes", "cubes, ga"]
+    wanted = [("Made, 4 labelled", name) for name in made] + [("Other, 4 labelled", "copy-paste")]
+    rows = forest_figure.find_rows(scores)
+    assert sorted((row.data, row.framework) for row in rows) == wanted
+    assert [row.framework for row in rows if row.difference.mean] == ["cubes, ga"]
+    assert {group for group, *_ in sweep_figures.framework_rows(scores)} == {f"{n}, {d}, student" for d, n in wanted}
+
+
 def test_a_run_that_disagrees_keeps_a_difference_from_being_established(run, tmp_path):
     for seed, (alone, with_dycon) in enumerate([(4, 1), (1, 2)]):
         run(f"CPS_seed{seed}", alone)
