@@ -67,7 +67,9 @@ def test_a_framework_names_the_options_that_its_data_set_does_not_share(run, tmp
     made = ["copy-paste", "copy-paste, ga", "cubes", "cubes, ga"]
     wanted = [("Made, 4 labelled", name) for name in made] + [("Other, 4 labelled", "copy-paste")]
     rows = forest_figure.find_rows(scores)
-    assert sorted((row.data, row.framework) for row in rows) == wanted
+    assert [(row.data, row.framework) for row in rows] == wanted
+    (axis,) = forest_figure.draw(rows).axes
+    assert len({line.get_color() for line in axis.get_lines() if line.get_marker() not in ("|", "None")}) == len(made)
     assert [row.framework for row in rows if row.difference.mean] == ["cubes, ga"]
     assert {group for group, *_ in sweep_figures.framework_rows(scores)} == {f"{n}, {d}, student" for d, n in wanted}
 
