@@ -1,7 +1,8 @@
 """Mean and spread of each method's scores, and tests of the differences to the baseline.
 
 A method is all runs that differ by seed or labelled draw alone. A run's mean is taken over cases, then over classes.
-A test compares one value per case and method: the mean over runs, then over classes.
+A test compares one value per case and method: the mean over runs, then over classes. If both methods have runs with
+the same seed and labelled draw, it uses these runs alone.
 
 Means use distances of status "ok" only. Tests count a missed structure and a false alarm as the image's diagonal. If
 a structure is absent from the truth and only one of the two methods predicts it, the other one gets overlap 1 and
@@ -129,6 +130,12 @@ class Comparison:
     def status(self, method: Method, status: str) -> int:
         """Return the number of structures with a status, over all cases and runs."""
         return sum(score.status == status for scores in method.scores for score in scores.values())
+
+    def left_out_runs(self, method: Method) -> tuple[int, int]:
+        """Return how many runs of a method, and of the baseline, the difference of the two does not use."""
+        used = zip(*_run_pairs(method, self.methods[0]), strict=True)
+        mine, of_baseline = (len(m.runs) - len(set(i)) for m, i in zip((method, self.methods[0]), used, strict=True))
+        return mine, of_baseline
 
     def per_case(self, method: Method, metric: str) -> dict[str, float]:
         """Return one value per case: the mean over runs and classes where the metric is defined."""
@@ -262,13 +269,14 @@ class Comparison:
             if label not in (ALL, unit[1]):
                 continue
             ours, theirs = ([scores[unit] for scores in m.scores] for m in (method, other))
-            a, b = (cast(Any, [_paired_value(score, metric) for score in scores]) for scores in (ours, theirs))
-            if None in (*a, *b) or all(score.status == "both_empty" for score in (*ours, *theirs)):
+            used = [(ours[i], theirs[j]) for i, j in pairs]
+            a, b = (cast(Any, [_paired_value(score, metric) for score in scores]) for scores in zip(*used, strict=True))
+            if None in (*a, *b) or all(score.status == "both_empty" for both in used for score in both):
                 left_out += 1
                 continue
             values[unit] = [float(np.mean(a) - np.mean(b))]
-            for (i, j), found in zip(pairs, by_pair, strict=True):
-                found[unit] = [a[i] - b[j]]
+            for value, value_of_other, found in zip(a, b, by_pair, strict=True):
+                found[unit] = [value - value_of_other]
         of_runs = tuple(float(np.mean(list(_case_means(found).values()))) for found in by_pair if found)
         return _ByCase(_case_means(values), of_runs, left_out)
 
@@ -284,10 +292,12 @@ def _turned(found: _Difference) -> _Difference:
 
 
 def _run_pairs(method: Method, other: Method) -> list[tuple[int, int]]:
-    """Return pairs of runs with the same seed and labelled draw; all pairs if these do not match one to one."""
+    """Return the pairs of runs with the same seed and labelled draw; all pairs if there is none, or not one to one."""
     keys = [[(run.facts.seed, run.facts.labeled, run.facts.fold) for run in m.runs] for m in (method, other)]
-    if len(set(keys[0])) == len(keys[0]) and sorted(map(repr, keys[0])) == sorted(map(repr, keys[1])):
-        return [(i, keys[1].index(key)) for i, key in enumerate(keys[0])]
+    if all(len(set(of_method)) == len(of_method) for of_method in keys):
+        shared = [(i, keys[1].index(key)) for i, key in enumerate(keys[0]) if key in keys[1]]
+        if shared:
+            return shared
     return [(i, j) for i in range(len(keys[0])) for j in range(len(keys[1]))]
 
 

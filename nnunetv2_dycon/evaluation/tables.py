@@ -163,6 +163,11 @@ def difference_table(comparison: Comparison) -> Table:
             texts = (column_title(metric, comparison.unit), _signed(d.mean, metric), interval, p, holds, str(d.n))
             rows.append((Cell(method.short), *map(Cell, texts), Cell(str(result.left_out))))
     header = ("Method", "Metric", "Difference", f"{LEVEL:.0%} interval", "p (Holm)", "Holds", "Cases", "Left out")
+    unequal = [method.short for method in comparison.methods[1:] if any(comparison.left_out_runs(method))]
+    of_shared = (
+        f"{', '.join(unequal)}: the difference is of the runs whose seed and labelled draw "
+        f"{comparison.methods[0].short} has too, so it is not that of the means above.",
+    )
     notes = (
         f"Method minus {comparison.methods[0].short} in each case (mean over runs and classes). Interval: BCa "
         "bootstrap over cases. p: two-sided Wilcoxon signed-rank test with Holm's correction over this table; none "
@@ -170,6 +175,7 @@ def difference_table(comparison: Comparison) -> Table:
         f"{1 - LEVEL:.2f}, and it has the same sign for every pair of runs. The test uses these runs only: a few runs "
         "say little about other seeds and labelled draws. Left out: pairs of case and class that are empty in the "
         "truth and in all predictions of both methods.",
+        *(of_shared if unequal else ()),
     )
     return Table(f"Differences to {comparison.methods[0].short}", header, rows, notes)
 

@@ -170,6 +170,30 @@ def test_seeds_are_paired_by_their_number():
     assert not result(make_comparison([*a, *unmatched], "a (student)"), "b").holds  # all pairs then
 
 
+def test_a_method_with_fewer_seeds_is_compared_on_the_seeds_that_both_have():
+    """The third seed of the baseline is 0.3 better for all methods, and its class 2 is missed."""
+    noise = np.linspace(0.01, 0.02, 8)
+
+    def run(name, seed, values, second=None):
+        return a_run(name, seed=seed), [*scores(values), *(second or scores(DICE, "2"))]
+
+    missed = [score(case, "2", status="both_empty") for case in CASES]
+    a = [run("a", s, np.add(DICE, 0.3 * (s == 2)), missed if s == 2 else None) for s in (2, 0, 1)]
+    b = [run("b", s, np.add(DICE, noise)) for s in (1, 0)]
+    c = [run("c", s, np.add(DICE, noise + 0.3 * (s == 2))) for s in (0, 1, 2)]
+    compared = make_comparison([*a, *b, *c], "a (student)")
+    found = result(compared, "b")
+    assert found.difference.mean == pytest.approx(noise.mean() / 2)  # of two classes, one of them equal
+    assert found.left_out == 0
+    assert [compared.left_out_runs(method) for method in compared.methods] == [(0, 0), (0, 1), (0, 0)]
+    alone = make_comparison([*a[1:], *b], "a (student)")
+    assert result(alone, "b").difference == found.difference
+    assert result(alone, "b").holds
+    first, second = (compared._difference(compared.methods[1], m, ALL, "dice") for m in compared.methods[::2])
+    assert (len(first.of_runs), len(second.of_runs)) == (2, 2)
+    assert second.of_runs == pytest.approx((0.0, 0.0))
+
+
 def test_a_case_has_the_mean_over_runs_then_classes_and_a_pair_of_runs_the_mean_over_cases():
     def run(one, other):
         return [*scores([one] * 8), *scores([other] * 8, "2")]

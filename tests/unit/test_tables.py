@@ -191,6 +191,15 @@ def test_differences_have_interval_p_and_verdict(compared):
     assert texts(difference_table(compared))[2][2] == "−0.50"
 
 
+def test_the_table_of_differences_names_the_methods_whose_runs_are_not_all_used():
+    runs = [(a_run("a", seed=s), scores(DICE)) for s in (0, 1, 2)]
+    runs += [(a_run(name, seed=s), scores(DICE)) for name, seeds in (("b", (0, 1, 2)), ("c", (0, 1))) for s in seeds]
+    notes = difference_table(make_comparison(runs, "a (student)")).notes
+    assert [note for note in notes if note.startswith("c: the difference is of the runs whose seed")] == [notes[-1]]
+    notes = difference_table(make_comparison(runs[:6], "a (student)")).notes
+    assert not any("whose seed" in note for note in notes)
+
+
 def test_under_six_cases_p_is_left_open():
     few = [(a_run(name), scores(DICE)[:5]) for name in "ab"]
     assert texts(difference_table(make_comparison(few, "a (student)")))[0][2:6] == ["0.00", "0.00 to 0.00", "–", "no"]
