@@ -194,6 +194,24 @@ def test_a_method_with_fewer_seeds_is_compared_on_the_seeds_that_both_have():
     assert second.of_runs == pytest.approx((0.0, 0.0))
 
 
+def test_runs_whose_seed_is_not_known_are_compared_each_with_each():
+    """Seeds are the same for all, so they pair nothing: 2 x 3 differences."""
+    a, b = ([(a_run(name), scores(np.add(DICE, 0.1 * i))) for i in range(n)] for name, n in (("a", 2), ("b", 3)))
+    compared = make_comparison([*a, *b], "a (student)")
+    found = compared._difference(compared.methods[1], compared.methods[0], ALL, "dice")
+    assert sorted(found.of_runs) == pytest.approx([-0.1, 0.0, 0.0, 0.1, 0.1, 0.2])
+    assert compared.left_out_runs(compared.methods[1]) == (0, 0)
+
+
+def test_a_false_alarm_of_a_seed_that_is_not_compared_does_not_count():
+    def run(name, seed, status):
+        return a_run(name, seed=seed), [*scores(DICE), *(score(case, "2", status=status) for case in CASES)]
+
+    a = [run("a", 0, "both_empty"), run("a", 1, "false_alarm")]
+    found = result(make_comparison([*a, run("b", 0, "both_empty")], "a (student)"), "b")
+    assert (found.difference.mean, found.left_out) == (0.0, 8)
+
+
 def test_a_case_has_the_mean_over_runs_then_classes_and_a_pair_of_runs_the_mean_over_cases():
     def run(one, other):
         return [*scores([one] * 8), *scores([other] * 8, "2")]
