@@ -207,7 +207,7 @@ def test_a_false_alarm_of_a_seed_that_is_not_compared_does_not_count():
     def run(name, seed, status):
         return a_run(name, seed=seed), [*scores(DICE), *(score(case, "2", status=status) for case in CASES)]
 
-    a = [run("a", 0, "both_empty"), run("a", 1, "false_alarm")]
+    a = [run("a", 1, "false_alarm"), run("a", 0, "both_empty")]
     found = result(make_comparison([*a, run("b", 0, "both_empty")], "a (student)"), "b")
     assert (found.difference.mean, found.left_out) == (0.0, 8)
 
