@@ -131,11 +131,10 @@ class Comparison:
         """Return the number of structures with a status, over all cases and runs."""
         return sum(score.status == status for scores in method.scores for score in scores.values())
 
-    def left_out_runs(self, method: Method) -> tuple[int, int]:
-        """Return how many runs of a method, and of the baseline, the difference of the two does not use."""
+    def uses_all_runs(self, method: Method) -> bool:
+        """Return whether the difference of a method to the baseline uses every run of both."""
         used = zip(*_run_pairs(method, self.methods[0]), strict=True)
-        mine, of_baseline = (len(m.runs) - len(set(i)) for m, i in zip((method, self.methods[0]), used, strict=True))
-        return mine, of_baseline
+        return all(len(set(i)) == len(m.runs) for m, i in zip((method, self.methods[0]), used, strict=True))
 
     def per_case(self, method: Method, metric: str) -> dict[str, float]:
         """Return one value per case: the mean over runs and classes where the metric is defined."""

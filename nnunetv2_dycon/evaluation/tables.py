@@ -163,7 +163,7 @@ def difference_table(comparison: Comparison) -> Table:
             texts = (column_title(metric, comparison.unit), _signed(d.mean, metric), interval, p, holds, str(d.n))
             rows.append((Cell(method.short), *map(Cell, texts), Cell(str(result.left_out))))
     header = ("Method", "Metric", "Difference", f"{LEVEL:.0%} interval", "p (Holm)", "Holds", "Cases", "Left out")
-    unequal = [method.short for method in comparison.methods[1:] if any(comparison.left_out_runs(method))]
+    unequal = [method.short for method in comparison.methods[1:] if not comparison.uses_all_runs(method)]
     of_shared = (
         f"{', '.join(unequal)}: the difference is of the runs whose seed and labelled draw "
         f"{comparison.methods[0].short} has too, so it is not that of the means above.",

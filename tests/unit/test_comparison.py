@@ -185,7 +185,7 @@ def test_a_method_with_fewer_seeds_is_compared_on_the_seeds_that_both_have():
     found = result(compared, "b")
     assert found.difference.mean == pytest.approx(noise.mean() / 2)  # of two classes, one of them equal
     assert found.left_out == 0
-    assert [compared.left_out_runs(method) for method in compared.methods] == [(0, 0), (0, 1), (0, 0)]
+    assert [compared.uses_all_runs(method) for method in compared.methods] == [True, False, True]
     alone = make_comparison([*a[1:], *b], "a (student)")
     assert result(alone, "b").difference == found.difference
     assert result(alone, "b").holds
@@ -200,7 +200,7 @@ def test_runs_whose_seed_is_not_known_are_compared_each_with_each():
     compared = make_comparison([*a, *b], "a (student)")
     found = compared._difference(compared.methods[1], compared.methods[0], ALL, "dice")
     assert sorted(found.of_runs) == pytest.approx([-0.1, 0.0, 0.0, 0.1, 0.1, 0.2])
-    assert compared.left_out_runs(compared.methods[1]) == (0, 0)
+    assert compared.uses_all_runs(compared.methods[1])
 
 
 def test_a_false_alarm_of_a_seed_that_is_not_compared_does_not_count():
