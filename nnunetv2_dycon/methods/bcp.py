@@ -1,12 +1,13 @@
 """BCP: bidirectional copy-paste between labelled and unlabelled patches.
 
-Bai et al., CVPR 2023. Every other patch is mixed in the one direction, the others in the other. Until all classes are
-learnt the student keeps nnU-Net's own loss on the labelled patches as they are.
+Bai et al., CVPR 2023. Every other patch is mixed in the one direction, the others in the other. Unlike there, true
+labels are taught on the labelled patches as they are, and the mixes teach pseudo-labels (docs/results_choices.md).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from nnunetv2_dycon.views import BCP_BOX_SIDE, Outputs
 @dataclass(frozen=True)
 class BCPSettings(UnlabeledSettings, TeacherSettings):
     """Options of nnUNetTrainerBCP."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"unmixed": "truthboth"}
 
     view: str = option(
         "copy_paste_either",
@@ -42,21 +45,30 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
     )
     w: float = option(0.5, low=0.0, high=1000.0, help="weight of the loss on mixed patches")
     alpha: float = option(0.5, low=0.0, high=1.0, help="weight of a pseudo-labelled region relative to a labelled one")
-    unmixed: bool = option(
-        False,
-        flag=True,
-        neutral=True,
-        help="also train on the unmixed labelled patches after all classes are learnt",
+    truth: str = option(
+        "patches",
+        neutral="both",
+        choices=("patches", "mixes", "both"),
+        help="where true labels are taught: on labelled patches as they are, on the labelled regions of mixes once all "
+        "classes are learnt (mixes: from then on there alone), or on both",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.paste and not self.unmixed:
-            raise ConfigError("option paste: its pastes go with the unmixed labelled patches; type _unmixed too.")
+        if self.paste and self.truth == "mixes":
+            raise ConfigError("option paste: its pastes go with the labelled patches as they are; leave truthmixes out")
 
     def schedules(self) -> dict[str, Callable[[float], float]]:
         """Add `ramp`: 0 while pastes are among labelled patches, then the factor of the pseudo-labels."""
         return {**super().schedules(), "ramp": partial(gaussian_ramp, rampup=self.rampup, delay=self.pretrain)}
+
+    @classmethod
+    def translated(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """Rename options. Where `unmixed` was off, the labelled patches left when all classes were learnt."""
+        if "unmixed" in stored:
+            stored = dict(stored)
+            stored["truth"] = "both" if stored.pop("unmixed") else "mixes"
+        return super().translated(stored)
 
 
 class BCP(Method[BCPSettings]):
@@ -67,8 +79,8 @@ class BCP(Method[BCPSettings]):
     def passes(self, student: nn.Module, batch: Batch) -> Iterator[Pass]:
         """Yield the passes of the mixes, or before they begin that of option `pretrain`, if any.
 
-        The labelled patches as they are come last. They are alone until the labels have taught the first class, and
-        leave the mixes alone when these have taught all.
+        The labelled patches as they are come last. They are alone until the labels have taught the first class. With
+        option `truthmixes` they leave the mixes alone when all classes are learnt.
         """
         (pair,) = self.pairs(student)
         if batch.now["ramp"]:
@@ -86,28 +98,21 @@ class BCP(Method[BCPSettings]):
     @property
     def _mixed_only(self) -> bool:
         """Whether a step that mixes has no pass of the labelled patches as they are."""
-        return not self.settings.unmixed and self.learned.share == 1
+        return self.settings.truth == "mixes" and self.learned.share == 1
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
-        """Return the losses of both regions: true labels where a labelled patch shows, else the teacher's."""
+        """Return the loss of the teacher's labels, and with option `truth` that of true ones where they show."""
         logits, target, pasted = full_resolution(outputs), answer.target, p.view.pasted
         labels, weight = target.argmax(1, keepdim=True), self.voxel_weight(logits, target, batch)
         w = self.settings.w / p.view.share  # each direction has the whole weight
+        of_pseudo = self.region_loss(logits, labels, ~pasted, weight, pseudo=True)
+        terms = {"pseudo": Term(w * self.settings.alpha * batch.now["ramp"], of_pseudo)}
         if self._mixed_only:
             self.learned.see(0, logits, labels.masked_fill(~pasted, -1))
-            of_labeled = self._at_each_level(outputs, labels, pasted, batch)
-        else:
-            of_labeled = self.region_loss(logits, labels, pasted)
-        return Cost(
-            {
-                "labeled": Term(w * self.learned.share, of_labeled),
-                "pseudo": Term(
-                    w * self.settings.alpha * batch.now["ramp"],
-                    self.region_loss(logits, labels, ~pasted, weight, pseudo=True),
-                ),
-            },
-            {"agreement": agreement(logits, target)},
-        )
+            terms["labeled"] = Term(w, self._at_each_level(outputs, labels, pasted, batch))
+        elif self.settings.truth == "both" and self.learned.share == 1:
+            terms["labeled"] = Term(w, self.region_loss(logits, labels, pasted))
+        return Cost(terms, {"agreement": agreement(logits, target)})
 
     def _at_each_level(self, outputs: Outputs, labels: Tensor, region: Tensor, batch: Batch) -> Tensor:
         """Return the loss of a region, labels and region both (B, 1, *S), at each output as nnU-Net weighs its own."""

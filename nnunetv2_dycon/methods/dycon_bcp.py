@@ -3,7 +3,9 @@
 DyCON (CVPR 2025); the framework is BCP.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.dycon import DyCONTerms, DyCONTermSettings
@@ -12,6 +14,8 @@ from nnunetv2_dycon.methods.dycon import DyCONTerms, DyCONTermSettings
 @dataclass(frozen=True)
 class DyCONBCPSettings(DyCONTermSettings, BCPSettings):
     """Options of nnUNetTrainerDyCONBCP."""
+
+    renamed: ClassVar[Mapping[str, str]] = {**DyCONTermSettings.renamed, **BCPSettings.renamed}
 
 
 class DyCONBCP(DyCONTerms[DyCONBCPSettings], BCP):

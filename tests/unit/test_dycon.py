@@ -85,6 +85,7 @@ FRAMEWORKS = [
     (CPS, DyCONCPS, {"view": "weak", "w": 3.0}),
     (CPS, DyCONCPS, {"view": "cutmix"}),
     (BCP, DyCONBCP, {"w": 0.75, "alpha": 0.25, "pretrain": 0.0}),
+    (BCP, DyCONBCP, {"truth": "both"}),
 ]
 
 

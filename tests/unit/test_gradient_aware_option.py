@@ -95,7 +95,7 @@ def test_co_training_takes_all_voxels_with_the_weight_of_uncl() -> None:
 
 
 def test_mixes_take_a_tenth_of_the_labelled_region_and_all_of_the_pseudo_labelled_one() -> None:
-    method, student = made(BCP, BCPSettings(view="bcp", unmixed=True, ga=True, gahardest=0.1))
+    method, student = made(BCP, BCPSettings(view="bcp", truth="both", ga=True, gahardest=0.1))
     data, recorder = with_levels(), Recorder(student)
     guess = method.teacher.network(data.x_u).argmax(1)
     found = costs_of(method, recorder, data)[0]()

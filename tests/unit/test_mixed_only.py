@@ -1,4 +1,4 @@
-"""Copy-paste without a pass of the labelled patches as they are: what replaces it, and when."""
+"""Copy-paste: where true labels are taught, and when the labelled patches as they are have no pass of their own."""
 
 import math
 from dataclasses import replace
@@ -51,7 +51,7 @@ def slow_loss(logits: Tensor, labels: Tensor, region: Tensor) -> float:
 
 
 def test_labelled_regions_of_mixes_are_learnt_at_each_output() -> None:
-    method, _ = made(BCP, BCPSettings(view="bcp", w=0.5))
+    method, _ = made(BCP, BCPSettings(view="bcp", truth="mixes", w=0.5))
     network, data = Coarse(), pasting()
     data = replace(data, levels=((0.75, data.y_l), (0.25, data.y_l[..., ::2, ::2, ::2]), (0.0, data.y_l)))
     given = list(method.passes(network, data))
@@ -70,7 +70,7 @@ def test_labelled_regions_of_mixes_are_learnt_at_each_output() -> None:
 
 
 def test_true_labels_of_mixes_count_as_learnt_or_not() -> None:
-    method, student = made(BCP, BCPSettings(view="bcp"))
+    method, student = made(BCP, BCPSettings(view="bcp", truth="mixes"))
     data = pasting()
     counts = torch.zeros(3, CLASSES)
     for p in method.passes(student, data):
@@ -88,11 +88,11 @@ def test_true_labels_of_mixes_count_as_learnt_or_not() -> None:
 
 @pytest.mark.parametrize("kind", [(BCP, BCPSettings), (DyCONBCP, DyCONBCPSettings)])
 def test_the_labelled_patches_stay_until_every_class_is_learnt(kind) -> None:
-    step = made_step(kind[0], kind[1](**SMALL), UNet())
+    step = made_step(kind[0], kind[1](**SMALL, truth="mixes"), UNet())
     step.method.learned.counts[:, 0, -1] = 0.3
     step.method.learned.counts[:, 1, -1] = 2.0
     step(loader_batch())
-    assert {"supervised", "labeled"} <= step.log[0].keys()
+    assert {"supervised", "pseudo"} <= step.log[0].keys()
     step.method.learned.counts[:, 1, -1] = 0.0
     step.method.learned.counts[:, 0, -1] = 1e6
     step(loader_batch())
@@ -100,8 +100,34 @@ def test_the_labelled_patches_stay_until_every_class_is_learnt(kind) -> None:
     assert "labeled" in step.log[1]
 
 
+@pytest.mark.parametrize("truth", ["patches", "mixes", "both"])
+@pytest.mark.parametrize("kind", [(BCP, BCPSettings, {}), (DyCONBCP, DyCONBCPSettings, {"wfecl": 0.0})])
+def test_where_true_labels_are_taught(kind, truth: str) -> None:
+    """Pasted voxels have a gradient with `mixes` and `both` alone, and when all classes are learnt."""
+    method, student = made(kind[0], kind[1](view="bcp", truth=truth, **kind[2]))
+    data = replace(pasting(), now={"ramp": 1.0, "beta": 0.1})
+    for dice, learned in ((0.3, False), (1.0, True)):
+        method.learned.counts[:, 0, -1], method.learned.counts[:, 1, -1] = dice, 2 * (1 - dice)
+        *mixes, last = method.passes(student, data)
+        mixed_only = learned and truth == "mixes"
+        if mixed_only:
+            mixes.append(last)
+        assert [p.view.name for p in mixes] == ["in_", "out_"]
+        assert last.view.name == ("out_" if mixed_only else "")
+        assert last.final
+        on_pasted = learned and truth != "patches"
+        for p in mixes:
+            outputs = student(p.view.student).detach().requires_grad_()
+            terms = p.cost(p, outputs, p.ask(p, data, None), data).terms
+            assert set(terms) == ({"pseudo", "labeled"} if on_pasted else {"pseudo"})
+            sum(weight * value for weight, value in terms.values()).backward()
+            taught = outputs.grad.abs().sum(1, keepdim=True) > 0
+            assert taught[p.view.pasted].any() == on_pasted
+            assert taught[~p.view.pasted].any()
+
+
 def test_a_skipped_step_leaves_nothing_that_the_next_one_counts() -> None:
-    steps = [made_step(BCP, BCPSettings(**SMALL), UNet()) for _ in range(2)]
+    steps = [made_step(BCP, BCPSettings(**SMALL, truth="mixes"), UNet()) for _ in range(2)]
     steps[0](spoiled(loader_batch()))
     for step in steps:
         step.generator.manual_seed(1)
@@ -114,7 +140,7 @@ def test_a_skipped_step_leaves_nothing_that_the_next_one_counts() -> None:
     [*((f"copy_paste_{way}", [""]) for way in ("in", "out", "either")), ("bcp", ["in_", "out_"])],
 )
 def test_one_mix_in_place_of_two_has_the_whole_weight(view: str, names: list[str]) -> None:
-    method, student = made(BCP, BCPSettings(view=view, w=0.5, unmixed=True))
+    method, student = made(BCP, BCPSettings(view=view, w=0.5, truth="both"))
     data = pasting()
     given = list(method.passes(student, data))
     assert [p.view.name for p in given] == [*names, ""]  # the labelled patches last
@@ -122,5 +148,5 @@ def test_one_mix_in_place_of_two_has_the_whole_weight(view: str, names: list[str
 
 
 def test_pastes_among_labelled_patches_have_no_place_there() -> None:
-    with pytest.raises(ConfigError, match="paste: its pastes go with the unmixed labelled patches; type _unmixed"):
-        BCPSettings(paste=0.5)
+    with pytest.raises(ConfigError, match="paste: its pastes go with the labelled patches as they are; leave truthmix"):
+        BCPSettings(truth="mixes", paste=0.5)

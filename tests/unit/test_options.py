@@ -240,8 +240,20 @@ def test_a_field_that_no_name_can_carry_is_refused():
 
 @pytest.mark.parametrize("kind", [BCPSettings, DyCONBCPSettings])
 def test_a_checkpoint_of_the_former_copy_paste_mixed_both_ways_next_to_the_labelled_patches(kind) -> None:
-    stored = {name: value for name, value in dataclasses.asdict(kind()).items() if name not in ("view", "unmixed")}
-    assert stored_values(kind, stored) == dataclasses.asdict(kind(view="bcp", unmixed=True))
+    stored = {name: value for name, value in dataclasses.asdict(kind()).items() if name not in ("view", "truth")}
+    assert stored_values(kind, stored) == dataclasses.asdict(kind(view="bcp", truth="both"))
+
+
+@pytest.mark.parametrize(("unmixed", "truth"), [(True, "both"), (False, "mixes")])
+@pytest.mark.parametrize("kind", [BCPSettings, DyCONBCPSettings])
+def test_the_former_switch_of_copy_paste_says_where_true_labels_are_taught(kind, unmixed: bool, truth: str) -> None:
+    stored = {name: value for name, value in dataclasses.asdict(kind()).items() if name != "truth"}
+    stored["unmixed"] = unmixed
+    kept = dict(stored)
+    assert stored_values(kind, stored) == dataclasses.asdict(kind(truth=truth))
+    assert stored == kept
+    with pytest.raises(ConfigError, match=r"option unmixed is called truthboth now: type _truthboth$"):
+        parse("_unmixed", kind)
 
 
 def test_an_option_that_a_checkpoint_does_not_know_has_its_neutral_value() -> None:

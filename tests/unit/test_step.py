@@ -61,7 +61,7 @@ def test_uamts_threshold_and_bcps_start_follow_the_step_too() -> None:
         bcp(loader_batch())
         threshold = 0.75 + 0.25 * math.exp(-5 * (1 - number / 20) ** 2)
         assert uamt.log[-1]["threshold"] == pytest.approx(threshold, rel=1e-12)
-        assert ("in_labeled" in bcp.log[-1]) == (number >= 6) != ("paste_labeled" in bcp.log[-1])
+        assert ("in_pseudo" in bcp.log[-1]) == (number >= 6) != ("paste_labeled" in bcp.log[-1])
 
 
 def test_a_training_that_goes_on_takes_up_its_schedules_and_stays_at_their_end() -> None:
@@ -374,8 +374,9 @@ def test_outputs_are_restored_before_they_cost_anything(deep: bool, monkeypatch:
     ("kind", "settings", "regions"),
     [
         (LabeledOnly, TeacherSettings(**SMALL, paste=1.0), 1),
-        (BCP, BCPSettings(**SMALL, view="bcp"), 4),
-        (BCP, BCPSettings(**SMALL), 2),
+        (BCP, BCPSettings(**SMALL, view="bcp", truth="both"), 4),
+        (BCP, BCPSettings(**SMALL, truth="mixes"), 2),
+        (BCP, BCPSettings(**SMALL), 1),
         (BCP, BCPSettings(**SMALL, pretrain=1.0), 1),
         (DyCON, DyCONSettings(**SMALL, view="bcp", wfecl=0.0, rampup=0.0, delay=0.0), 2),
     ],
