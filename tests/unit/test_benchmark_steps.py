@@ -59,7 +59,7 @@ def test_every_class_counts_as_learnt_so_that_copy_paste_mixes(trainer, monkeypa
     for batch in batches:
         made.train_step(batch)
         assert made.method.learned.share == 1
-        assert {"labeled", "pseudo"} <= set(made.step.log[-1])
+        assert {"supervised", "pseudo"} <= set(made.step.log[-1])
 
 
 def test_trainers_run_one_after_the_other_on_a_gpu_and_take_turns_on_a_cpu(monkeypatch, capsys) -> None:
