@@ -136,14 +136,18 @@ def uamt(student: Tensor, teacher: Tensor, samples: list[Tensor], r: float) -> t
     return total / kept, kept / len(places)
 
 
-def region_loss(student: Tensor, labels: Tensor, region: Tensor) -> Tensor:
-    """Cross-entropy as the mean over a region (B, *S), plus Dice over it by image and class, smoothed by its share."""
+def region_loss(student: Tensor, labels: Tensor, region: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy as the mean over a region (B, *S), plus Dice over it by image and class, smoothed by its share.
+
+    `weight` (B, *S) is that of each voxel in all sums but those that count voxels.
+    """
+    w = torch.ones_like(student[:, 0]) if weight is None else weight
     q = torch.stack([(labels == c).double() for c in range(student.shape[1])], 1)
     cross = mean = 0.0
     for at in voxels(student):
         if region[(at[0], *at[2:])]:
-            cross = cross - (log_probabilities(student[at]) * q[at]).sum() / region.sum()
-    p, m, smooth = student.double().softmax(1), region.double(), region.double().mean()
+            cross = cross - w[(at[0], *at[2:])] * (log_probabilities(student[at]) * q[at]).sum() / region.sum()
+    p, m, smooth = student.double().softmax(1), region.double() * w, region.double().mean()
     for b, c in product(range(student.shape[0]), range(1, student.shape[1])):
         top = 2 * (m[b] * p[b, c] * q[b, c]).sum() + smooth
         mean = mean + 1 - top / ((m[b] * p[b, c] ** 2).sum() + (m[b] * q[b, c] ** 2).sum() + smooth)

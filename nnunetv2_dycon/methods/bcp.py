@@ -66,7 +66,6 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
     def translated(cls, stored: dict[str, Any]) -> dict[str, Any]:
         """Rename options. Where `unmixed` was off, the labelled patches left when all classes were learnt."""
         if "unmixed" in stored:
-            stored = dict(stored)
             stored["truth"] = "both" if stored.pop("unmixed") else "mixes"
         return super().translated(stored)
 

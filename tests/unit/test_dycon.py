@@ -165,6 +165,25 @@ def test_dycon_in_co_training_weighs_the_others_labels_and_contrasts_both_networ
         assert all(gradient is None for gradient in unused)
 
 
+@pytest.mark.parametrize("truth", ["patches", "mixes"])
+def test_dycon_in_copy_paste_weighs_the_teachers_labels(truth: str) -> None:
+    student = UNet(0)
+    settings = DyCONBCPSettings(view="copy_paste_in", truth=truth, beta=Schedule(0.7), wfecl=0.0, w=0.8, alpha=0.25)
+    method = all_learned(DyCONBCP(settings, DataInfo(CLASSES), seed=3))
+    method.build(student)
+    method.teacher.network.load_state_dict({name: 3 * value for name, value in UNet(1).state_dict().items()})
+    data, recorder = batch(), Recorder(student)
+    found = costs_of(method, recorder, data)[0]().terms["pseudo"]
+    logits, target = student(recorder.seen), method.teacher.network(data.x_u).detach()
+    unlabeled = (recorder.seen == data.x_u)[:, 0]
+    weight = oracles.entropy_weights(logits.detach(), target, beta=0.7, entropy="dual")
+    assert 0.05 < weight[unlabeled].std()  # or it would not matter where it goes
+    assert found.weight == pytest.approx(0.8 * 0.25)
+    wanted = oracles.region_loss(logits, target.argmax(1), unlabeled, weight)
+    assert relative_error(found.value, wanted) <= 1e-5
+    same_gradient(found.value, wanted, student, "pseudo")
+
+
 def dycon(student: nn.Module, **settings) -> DyCON:
     method = all_learned(DyCON(DyCONSettings(anchors=0, gate=0.0, stage=0, **settings), DataInfo(CLASSES)))
     method.build(student)
