@@ -177,7 +177,7 @@ def test_dycon_in_copy_paste_weighs_the_teachers_labels(truth: str) -> None:
     logits, target = student(recorder.seen), method.teacher.network(data.x_u).detach()
     unlabeled = (recorder.seen == data.x_u)[:, 0]
     weight = oracles.entropy_weights(logits.detach(), target, beta=0.7, entropy="dual")
-    assert 0.05 < weight[unlabeled].std()  # or it would not matter where it goes
+    assert weight[unlabeled].std() > 0.05  # or it would not matter where it goes
     assert found.weight == pytest.approx(0.8 * 0.25)
     wanted = oracles.region_loss(logits, target.argmax(1), unlabeled, weight)
     assert relative_error(found.value, wanted) <= 1e-5
