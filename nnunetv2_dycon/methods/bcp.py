@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.methods.settings import TeacherSettings, UnlabeledSettings
 from nnunetv2_dycon.options import option
+from nnunetv2_dycon.pieces import largest_pieces
 from nnunetv2_dycon.schedules import gaussian_ramp
 from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, agreement, full_resolution
 from nnunetv2_dycon.views import BCP_BOX_SIDE, Outputs
@@ -51,6 +52,12 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
         choices=("patches", "mixes", "both"),
         help="where true labels are taught: on labelled patches as they are, on the labelled regions of mixes once all "
         "classes are learnt (mixes: from then on there alone), or on both",
+    )
+
+    largest: bool = option(
+        False,
+        flag=True,
+        help="pseudo-labels keep the largest connected piece of each class in a patch: where every structure is one",
     )
 
     def __post_init__(self) -> None:
@@ -98,6 +105,12 @@ class BCP(Method[BCPSettings]):
     def _mixed_only(self) -> bool:
         """Whether a step that mixes has no pass of the labelled patches as they are."""
         return self.settings.truth == "mixes" and self.learned.share == 1
+
+    @torch.no_grad()
+    def ask_unlabeled(self, p: Pass, batch: Batch, before: Answer | None) -> Answer:
+        """Return the teacher's answer, with option `largest` without what is not in the largest piece of its class."""
+        answer = super().ask_unlabeled(p, batch, before)
+        return answer._replace(target=p.view.mix(largest_pieces(answer.logits))) if self.settings.largest else answer
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return the loss of the teacher's labels, and with option `truth` that of true ones where they show."""

@@ -44,8 +44,9 @@ MAY_IMPORT = {
     "command_lines": set(),  # asks torch for a device
     **dict.fromkeys(TENSORS, BASE),
     "learned": BASE | TENSORS,
+    "pieces": BASE | TENSORS,
     "step": BASE | TENSORS | {"learned"},
-    "methods": BASE | TENSORS | {"learned", "step"},
+    "methods": BASE | TENSORS | {"learned", "pieces", "step"},
     "data": BASE | TENSORS | {"_register"},
     "trainers": BASE | TENSORS | {"step", "methods", "data"},
     "_nnunet_ext": {"trainers"},
