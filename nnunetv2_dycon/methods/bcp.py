@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.methods.settings import TeacherSettings, UnlabeledSettings
+from nnunetv2_dycon.methods.settings import TeacherSettings, UnlabeledSettings, learned_option
 from nnunetv2_dycon.options import option
 from nnunetv2_dycon.pieces import largest_pieces
 from nnunetv2_dycon.schedules import gaussian_ramp
@@ -28,6 +28,7 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
 
     renamed: ClassVar[Mapping[str, str]] = {"unmixed": "truthboth"}
 
+    learned: float = learned_option(0.5)
     view: str = option(
         "copy_paste_either",
         neutral="bcp",

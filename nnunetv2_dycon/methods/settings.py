@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nnunetv2_dycon.options import Settings, option
 from nnunetv2_dycon.schedules import gaussian_ramp
@@ -26,17 +26,22 @@ class TeacherSettings(Settings):
     )
 
 
-@dataclass(frozen=True)
-class UnlabeledSettings(Settings):
-    """Options of every method that learns from unlabelled patches."""
-
-    learned: float = option(
-        0.8,
+def learned_option(default: float) -> Any:
+    """Declare option `learned`, whose best value depends on what a method teaches."""
+    return option(
+        default,
         low=0.0,
         high=1.0,
         neutral=0.0,
         help="Dice on labelled patches from which unlabelled ones teach a class; 0 = all classes from the start",
     )
+
+
+@dataclass(frozen=True)
+class UnlabeledSettings(Settings):
+    """Options of every method that learns from unlabelled patches."""
+
+    learned: float = learned_option(0.8)
 
 
 @dataclass(frozen=True)
