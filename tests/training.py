@@ -92,7 +92,6 @@ AVERAGING = (
     "nnUNetTrainerPseudoLabel",
     "nnUNetTrainerUAMT_viewcutmix",
     "nnUNetTrainerBCP",
-    "nnUNetTrainerBCP_truthmixes",
     "nnUNetTrainerMagicNet",
     "nnUNetTrainerGAMagicNet",
     "nnUNetTrainerDyCONMagicNet",

@@ -19,7 +19,7 @@ from tests.training import METHODS, at_once, begin, same
 pytestmark = pytest.mark.slow
 
 BOXES = "nnUNetTrainerDyCON_viewcopy_paste"  # of many sizes
-LEARNING = "nnUNetTrainerBCP_learned0p1"  # what is learnt is counted over all processes
+LEARNING = "nnUNetTrainerBCP_truthmixes_learned0p1"  # what is learnt is counted over all processes
 RUNS = [(at_once(name), deep) for name in (*METHODS, BOXES, LEARNING) for deep in (True, False)]
 
 
