@@ -96,3 +96,16 @@ def test_a_class_in_one_piece_stays() -> None:
     labels[:, 1:3, 1:3] = 1
     logits = 5.0 * torch.nn.functional.one_hot(labels, CLASSES).movedim(-1, 1)
     assert torch.equal(largest_pieces(logits), logits)
+
+
+def test_two_pieces_of_a_class_become_one_and_those_of_the_background_stay() -> None:
+    labels = torch.zeros((1, 5, 4, 6), dtype=torch.long)
+    labels[:, 2] = 1  # a wall through the background
+    labels[:, 0, 0, :2] = 2
+    labels[:, 4, 3, 5] = 2
+    logits = 5.0 * torch.nn.functional.one_hot(labels, 3).movedim(-1, 1)
+    wanted = labels.clone()
+    wanted[:, 4, 3, 5] = 0
+    cleaned = largest_pieces(logits)
+    assert torch.equal(cleaned.argmax(1), wanted)
+    assert ((cleaned != logits).any(1) == (wanted != labels)).all()
