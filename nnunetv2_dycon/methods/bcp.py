@@ -54,7 +54,6 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
         help="where true labels are taught: on labelled patches as they are, on the labelled regions of mixes once all "
         "classes are learnt (mixes: from then on there alone), or on both",
     )
-
     largest: bool = option(
         False,
         flag=True,
