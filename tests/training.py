@@ -92,6 +92,7 @@ AVERAGING = (
     "nnUNetTrainerPseudoLabel",
     "nnUNetTrainerUAMT_viewcutmix",
     "nnUNetTrainerBCP",
+    "nnUNetTrainerBCP_truthmixes",
     "nnUNetTrainerMagicNet",
     "nnUNetTrainerGAMagicNet",
     "nnUNetTrainerDyCONMagicNet",

@@ -12,12 +12,9 @@ from tests.training import METHODS, at_once, begin, seed_all, steps
 
 pytestmark = pytest.mark.slow
 
-# Without deep supervision a pass differs in its outputs alone: one method of each kind is enough.
-FLAT = ("nnUNetTrainerDyCON", "nnUNetTrainerDyCONBCP", "nnUNetTrainerDyCONCPS", "nnUNetTrainerMagicNet")
-RUNS = [*((method, True) for method in METHODS), *((method, False) for method in FLAT)]
 
-
-@pytest.mark.parametrize(("method", "deep"), RUNS)
+@pytest.mark.parametrize("deep", [True, False], ids=["deep", "flat"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_student_takes_the_steps_of_one_that_is_not(
     trainer: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, method: str, deep: bool
 ) -> None:

@@ -69,6 +69,7 @@ TERMS = {
     "nnUNetTrainerPseudoLabel": 2,
     "nnUNetTrainerUAMT_viewcutmix": 2,
     "nnUNetTrainerBCP": 2,
+    "nnUNetTrainerBCP_truthmixes": 2,
     "nnUNetTrainerBCP_viewbcp_truthboth": 5,
     "nnUNetTrainerCPS": 4,
     "nnUNetTrainerCPS_viewcopy_paste": 4,
