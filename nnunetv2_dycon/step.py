@@ -216,9 +216,12 @@ class Method(nn.Module, Generic[S]):
 
     # ---------------------------------------------------------------------------------------- once per step
     def passes(self, student: nn.Module, batch: Batch) -> Iterator[Pass]:
-        """Yield the student passes of a step, each when its turn comes: unlabelled views, pastes, labelled patches."""
+        """Yield the student passes of a step, each when its turn comes: unlabelled views, pastes, labelled patches.
+
+        While the unlabelled terms have no weight, there are no unlabelled views.
+        """
         pairs = self.pairs(student)
-        if self.uses_unlabeled:
+        if self.uses_unlabeled and batch.now["ramp"]:
             for pair, views in zip(pairs, tee(self.views(batch), len(pairs)), strict=True):  # all pairs see the same
                 for view in views:
                     yield Pass(pair, view, self.ask_unlabeled, self._terms_of_learned)

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.methods.settings import TeacherSettings, UnlabeledSettings, learned_option
 from nnunetv2_dycon.options import option
-from nnunetv2_dycon.pieces import largest_pieces
+from nnunetv2_dycon.pieces import OnePiece, largest_pieces
 from nnunetv2_dycon.schedules import gaussian_ramp
 from nnunetv2_dycon.step import Answer, Batch, Cost, Method, Pass, Term, agreement, full_resolution
 from nnunetv2_dycon.views import BCP_BOX_SIDE, Outputs
@@ -54,10 +54,12 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
         help="where true labels are taught: on labelled patches as they are, on the labelled regions of mixes once all "
         "classes are learnt (mixes: from then on there alone), or on both",
     )
-    largest: bool = option(
-        False,
-        flag=True,
-        help="pseudo-labels keep the largest connected piece of each class in a patch: where every structure is one",
+    largest: str = option(
+        "labeled",
+        neutral="none",
+        choices=("labeled", "all", "none"),
+        help="classes whose pseudo-labels keep their largest connected piece in a patch alone: those that labelled "
+        "patches show in one piece, all, or none",
     )
 
     def __post_init__(self) -> None:
@@ -71,9 +73,14 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
 
     @classmethod
     def translated(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """Rename options. Where `unmixed` was off, the labelled patches left when all classes were learnt."""
+        """Rename options. Where `unmixed` was off, the labelled patches left when all classes were learnt.
+
+        `largest` was a switch for all classes.
+        """
         if "unmixed" in stored:
             stored["truth"] = "both" if stored.pop("unmixed") else "mixes"
+        if isinstance(stored.get("largest"), bool):
+            stored["largest"] = "all" if stored["largest"] else "none"
         return super().translated(stored)
 
 
@@ -81,6 +88,11 @@ class BCP(Method[BCPSettings]):
     """Boxes pasted both ways between labelled and unlabelled patches, the teacher's labels on the unlabelled side."""
 
     settings_type = BCPSettings
+
+    def build(self, student: nn.Module) -> None:
+        """Make the teacher, and with option `largestlabeled` the counts of pieces."""
+        super().build(student)
+        self.one_piece = OnePiece(self.data.classes) if self.settings.largest == "labeled" else None
 
     def passes(self, student: nn.Module, batch: Batch) -> Iterator[Pass]:
         """Yield the passes of the mixes, or before they begin that of option `pretrain`, if any.
@@ -108,9 +120,12 @@ class BCP(Method[BCPSettings]):
 
     @torch.no_grad()
     def ask_unlabeled(self, p: Pass, batch: Batch, before: Answer | None) -> Answer:
-        """Return the teacher's answer, with option `largest` without what is not in the largest piece of its class."""
+        """Return the teacher's answer, by option `largest` without what is not in the largest piece of its class."""
         answer = super().ask_unlabeled(p, batch, before)
-        return answer._replace(target=p.view.mix(largest_pieces(answer.logits))) if self.settings.largest else answer
+        if self.settings.largest == "none":
+            return answer
+        classes = None if self.one_piece is None else self.one_piece.classes
+        return answer._replace(target=p.view.mix(largest_pieces(answer.logits, classes)))
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:
         """Return the loss of the teacher's labels, and with option `truth` that of true ones where they show."""
@@ -125,6 +140,12 @@ class BCP(Method[BCPSettings]):
         elif self.settings.truth == "both" and self.learned.share == 1:
             terms["labeled"] = Term(w, self.region_loss(logits, labels, pasted))
         return Cost(terms, {"agreement": agreement(logits, target)})
+
+    def labeled_terms(self, p: Pass, outputs: Outputs, answer: Any, batch: Batch) -> Cost:
+        """Return the labelled terms, and count the pieces of each class in the truth."""
+        if self.one_piece is not None:
+            self.one_piece.see(batch.y_l)
+        return super().labeled_terms(p, outputs, answer, batch)
 
     def _at_each_level(self, outputs: Outputs, labels: Tensor, region: Tensor, batch: Batch) -> Tensor:
         """Return the loss of a region, labels and region both (B, 1, *S), at each output as nnU-Net weighs its own."""

@@ -1,5 +1,7 @@
 """Classes that the labelled patches have not taught yet: who they are, and that unlabelled terms leave them alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +13,12 @@ from nnunetv2_dycon.losses.voxels import hard_targets, region_ce_dice, soft_ce_d
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.cps import CPS
 from nnunetv2_dycon.methods.dycon import DyCON
+from nnunetv2_dycon.methods.labeled_only import LabeledOnly
 from nnunetv2_dycon.methods.mean_teacher import MeanTeacher
+from nnunetv2_dycon.methods.settings import TeacherSettings
 from nnunetv2_dycon.step import Method
 from tests.recipes import UNet, seeded
-from tests.steps import SMALL, copied, equal, loader_batch, made, spoiled
+from tests.steps import METHODS, SMALL, copied, equal, loader_batch, made, spoiled
 
 CLASSES = 5
 LEARNED = torch.tensor([True, False, True, True, False])
@@ -208,6 +212,23 @@ def test_copy_paste_waits_for_the_first_class(pretrain: float, pastes: bool) -> 
     assert step.log[0]["classes_learned"] == 0
 
 
+# DHC has another loss on labels, MagicNet's cubes teach true labels too.
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"LabeledOnly", "DHC", "MagicNet", "DyCONGAMagicNet"}))
+def test_without_a_learnt_class_no_network_sees_an_unlabelled_patch(name: str) -> None:
+    """The student gets nnU-Net's own loss alone, bit for bit."""
+    kind, settings = METHODS[name]
+    pastes = {"paste": 0.0} if hasattr(settings, "paste") else {}
+    trained = []
+    for method, options in ((kind, replace(settings, **SMALL, **pastes)), (LabeledOnly, TeacherSettings(**SMALL))):
+        step = made(method, options, UNet())
+        for number in (0, 1):
+            step.method.learned.counts[:, 0, 1:] = 0
+            step(spoiled(loader_batch(number)))
+        trained.append(copied(step.plain))
+        assert not any("agreement" in name for name in step.log[0])
+    assert equal(*trained)
+
+
 @pytest.mark.parametrize("kind", [BCP, CPS, DyCON, MeanTeacher])
 @pytest.mark.parametrize("learned", [-1, 0, 1, 2])  # -1: not even the background
 def test_an_image_that_is_not_finite_skips_the_step_whatever_is_learnt(kind: type[Method], learned: int) -> None:
@@ -217,7 +238,7 @@ def test_an_image_that_is_not_finite_skips_the_step_whatever_is_learnt(kind: typ
     step.method.learned.counts[:, 1, 1 + learned :] = 1
     before = copied(step.plain)
     step(spoiled(loader_batch()))
-    used = not (kind is BCP and learned < 1)  # which waits
+    used = learned > 0  # all methods wait for the first class
     assert step.log[0]["skipped_steps"] == used
     assert equal(before, copied(step.plain)) == used
     assert all(bool(value.isfinite().all()) for value in copied(step.plain).values())

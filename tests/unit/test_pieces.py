@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.dycon_bcp import DyCONBCP, DyCONBCPSettings
-from nnunetv2_dycon.pieces import largest_pieces
-from tests.recipes import CLASSES, SPACE, batch, made, seeded
+from nnunetv2_dycon.options import stored_values
+from nnunetv2_dycon.pieces import OnePiece, largest_pieces
+from tests.recipes import CLASSES, SPACE, Net, batch, made, seeded
+from tests.steps import SMALL, loader_batch
+from tests.steps import made as of_step
 
 
 def numbered(labels: Tensor) -> dict[tuple[int, ...], int]:
@@ -74,21 +77,108 @@ def test_all_but_the_largest_piece_of_each_class_become_background(space: tuple[
 
 @pytest.mark.parametrize(("kind", "settings"), [(BCP, BCPSettings), (DyCONBCP, partial(DyCONBCPSettings, wfecl=0.0))])
 @pytest.mark.parametrize("view", ["bcp", "copy_paste_either"])
-def test_copy_paste_teaches_the_largest_pieces_where_asked(kind, settings, view: str) -> None:
+@pytest.mark.parametrize(
+    ("largest", "whole", "cleaned"),
+    [
+        ("none", [1, 2], []),
+        ("all", [], [1, 2]),
+        ("labeled", [], []),
+        ("labeled", [1], [1]),
+        ("labeled", [1, 2], [1, 2]),
+    ],
+)
+def test_copy_paste_teaches_the_largest_pieces(kind, settings, view: str, largest: str, whole, cleaned) -> None:
     data = replace(batch(), now={"ramp": 1.0, "beta": 0.1})
-    targets = {}
-    for largest in (False, True):
-        method, student = made(kind, settings(view=view, largest=largest))
-        method.teacher.network = Scattered()
-        data.generator.manual_seed(4)
-        for p in list(method.passes(student, data))[:-1]:
-            answer = p.ask(p, data, None)
-            targets[p.view.name, largest] = answer.target
-            if largest:
-                assert torch.equal(answer.target, p.view.mix(largest_pieces(answer.logits)))
-                pasted = p.view.pasted.expand_as(answer.target)
-                assert torch.equal(answer.target[pasted], targets[p.view.name, False][pasted])
-    assert any(not torch.equal(targets[name, True], targets[name, False]) for name, _ in targets)
+    method, student = made(kind, settings(view=view, largest=largest))
+    if method.one_piece is not None:
+        method.one_piece.counts[:] = 1.0
+        method.one_piece.counts[0, whole] = 0.0
+    method.teacher.network = Scattered()
+    passes = list(method.passes(student, data))[:-1]
+    assert passes
+    for p in passes:
+        answer = p.ask(p, data, None)
+        assert torch.equal(answer.target, p.view.mix(largest_pieces(answer.logits, cleaned)))
+        assert torch.equal(answer.target, p.view.mix(answer.logits)) == (not cleaned)
+
+
+def labels_of(*patches: str) -> Tensor:
+    """Label maps (B, 1, Y, X) from a text each, rows separated by spaces."""
+    return torch.tensor([[[[int(c) for c in row] for row in patch.split()]] for patch in patches])
+
+
+def test_a_class_is_one_piece_by_the_truth_of_all_labelled_patches() -> None:
+    pieces = OnePiece(5)
+    assert pieces.classes == []
+    pieces.see(labels_of("1102 1100 0020", "1110 0333 0000"))  # 2 in two pieces, 1 and 3 in one, 4 not shown
+    assert pieces.classes == [1, 3]
+    pieces.see(labels_of("4000 0400 1110", "0000 0000 0000"))  # by corners too
+    assert pieces.classes == [1, 3, 4]
+    pieces.see(labels_of("1000 0000 0001", "0000 0000 0000"))
+    assert pieces.classes == [3, 4]  # one voxel of twelve lies elsewhere
+
+
+def test_a_class_may_have_a_hundredth_of_its_voxels_elsewhere() -> None:
+    pieces = OnePiece(3)
+    patch = torch.zeros((1, 1, 11, 22), dtype=torch.int16)
+    patch[0, 0, :9, :11] = 1
+    patch[0, 0, 10, 0] = 1  # one of 100
+    patch[0, 0, :9, 12] = 2
+    patch[0, 0, 10, 12] = 2  # one of ten
+    pieces.see(patch)
+    assert pieces.classes == [1]
+    patch[0, 0, 10, 2] = 1
+    pieces.see(patch)  # three of 201
+    assert pieces.classes == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.int64])  # nnU-Net's augmentation gives int16
+def test_counts_of_pieces_are_those_of_flooding(dtype: torch.dtype) -> None:
+    labels = torch.randint(-1, 5, (3, 1, 4, 5, 6), generator=seeded(7))  # 4 classes, and 4 is the ignore label
+    labels[torch.rand(labels.shape, generator=seeded(8)) < 0.5] = 0
+    pieces = OnePiece(4)
+    for patches in (labels, labels.flip(2)):
+        pieces.see(patches.to(dtype))
+    wanted = torch.zeros(2, 4)
+    for patch in labels[:, 0]:
+        piece = numbered(patch)
+        for c in (1, 2, 3):
+            sizes = Counter(number for at, number in piece.items() if patch[at] == c)
+            wanted[:, c] += 2 * torch.tensor([sum(sizes.values()) - max(sizes.values()), sum(sizes.values())])
+    assert wanted[0, 1:].min() > 0
+    assert torch.equal(pieces.counts, wanted)
+
+
+def test_pieces_of_all_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = OnePiece(2)
+    monkeypatch.setattr("nnunetv2_dycon.ranks.world_size", lambda: 4)
+    monkeypatch.setattr("nnunetv2_dycon.ranks.mean_everywhere", lambda value: value / 2)
+    pieces.see(labels_of("1100 0000 0001"))
+    assert pieces.counts.tolist() == [[0, 2], [0, 6]]
+
+
+def test_a_step_counts_the_pieces_of_its_labelled_patches_and_a_checkpoint_holds_them() -> None:
+    data = loader_batch()
+    data["target"][:] = 0
+    data["target"][:, :, 1:, 1:3, 1:3] = 2
+    of_option = {}
+    for largest in ("labeled", "all", "none"):
+        step = of_step(BCP, BCPSettings(**SMALL, largest=largest), Net())
+        step(data)
+        of_option[largest] = {name: value for name, value in step.method.state_dict().items() if "one_piece" in name}
+    voxels = 2 * (SPACE[0] - 1) * 2 * 2
+    assert {name: value.tolist() for name, value in of_option["labeled"].items()} == {
+        "one_piece.counts": [[0, 0, 0], [0, 0, voxels]]
+    }
+    assert of_option["all"] == of_option["none"] == {}
+
+
+@pytest.mark.parametrize("kind", [BCPSettings, DyCONBCPSettings])
+def test_a_former_switch_is_understood(kind) -> None:
+    assert stored_values(kind, {"largest": True})["largest"] == "all"
+    assert stored_values(kind, {"largest": False})["largest"] == "none"
+    assert stored_values(kind, {"largest": "labeled"})["largest"] == "labeled"
+    assert stored_values(kind, {})["largest"] == "none"
 
 
 def test_a_class_in_one_piece_stays() -> None:
