@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,12 @@ def test_2d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> Non
     assert done[0]["unlabeled"].ndim == 4
 
 
+def in_full(trainer: Any) -> None:
+    """Let the next steps be those with every class learnt and every term at its full weight."""
+    trainer.step.number = 10**6
+    trainer.method.learned.counts[:, 0] = 1e6
+
+
 # Student passes (forward and backward) and passes without a gradient of a step, as docs/costs.md counts them.
 PASSES = {
     "LabeledOnly": (1, 0),
@@ -75,14 +82,14 @@ PASSES = {
     "MeanTeacher": (2, 1),
     "PseudoLabel": (2, 1),
     "UAMT_samples3": (2, 4),
-    "BCP_learned0": (2, 1),
+    "BCP": (2, 1),
     "CPS": (4, 2),
     "DyCON_wfecl0": (2, 1),
     "DyCON_wfecl0_viewbcp": (3, 1),
-    "BCP_learned0_truthmixes": (1, 1),
-    "BCP_learned0_viewbcp_truthmixes": (2, 1),
-    "BCP_learned0_viewbcp_truthboth": (3, 1),
-    "DyCONBCP_wfecl0_learned0": (2, 1),
+    "BCP_truthmixes": (1, 1),
+    "BCP_viewbcp_truthmixes": (2, 1),
+    "BCP_viewbcp_truthboth": (3, 1),
+    "DyCONBCP_wfecl0": (2, 1),
     "MagicNet": (5, 1),
     "MagicNet_nowithin": (3, 1),
     "MagicNet_noacross": (4, 1),
@@ -94,7 +101,7 @@ PASSES = {
 def test_a_step_costs_the_passes_of_its_recipe(tiny: Path, method: str) -> None:
     """Floating-point operations counted by torch; within 3 %, since only stock's pass has all output heads."""
     stock, t = (begin(make_trainer(name)) for name in ("nnUNetTrainer", f"nnUNetTrainer{method}_epochs1"))
-    t.step.number = 10**6  # every term with its full weight
+    in_full(t)
     trained, asked = PASSES[method]
     step = operations(lambda: stock.train_step(next(stock.dataloader_train)))
     with torch.no_grad():
@@ -123,7 +130,7 @@ def test_memory_of_a_step_stays_near_stock(tiny: Path, method: str) -> None:
     for name in ("nnUNetTrainer", f"nnUNetTrainer{method}_epochs1"):
         t = begin(make_trainer(name, plans=plans))
         if name != "nnUNetTrainer":
-            t.step.number = 10**6  # every term with its full weight
+            in_full(t)
         batches = [next(t.dataloader_train) for _ in range(2)]
         t.train_step(batches[0])
         peaks.append(peak_bytes(lambda t=t, batch=batches[1]: t.train_step(batch)))
