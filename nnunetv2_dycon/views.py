@@ -221,6 +221,21 @@ def _intensity(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View
     return View(y.to(x.dtype), x)
 
 
+def check_number(name: str, patches: int) -> None:
+    """Raise ConfigError if a view needs more unlabelled patches than a process has in a step.
+
+    Examples
+    --------
+    >>> check_number("noise", 1)
+    >>> check_number("cutmix_intensity", 2)
+    """
+    if name.startswith("cutmix") and patches < 2:
+        raise ConfigError(
+            f"View {name!r} exchanges boxes between unlabelled patches, but a process has only one of them: "
+            "use a trainer name with unlabeledbatch2 or more per process, or the view copy_paste."
+        )
+
+
 def _cutmix(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
     """Return a view in which a box of patch i comes from the same place of patch (i + 1) mod B.
 
@@ -228,11 +243,7 @@ def _cutmix(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View:
     ----------
     CutMix-Seg (French et al., BMVC 2020); there one box is shared by a pair, here each patch has its own.
     """
-    if len(x) < 2:
-        raise ConfigError(
-            "View 'cutmix' exchanges boxes between unlabelled patches, but a process has only one of them: "
-            "use a trainer name with unlabeledbatch2 or more per process, or the view copy_paste."
-        )
+    check_number("cutmix", len(x))
     box = random_box(x.shape, x.device, generator)
 
     def mix(logits: Tensor) -> Tensor:

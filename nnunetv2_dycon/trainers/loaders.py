@@ -23,6 +23,7 @@ from nnunetv2_dycon.randomness import (
 )
 from nnunetv2_dycon.ranks import world_size
 from nnunetv2_dycon.shared_memory import file_shortage, free_bytes, memory_shortage, waiting_batches
+from nnunetv2_dycon.views import check_number
 
 if TYPE_CHECKING:
     from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
@@ -124,6 +125,7 @@ def unlabeled_patches(trainer: "nnUNetTrainerSSL", labeled: DataLoader) -> Isola
     size = trainer.batch_size if not wanted else len(range(trainer.local_rank, wanted, world_size()))
     if size == 0:
         raise ConfigError(f"option unlabeledbatch{wanted} leaves no unlabelled patch for each of the GPUs.")
+    check_number(trainer.method.view, size)  # the first view may be drawn hours later
     unlabeled: Any = trainer.unlabeled  # asked for where there are some
     dataset = unlabeled.dataset()
     return unlabeled_loader(labeled, dataset, size, seed_from_here("unlabeled"), trainer.label_manager)

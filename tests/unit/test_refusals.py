@@ -160,9 +160,9 @@ def test_changed_image_is_prepared_anew_at_the_start(tiny_variant, tmp_path: Pat
 
 
 def test_cutmix_with_one_unlabeled_patch(tiny: Path) -> None:
-    t = begin(make_trainer("nnUNetTrainerDyCON_viewcutmix_unlabeledbatch1"))
+    t = make_trainer("nnUNetTrainerDyCON_viewcutmix_intensity_unlabeledbatch1")
     with pytest.raises(ConfigError) as error:
-        steps(t, 1)
+        begin(t)  # before any step
     assert "unlabeledbatch2" in one_line(error)
 
 

@@ -221,7 +221,7 @@ def test_teacher_starts_from_pretrained_weights(trainer, tmp_path: Path) -> None
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_and_is_counted(trainer, capsys) -> None:
-    t = begin(trainer(named("nnUNetTrainerDyCON")))
+    t = begin(trainer(named("nnUNetTrainerDyCON_delay0_learned0")))
     poison(t.method, 2)
     before = weights(t), {k: v.clone() for k, v in t.method.state_dict().items()}
     steps(t, 2)
@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_is_counted(trainer, capsys
 
 
 def test_training_stops_with_the_case_ids_when_the_loss_stays_not_finite(trainer) -> None:
-    t = begin(trainer(named("nnUNetTrainerDyCON")))
+    t = begin(trainer(named("nnUNetTrainerDyCON_delay0_learned0")))
     poison(t.method, 100)
     with pytest.raises(DivergedError, match=r"labelled l_0.*unlabelled u_0.*_lr0p001"):
         steps(t, 10)
