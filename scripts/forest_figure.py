@@ -3,14 +3,16 @@
 For each data set, framework and weights: Dice with DyCON's losses minus Dice without, all other options equal. One
 value per test case (the mean over the runs with equal seeds and labelled draws, then over classes), then mean, 95 %
 bootstrap interval and Wilcoxon's p with Holm's correction over all rows. A difference is established if the interval
-excludes 0, p is below 0.05 and every pair of runs has its sign. Cost: seconds. The script reads every scores.json below
-the given folders, as `evaluate`, `compare` and the workflow write it, and writes forest.png, forest.csv and forest.md.
+excludes 0, p is below 0.05 and every pair of runs has its sign. Cost: seconds. The script reads tables of the workflow
+(dice.csv) and writes forest.png, forest.csv and forest.md.
 
-    python scripts/forest_figure.py experiments/hippocampus/scores experiments/mouse_brain/scores -o figures
+    python scripts/forest_figure.py experiments/hippocampus/dice.csv experiments/mouse_brain/dice.csv -o figures
 """
 
 import argparse
 import csv
+import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -23,10 +25,10 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from nnunetv2_dycon.errors import DataError, UserError
-from nnunetv2_dycon.evaluation import scores as score_files
 from nnunetv2_dycon.evaluation.figures import COLORS, MARKERS
 from nnunetv2_dycon.evaluation.statistics import Paired, holds, holm, paired
-from scripts.sweep_figures import FRAMEWORKS, Pair, Score, framework_pairs, read_scores
+from scripts import case_tables
+from scripts.sweep_figures import FRAMEWORKS, Pair, Score, framework_pairs
 
 SEED = 20251
 TITLES = ("data set", "framework", "weights", "runs", "cases", "difference", "95 % interval", "p", "established")
@@ -60,7 +62,7 @@ class Row(NamedTuple):
         return holds(self.difference, self.p, self.of_runs)
 
 
-def find_rows(scores: Sequence[Score]) -> list[Row]:
+def find_rows(tables: Iterable[Path]) -> list[Row]:
     """Return a row for each data set, framework and weights that has runs with and without DyCON's losses.
 
     Raises
@@ -68,21 +70,42 @@ def find_rows(scores: Sequence[Score]) -> list[Row]:
     DataError
         If runs of one pair were scored on other cases, or their seeds and draws do not match.
     """
-    found = [_row(pair) for pair in sorted(framework_pairs(scores), key=lambda pair: pair.data)]
+    runs: case_tables.Runs = {}
+    for table in tables:
+        more = case_tables.read(table)
+        for data, column in runs.keys() & more.keys():
+            raise DataError(f"{table}: {column} of {data} is in another table too; give one of them")
+        runs |= more
+    pairs = sorted(framework_pairs([_score(*key, dice) for key, dice in runs.items()]), key=lambda pair: pair.data)
+    found = [_row(pair, runs) for pair in pairs]
     adjusted = holm([row.difference.p for row in found])
     return [row._replace(p=p) for row, p in zip(found, adjusted, strict=True)]
 
 
-def _row(pair: Pair) -> Row:
+def _score(data: str, column: str, dice: case_tables.Dice) -> Score:
+    """Return a run of a table; its folder is data set, labelled number with draw, and the run's own name."""
+    place, _, run = column.partition("/")
+    trainer, _, weights = run.rpartition("_")
+    labeled = re.sub("^labeled(.+)_draw.*", r"\1 labelled", place)
+    mean = 100 * float(np.nanmean(list(dice.values())))
+    return Score(f"{data}, {labeled}", trainer, weights, mean, math.nan, Path(data, place, run))
+
+
+def _row(pair: Pair, runs: case_tables.Runs) -> Row:
     data, framework = pair.data, pair.framework
-    alone, with_dycon = ({_draw_and_options(one): one for one in runs} for runs in (pair.alone, pair.with_dycon))
+    alone, with_dycon = ({_draw_and_options(one): one for one in side} for side in (pair.alone, pair.with_dycon))
     if alone.keys() != with_dycon.keys():
         odd = sorted(option for _, option in alone.keys() ^ with_dycon.keys())
         raise DataError(f"{framework} on {data}: {', '.join(odd)} has no partner; train both with the same seeds")
     by_case: dict[str, list[float]] = defaultdict(list)
     of_runs = []
     for key in sorted(alone):
-        differences = case_differences(with_dycon[key].folder, alone[key].folder)
+        ours, theirs = (
+            runs[one.folder.parts[0], "/".join(one.folder.parts[1:])] for one in (with_dycon[key], alone[key])
+        )
+        if ours.keys() != theirs.keys():
+            raise DataError(f"{with_dycon[key].folder} and {alone[key].folder} were scored on other cases or classes")
+        differences = case_differences(ours, theirs)
         of_runs.append(float(np.mean(list(differences.values()))))
         for case, value in differences.items():
             by_case[case].append(value)
@@ -93,25 +116,27 @@ def _row(pair: Pair) -> Row:
     return Row(data, framework, pair.weights, difference, tuple(of_runs), None)
 
 
+def _key(run: Score) -> tuple[str, str]:
+    data, *column = run.folder.parts
+    return data, "/".join(column)
+
+
 def _draw_and_options(run: Score) -> tuple[str, str]:
-    return run.folder.parent.name, run.trainer.replace(run.base, "", 1)  # options with the seed
+    return run.folder.parts[1], run.trainer.replace(run.base, "", 1)  # options with the seed
 
 
-def case_differences(ours: Path, theirs: Path) -> dict[str, float]:
-    """Return for each case the mean over classes of our Dice minus theirs, in %, from two folders with scores.csv.
+def case_differences(ours: case_tables.Dice, theirs: case_tables.Dice) -> dict[str, float]:
+    """Return for each case the mean over classes of our Dice minus theirs, in %.
 
     A structure that is empty in the truth and in one prediction alone has Dice 1 there; one that is empty in the truth
     and in both is left out.
     """
-    read = [{(s.case, s.label): s for s in score_files.read_scores(folder / "scores.csv")} for folder in (ours, theirs)]
-    if read[0].keys() != read[1].keys():
-        raise DataError(f"{ours} and {theirs} were scored on other cases or classes; score both again")
     by_case: dict[str, list[float]] = defaultdict(list)
-    for unit, own in read[0].items():
-        values = [1.0 if s.status == "both_empty" else s.dice for s in (own, read[1][unit])]
-        if own.status == read[1][unit].status == "both_empty" or None in values:
-            continue
-        by_case[unit[0]].append(100 * (values[0] - values[1]))
+    for unit, own in ours.items():
+        values = own, theirs[unit]
+        if not all(map(math.isnan, values)):
+            own, other = (1.0 if math.isnan(value) else value for value in values)
+            by_case[unit[0]].append(100 * (own - other))
     return {case: float(np.mean(of_classes)) for case, of_classes in by_case.items()}
 
 
@@ -174,11 +199,11 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
 def main(argv: Iterable[str] | None = None) -> int:
     """Write plot and tables; return 2 where no framework has runs with and without DyCON's losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="folders with scores.json, at any depth")
+    parser.add_argument("tables", nargs="+", type=Path, help="dice.csv of the workflow")
     parser.add_argument("-o", dest="output", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args(None if argv is None else list(argv))
     try:
-        rows = find_rows(read_scores(arguments.folders))
+        rows = find_rows(arguments.tables)
         if not rows:
             names = "; ".join(" and ".join(pair) for pair in FRAMEWORKS.values())
             raise DataError(f"no data set has runs of both trainers of a framework with equal options: {names}")

@@ -17,10 +17,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from nnunetv2_dycon.conversion.dataset import COMMAND_FILE
 from nnunetv2_dycon.errors import DataError, UserError
 from nnunetv2_dycon.folders import environment_folder
 from nnunetv2_dycon.locks import locked
+from scripts import case_tables
 
 COLUMNS = ("dataset", "run", "weights", "dice", "hd95_mm", "hd95_penalized_mm", "missed", "false_alarms", "cases")
 
@@ -208,17 +210,18 @@ def predict(training: Path, images: Path, weights: str, device: str, mirroring: 
 
 
 def summary(scores: Path, output: Path) -> None:
-    """Write one row for every scored run as results.csv, and their means as results.md.
+    """Write one row for every scored run as results.csv, their means as results.md, and each case as dice.csv.
 
     Parameters
     ----------
     scores : Path
-        Folder with DATASET/RUN_WEIGHTS/scores.json.
+        Folder with DATASET/RUN_WEIGHTS/scores.json and scores.csv.
     output : Path
-        Folder for the two files.
+        Folder for the three files.
     """
     rows = []
-    for path in sorted(scores.glob("*/*/scores.json")):
+    paths = sorted(scores.glob("*/*/scores.json"))
+    for path in paths:
         content = json.loads(path.read_text())
         means, classes = content["mean_over_classes"], content["classes"].values()
         run, _, weights = path.parent.name.rpartition("_")
@@ -229,6 +232,7 @@ def summary(scores: Path, output: Path) -> None:
     with open(output / "results.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
     (output / "results.md").write_text(summary_table(rows), encoding="utf-8")
+    case_tables.write(output / "dice.csv", *case_tables.of_folders(path.parent for path in paths))
 
 
 def summary_table(rows: Sequence[tuple[Any, ...]]) -> str:

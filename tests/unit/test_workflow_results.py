@@ -1,12 +1,14 @@
 """Results of the workflow: the summary over seeds and draws, and figures of sweeps."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from nnunetv2_dycon.errors import DataError
+from nnunetv2_dycon.evaluation.metrics import Score
 from scripts import sweep_figures
 from scripts.workflow import steps
 
@@ -18,6 +20,14 @@ def write_scores(folder: Path, data: str, run: str, dice: float, hd95: float, mi
     means = {"dice": {"mean": dice}, "hd95_mm": {"mean": hd95 / 2, "penalized_mean": hd95}}
     content = {"mean_over_classes": means, "classes": {"1": {"n": 3, "status": status}}}
     (place / "scores.json").write_text(json.dumps(content))
+    header = [field.name for field in dataclasses.fields(Score)]
+    values = {"case": "a", "label": 1, "name": "blob", "dice": dice, "status": "ok", "convention": "mm"}
+    with open(place / "scores.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, header)
+        table.writeheader()
+        table.writerow(
+            values | {"diagonal_mm": 9.0, "nsd_tolerance_mm": 2.0, "volume_truth_ml": 1.0, "volume_pred_ml": 1.0}
+        )
 
 
 def test_the_summary_pools_seeds_and_draws(tmp_path):
@@ -33,6 +43,12 @@ def test_the_summary_pools_seeds_and_draws(tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(row["dice"]) for row in rows] == [0.5, 0.6, 0.7]
     assert [float(row["hd95_mm"]) for row in rows] == [2.0, 2.0, 2.0]
+    assert (tmp_path / "dice.csv").read_text().splitlines() == [
+        "data,case,label,name,"
+        "labeled4_draw0/nnUNetTrainerA_x1_seed0_student,labeled4_draw0/nnUNetTrainerA_x1_seed1_student,"
+        "labeled4_draw1/nnUNetTrainerA_x1_seed0_student",
+        "Blobs,a,1,blob,0.50000,0.60000,0.70000",
+    ]
 
 
 def test_a_sweep_has_the_default_where_the_name_has_no_option(tmp_path):
