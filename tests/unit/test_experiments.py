@@ -405,3 +405,20 @@ def test_a_second_start_waits_for_the_first(tmp_path, monkeypatch):
         monkeypatch.setattr(locks.logger, "warning", release)
         steps.train(tmp_path, lock, "cpu", 1, 0, ["false"])  # the first has trained meanwhile
     assert said == [(f"{tmp_path}: another process trains it; waiting for that", None)]
+
+
+@pytest.mark.parametrize("name", ["acdc", "emidec", "mouse_brain"])
+def test_cases_to_choose_on_are_none_of_the_test_cases_and_keep_the_labelled_ones(name: str) -> None:
+    choosing, reporting = (
+        json.loads((FOLDER / "config" / f"{name}{part}_cases.json").read_text()) for part in ("_validation", "")
+    )
+    (labeled,) = choosing["labeled"].items()
+    assert labeled in reporting["labeled"].items()
+    train, stand_ins = set(choosing["train"]), set(choosing["test"])
+    assert train >= set(labeled[1])
+    assert len(train) + len(stand_ins) == len(choosing["train"] + choosing["test"]) == len(reporting["train"])
+    assert train | stand_ins == set(reporting["train"])
+    assert not stand_ins & {case for cases in reporting["labeled"].values() for case in cases}
+    assert not set(reporting["test"]) & (train | stand_ins)
+    if name == "acdc":  # both frames of a patient
+        assert not {case[:10] for case in train} & {case[:10] for case in stand_ins}
