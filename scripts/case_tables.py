@@ -51,7 +51,7 @@ def _data_and_place(folder: str) -> tuple[str, str]:
 
 
 def write(path: Path, runs: Runs, names: Mapping[tuple[str, int], str]) -> None:
-    """Write the table, with five decimals."""
+    """Write the table, with six decimals."""
     columns = sorted({column for _, column in runs})
     rows = sorted({(data, *unit) for (data, _), dice in runs.items() for unit in dice})
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -59,7 +59,7 @@ def write(path: Path, runs: Runs, names: Mapping[tuple[str, int], str]) -> None:
         table.writerow([*ROW, *columns])
         for data, case, label in rows:
             values = [runs.get((data, column), {}).get((case, label)) for column in columns]
-            cells = ["" if value is None else f"{value:.5f}" for value in values]
+            cells = ["" if value is None else f"{value:.6f}" for value in values]
             table.writerow([data, case, label, names[data, label], *cells])
 
 

@@ -47,7 +47,7 @@ def test_the_summary_pools_seeds_and_draws(tmp_path):
         "data,case,label,name,"
         "labeled4_draw0/nnUNetTrainerA_x1_seed0_student,labeled4_draw0/nnUNetTrainerA_x1_seed1_student,"
         "labeled4_draw1/nnUNetTrainerA_x1_seed0_student",
-        "Blobs,a,1,blob,0.50000,0.60000,0.70000",
+        "Blobs,a,1,blob,0.500000,0.600000,0.700000",
     ]
 
 
