@@ -135,7 +135,7 @@ STOPPED = (
     ("nnUNetTrainerMeanTeacher_seed1", None),
     ("nnUNetTrainerDyCON_seed1", 1),
     ("nnUNetTrainerDyCONPaper", 0),
-    ("nnUNetTrainerBCP_pretrain0_seed1", None),
+    ("nnUNetTrainerBCP_seed1", None),
     ("nnUNetTrainerCPS_seed1", 1),
     ("nnUNetTrainerDyCONCPS", 0),
     ("nnUNetTrainerDyCONGAMagicNet_seed1", 1),
@@ -148,7 +148,7 @@ def three_steps_and_a_stop(rank: int, root: str) -> dict[str, Any]:
 
 
 def _stopped(rank: int, root: str, name: str, poisoned: int | None) -> dict[str, Any]:
-    full = f"{name}_epochs2_iters3_valiters1"
+    full = f"{at_once(name)}_epochs2_iters3_valiters1"
     trainer = begin(trainer_of(full))
     keys = []
     for step in range(3):
