@@ -91,7 +91,7 @@ def three_steps(rank: int | None) -> dict[str, Any]:
     """Train each method on given patches: a rank on its own, or one process (None) on those of all ranks."""
     left = {}
     for name, deep in ALIKE:
-        trainer = trainer_of(f"{name}_epochs1_iters3_valiters1_seed1_lr0p1", deep_supervision=deep)
+        trainer = trainer_of(f"{name}_epochs1_iters3_valiters1_seed1_lr0p1_batch4", deep_supervision=deep)
         trainer.initialize()
         with torch.no_grad():  # sure enough for gates and thresholds
             for network in (unwrap(trainer.network), trainer.method.teacher.network):
