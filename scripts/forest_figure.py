@@ -100,9 +100,7 @@ def _row(pair: Pair, runs: case_tables.Runs) -> Row:
     by_case: dict[str, list[float]] = defaultdict(list)
     of_runs = []
     for key in sorted(alone):
-        ours, theirs = (
-            runs[one.folder.parts[0], "/".join(one.folder.parts[1:])] for one in (with_dycon[key], alone[key])
-        )
+        ours, theirs = (runs[_key(one)] for one in (with_dycon[key], alone[key]))
         if ours.keys() != theirs.keys():
             raise DataError(f"{with_dycon[key].folder} and {alone[key].folder} were scored on other cases or classes")
         differences = case_differences(ours, theirs)
@@ -117,6 +115,7 @@ def _row(pair: Pair, runs: case_tables.Runs) -> Row:
 
 
 def _key(run: Score) -> tuple[str, str]:
+    """Return the data set and the column that the run has in a table."""
     data, *column = run.folder.parts
     return data, "/".join(column)
 

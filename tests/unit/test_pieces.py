@@ -157,13 +157,14 @@ def test_pieces_of_all_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pieces.counts.tolist() == [[0, 2], [0, 6]]
 
 
-def test_a_step_counts_the_pieces_of_its_labelled_patches_and_a_checkpoint_holds_them() -> None:
+@pytest.mark.parametrize(("kind", "settings"), [(BCP, BCPSettings), (DyCONBCP, partial(DyCONBCPSettings, wfecl=0.0))])
+def test_a_step_counts_the_pieces_of_its_labelled_patches_and_a_checkpoint_holds_them(kind, settings) -> None:
     data = loader_batch()
     data["target"][:] = 0
     data["target"][:, :, 1:, 1:3, 1:3] = 2
     of_option = {}
     for largest in ("labeled", "all", "none"):
-        step = of_step(BCP, BCPSettings(**SMALL, largest=largest), Net())
+        step = of_step(kind, settings(**SMALL, largest=largest), Net())
         step(data)
         of_option[largest] = {name: value for name, value in step.method.state_dict().items() if "one_piece" in name}
     voxels = 2 * (SPACE[0] - 1) * 2 * 2

@@ -193,7 +193,5 @@ def test_a_real_loss_scale_that_overflows_leaves_the_networks_alone_and_falls(na
     kept, after = ({k: v for k, v in state.items() if k != counted} for state in (before[1], copied(step.method)))
     assert equal(kept, after)
     assert scaler.get_scale() == 2.0**19
-    assert (step.number, step.log[0]["skipped_steps"]) == (
-        settings.steps // 2 + 1,
-        0.0,
-    )  # the scale's own matter: the loss is finite
+    assert step.number == settings.steps // 2 + 1
+    assert step.log[0]["skipped_steps"] == 0.0  # the scale's own matter: the loss is finite
