@@ -225,8 +225,7 @@ class Method(nn.Module, Generic[S]):
             for pair, views in zip(pairs, tee(self.views(batch), len(pairs)), strict=True):  # all pairs see the same
                 for view in views:
                     yield Pass(pair, view, self.ask_unlabeled, self._terms_of_learned)
-        if self.paste:
-            yield self.paste_pass(pairs[0], batch, self.paste)
+        yield from self.pastes(pairs[0], batch)
         for pair in reversed(pairs):
             yield self.labeled_pass(pair, batch)
 
@@ -334,6 +333,15 @@ class Method(nn.Module, Generic[S]):
     def labeled_pass(self, pair: Pair, batch: Batch) -> Pass:
         """Return the pass of the labelled patches as they are: the last one of nnU-Net's network in every step."""
         return Pass(pair, View(batch.x_l), self.ask_labeled, self._terms_of_labels, final=not pair.ending)
+
+    def pastes(self, pair: Pair, batch: Batch) -> Iterator[Pass]:
+        """Yield the pass of option `paste`, if any. Next to unlabelled terms it has their ramp.
+
+        Pastes slow the learning of many classes, so they too wait for the labels.
+        """
+        weight = self.paste * batch.now.get("ramp", 1.0)
+        if weight:
+            yield self.paste_pass(pair, batch, weight)
 
     def paste_pass(self, pair: Pair, batch: Batch, weight: float, side: tuple[float, float] = BOX_SIDE) -> Pass:
         """Return the pass of labelled patches with a box from the next labelled patch, images and labels alike."""

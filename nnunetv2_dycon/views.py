@@ -187,11 +187,7 @@ def paste_labeled(
     ConfigError
         If there is one labelled patch only, which would be pasted into itself.
     """
-    if len(x_l) < 2:
-        raise ConfigError(
-            "Pastes among labelled patches need two of them, but a process has only one: use a trainer name with "
-            "batch2 or more per process, or none of them (for BCP _pretrain0, else without paste)."
-        )
+    check_pastes(len(x_l))
     box = random_box(x_l.shape, x_l.device, generator, side)
     truth = torch.where(box, y_l.roll(-1, 0), y_l)
     return View(torch.where(box, x_l.roll(-1, 0), x_l), pasted=_annotated(truth, ignore_label), truth=truth)
@@ -219,6 +215,20 @@ def _intensity(x: Tensor, labeled: LabeledPatches, generator: Generator) -> View
     for change in (_add_noise, _blur, _scale_brightness, _scale_contrast, _apply_gamma):
         y = torch.where(_per_sample(x, generator) < INTENSITY_CHANCE, change(y, generator), y)
     return View(y.to(x.dtype), x)
+
+
+def check_pastes(patches: int) -> None:
+    """Raise ConfigError if a process has too few labelled patches in a step to paste among them.
+
+    Examples
+    --------
+    >>> check_pastes(2)
+    """
+    if patches < 2:
+        raise ConfigError(
+            "Pastes among labelled patches need two of them, but a process has only one: use a trainer name with "
+            "batch2 or more per process, or with paste0 and, for BCP, pretrain0."
+        )
 
 
 def check_number(name: str, patches: int) -> None:

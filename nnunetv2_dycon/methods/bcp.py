@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from nnunetv2_dycon.errors import ConfigError
-from nnunetv2_dycon.methods.settings import TeacherSettings, UnlabeledSettings, learned_option
+from nnunetv2_dycon.methods.settings import TeacherSettings, UnlabeledSettings, learned_option, paste_option
 from nnunetv2_dycon.options import option
 from nnunetv2_dycon.pieces import OnePiece, largest_pieces
 from nnunetv2_dycon.schedules import gaussian_ramp
@@ -29,6 +28,7 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
     renamed: ClassVar[Mapping[str, str]] = {"unmixed": "truthboth"}
 
     learned: float = learned_option(0.5)
+    paste: float = paste_option(0.5)
     view: str = option(
         "copy_paste_either",
         neutral="bcp",
@@ -62,11 +62,6 @@ class BCPSettings(UnlabeledSettings, TeacherSettings):
         "patches show in one piece, all, or none",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.paste and self.truth == "mixes":
-            raise ConfigError("option paste: its pastes go with the labelled patches as they are; leave truthmixes out")
-
     def schedules(self) -> dict[str, Callable[[float], float]]:
         """Add `ramp`: 0 while pastes are among labelled patches, then the factor of the pseudo-labels."""
         return {**super().schedules(), "ramp": partial(gaussian_ramp, rampup=self.rampup, delay=self.pretrain)}
@@ -98,7 +93,7 @@ class BCP(Method[BCPSettings]):
         """Yield the passes of the mixes, or before they begin that of option `pretrain`, if any.
 
         The labelled patches as they are come last. They are alone until the labels have taught the first class. With
-        option `truthmixes` they leave the mixes alone when all classes are learnt.
+        option `truthmixes` they, and pastes among them, leave the mixes alone when all classes are learnt.
         """
         (pair,) = self.pairs(student)
         if batch.now["ramp"]:
@@ -109,8 +104,7 @@ class BCP(Method[BCPSettings]):
                 return
         elif self.settings.pretrain:
             yield self.paste_pass(pair, batch, self.settings.w, BCP_BOX_SIDE)
-        if self.paste:
-            yield self.paste_pass(pair, batch, self.paste)
+        yield from self.pastes(pair, batch)
         yield self.labeled_pass(pair, batch)
 
     @property

@@ -99,8 +99,7 @@ class MagicNet(Method[M]):
             yield Pass(pair, view, self.ask_unlabeled, self._terms_of_blended)
         else:
             yield Pass(pair, self._exchanged(batch, view), self.ask_unlabeled, self._terms_across)
-        if self.paste:
-            yield self.paste_pass(pair, batch, self.paste)
+        yield from self.pastes(pair, batch)
         yield self.labeled_pass(pair, batch)
 
     def unlabeled_terms(self, p: Pass, outputs: Outputs, answer: Answer, batch: Batch) -> Cost:

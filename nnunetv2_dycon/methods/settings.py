@@ -10,6 +10,18 @@ from nnunetv2_dycon.schedules import gaussian_ramp
 from nnunetv2_dycon.views import VIEWS
 
 
+def paste_option(default: float) -> Any:
+    """Declare option `paste`, whose best value depends on the method."""
+    return option(
+        default,
+        low=0.0,
+        high=1000.0,
+        neutral=0.0,
+        help="weight of a loss on labelled patches with a box from another labelled patch; next to unlabelled terms it "
+        "has their ramp",
+    )
+
+
 @dataclass(frozen=True)
 class TeacherSettings(Settings):
     """Options of every method that keeps an averaged copy of the student."""
@@ -21,9 +33,7 @@ class TeacherSettings(Settings):
         none_text="0p999, at most 1 - 10/steps",
         help="EMA decay of the teacher, approached as 1 - 1/(step + 1)",
     )
-    paste: float = option(
-        0.0, low=0.0, high=1000.0, help="weight of a loss on labelled patches with a box from another labelled patch"
-    )
+    paste: float = paste_option(0.0)
 
 
 def learned_option(default: float) -> Any:

@@ -23,7 +23,7 @@ from nnunetv2_dycon.randomness import (
 )
 from nnunetv2_dycon.ranks import world_size
 from nnunetv2_dycon.shared_memory import file_shortage, free_bytes, memory_shortage, waiting_batches
-from nnunetv2_dycon.views import check_number
+from nnunetv2_dycon.views import check_number, check_pastes
 
 if TYPE_CHECKING:
     from nnunetv2_dycon.trainers.engine import nnUNetTrainerSSL
@@ -95,6 +95,8 @@ def dataloaders(
         seed_everything(seed)
     elif apart or processes:
         set_global_states(before)
+    if trainer.method.paste:
+        check_pastes(trainer.batch_size)  # pastes may begin hours later
     train = MixedLoader(train, unlabeled_patches(trainer, train) if trainer.unlabeled else None)
     if apart:
         val = IsolatedLoader(val, seed_from_here("validation"))
