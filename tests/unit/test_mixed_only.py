@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_dycon.errors import ConfigError
 from nnunetv2_dycon.methods.bcp import BCP, BCPSettings
 from nnunetv2_dycon.methods.dycon_bcp import DyCONBCP, DyCONBCPSettings
 from nnunetv2_dycon.step import Batch, run_pass
@@ -104,7 +103,7 @@ def test_the_labelled_patches_stay_until_every_class_is_learnt(kind) -> None:
 @pytest.mark.parametrize("kind", [(BCP, BCPSettings, {}), (DyCONBCP, DyCONBCPSettings, {"wfecl": 0.0})])
 def test_where_true_labels_are_taught(kind, truth: str) -> None:
     """Pasted voxels have a gradient with `mixes` and `both` alone, and when all classes are learnt."""
-    method, student = made(kind[0], kind[1](view="bcp", truth=truth, **kind[2]))
+    method, student = made(kind[0], kind[1](view="bcp", truth=truth, paste=0.0, **kind[2]))
     data = replace(pasting(), now={"ramp": 1.0, "beta": 0.1})
     for dice, learned in ((0.3, False), (1.0, True)):
         method.learned.counts[:, 0, -1], method.learned.counts[:, 1, -1] = dice, 2 * (1 - dice)
@@ -140,13 +139,16 @@ def test_a_skipped_step_leaves_nothing_that_the_next_one_counts() -> None:
     [*((f"copy_paste_{way}", [""]) for way in ("in", "out", "either")), ("bcp", ["in_", "out_"])],
 )
 def test_one_mix_in_place_of_two_has_the_whole_weight(view: str, names: list[str]) -> None:
-    method, student = made(BCP, BCPSettings(view=view, w=0.5, truth="both"))
+    method, student = made(BCP, BCPSettings(view=view, w=0.5, truth="both", paste=0.0))
     data = pasting()
     given = list(method.passes(student, data))
     assert [p.view.name for p in given] == [*names, ""]  # the labelled patches last
     assert {run_pass(p, data)[0].terms[f"{p.view.name}labeled"].weight for p in given[:-1]} == {0.5}
 
 
-def test_pastes_among_labelled_patches_have_no_place_there() -> None:
-    with pytest.raises(ConfigError, match="paste: its pastes go with the labelled patches as they are; leave truthmix"):
-        BCPSettings(truth="mixes", paste=0.5)
+@pytest.mark.parametrize(("learned", "pastes"), [(0.3, True), (1.0, False)])
+def test_pastes_among_labelled_patches_leave_with_them(learned: float, pastes: bool) -> None:
+    step = made_step(BCP, BCPSettings(**SMALL, truth="mixes"), UNet())
+    step.method.learned.counts[:, 0, -1], step.method.learned.counts[:, 1, -1] = learned, 2 * (1 - learned)
+    step(loader_batch())
+    assert ("paste_labeled" in step.log[0]) == ("supervised" in step.log[0]) == pastes

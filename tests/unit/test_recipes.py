@@ -81,7 +81,7 @@ def test_uamt_without_a_certain_voxel_is_a_zero_on_the_graph() -> None:
 
 
 def test_bcp_pastes_both_ways_and_each_region_has_its_own_mean() -> None:
-    method, student = made(BCP, BCPSettings(view="bcp", truth="both", pretrain=0.2, w=0.5, alpha=0.25))
+    method, student = made(BCP, BCPSettings(view="bcp", truth="both", pretrain=0.2, w=0.5, alpha=0.25, paste=0.0))
     data = batch()
     labels = data.y_l
     pseudo = method.teacher.network(data.x_u).argmax(1)
@@ -146,7 +146,7 @@ def test_bcp_begins_with_pastes_among_labelled_patches() -> None:
 def test_option_paste_adds_pastes_among_labelled_patches_to_any_teacher_method(method: type[Method]) -> None:
     extra = {DyCON: {"wfecl": 0}, BCP: {"truth": "both"}}.get(method, {})
     built, student = made(method, method.settings_type(paste=0.25, **extra))
-    plain, _ = made(method, method.settings_type(**extra))
+    plain, _ = made(method, method.settings_type(paste=0.0, **extra))
     labels = torch.randint(0, CLASSES, (2, 1, *SPACE), generator=seeded(5))
     labels[0, 0, 1, :2] = -1  # not annotated
     data = batch(labels=labels)

@@ -166,12 +166,21 @@ def test_cutmix_with_one_unlabeled_patch(tiny: Path) -> None:
     assert "unlabeledbatch2" in one_line(error)
 
 
-@pytest.mark.parametrize("name", ["LabeledOnly_paste0p5", "BCP_pretrain0p2"])
+@pytest.mark.parametrize("name", ["LabeledOnly_paste0p5", "BCP", "MeanTeacher_paste0p5"])
 def test_pastes_among_labelled_patches_with_one_of_them(tiny: Path, name: str) -> None:
-    t = begin(make_trainer(f"nnUNetTrainer{name}_batch1"))
+    t = make_trainer(f"nnUNetTrainer{name}_batch1")
+    with pytest.raises(ConfigError) as error:
+        begin(t)  # before any step
+    assert "batch2" in one_line(error)
+    assert "paste0" in one_line(error)
+    begin(make_trainer("nnUNetTrainerBCP_paste0_batch1"))
+
+
+def test_pastes_at_the_start_with_one_labelled_patch(tiny: Path) -> None:
+    t = begin(make_trainer("nnUNetTrainerBCP_pretrain0p2_paste0_batch1"))
     with pytest.raises(ConfigError) as error:
         steps(t, 1)
-    assert "batch2" in one_line(error)
+    assert "pretrain0" in one_line(error)
 
 
 @pytest.mark.parametrize("variable", ["nnUNet_results", "nnUNet_preprocessed"])

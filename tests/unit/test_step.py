@@ -56,7 +56,7 @@ def test_scheduled_numbers_follow_the_step_and_not_the_epoch(epochs: int, iters:
 
 def test_uamts_threshold_and_bcps_start_follow_the_step_too() -> None:
     uamt = made(UAMT, UAMTSettings(epochs=1, iters=20, samples=1), Net())
-    bcp = made(BCP, BCPSettings(epochs=1, iters=20, view="bcp", pretrain=0.3), Net())
+    bcp = made(BCP, BCPSettings(epochs=1, iters=20, view="bcp", pretrain=0.3, paste=0.0), Net())
     for number in range(20):
         uamt(loader_batch())
         bcp(loader_batch())
@@ -375,9 +375,9 @@ def test_outputs_are_restored_before_they_cost_anything(deep: bool, monkeypatch:
     ("kind", "settings", "regions"),
     [
         (LabeledOnly, TeacherSettings(**SMALL, paste=1.0), 1),
-        (BCP, BCPSettings(**SMALL, view="bcp", truth="both"), 4),
+        (BCP, BCPSettings(**SMALL, view="bcp", truth="both"), 5),
         (BCP, BCPSettings(**SMALL, truth="mixes"), 2),
-        (BCP, BCPSettings(**SMALL), 1),
+        (BCP, BCPSettings(**SMALL), 2),
         (BCP, BCPSettings(**SMALL, pretrain=1.0), 1),
         (DyCON, DyCONSettings(**SMALL, view="bcp", wfecl=0.0, rampup=0.0, delay=0.0), 2),
     ],

@@ -46,8 +46,8 @@ class Distributed(DistributedDataParallel):
     [
         ("LabeledOnly", 2, 0),
         ("MeanTeacher", 4, 0),
-        ("BCP", 3, 0),
-        ("BCP patches", 2, 0),
+        ("BCP", 4, 0),
+        ("BCP patches", 3, 0),
         ("BCP mixes", 1, 0),
         ("CPS", 2, 2),
         ("DyCONCPS", 3, 3),
