@@ -135,7 +135,7 @@ STOPPED = (
     ("nnUNetTrainerMeanTeacher_seed1", None),
     ("nnUNetTrainerDyCON_seed1", 1),
     ("nnUNetTrainerDyCONPaper", 0),
-    ("nnUNetTrainerBCP_seed1", None),
+    ("nnUNetTrainerBCP_paste0_seed1", None),
     ("nnUNetTrainerCPS_seed1", 1),
     ("nnUNetTrainerDyCONCPS", 0),
     ("nnUNetTrainerDyCONGAMagicNet_seed1", 1),
