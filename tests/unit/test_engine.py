@@ -129,7 +129,7 @@ def test_the_second_network_trains_on_after_it_was_scored(trainer) -> None:
 
 
 def test_a_number_that_comes_later_has_a_value_for_every_epoch(trainer) -> None:
-    t = trainer(named("nnUNetTrainerBCP", "epochs3_iters1_valiters1_pretrain0p3_learned0"))
+    t = trainer(named("nnUNetTrainerBCP", "epochs3_iters1_valiters1_pretrain0p3_paste0_learned0"))
     t.on_train_start()
     run_epochs(t, 3)
     store = t.logger.local_logger.my_fantastic_logging

@@ -180,6 +180,7 @@ def test_a_former_switch_is_understood(kind) -> None:
     assert stored_values(kind, {"largest": False})["largest"] == "none"
     assert stored_values(kind, {"largest": "labeled"})["largest"] == "labeled"
     assert stored_values(kind, {})["largest"] == "none"
+    assert stored_values(kind, {})["paste"] == 0.0
 
 
 def test_a_class_in_one_piece_stays() -> None:
