@@ -36,7 +36,7 @@ check mypy
 # Two at a time; the tests of one file stay together and share its fixtures.
 check pytest -n 2 --dist loadfile
 # Tests marked data need real scans, and tests marked gpu a GPU: run them by name.
-[ $slow = no ] || check pytest -m "slow and not data and not gpu"
+[ $slow = no ] || check pytest -n 2 --dist loadfile -m "slow and not data and not gpu"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED: %s\n' "${failed[@]}"
