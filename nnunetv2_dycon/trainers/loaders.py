@@ -79,6 +79,8 @@ def dataloaders(
 
     Raises
     ------
+    ConfigError
+        If a process has too few patches for what the options do with them.
     DataError
         If a case cannot be read, or the loader processes would lack shared memory or open files.
     """

@@ -173,7 +173,6 @@ def test_pastes_among_labelled_patches_with_one_of_them(tiny: Path, name: str) -
         begin(t)  # before any step
     assert "batch2" in one_line(error)
     assert "paste0" in one_line(error)
-    begin(make_trainer("nnUNetTrainerBCP_paste0_batch1"))
 
 
 def test_pastes_at_the_start_with_one_labelled_patch(tiny: Path) -> None:
